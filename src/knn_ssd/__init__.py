@@ -1,0 +1,87 @@
+"""knn-ssd: a language model that drafts for itself, and knows how from where the prompt lies.
+
+     offline   calibrate/   prompts ─ target's own continuations ─┬─ prompt vectors ─ k-means ──► anchors ─┐
+                                                                  └─ search(plans) ─ acceptance × cost ────┴─► atlas/
+     online    engine       prefill ─ embed ─ route ─► plan ─► decode:  draft ─ verify ─ accept ─ rewind ─► tokens
+
+    from knn_ssd import Engine
+
+    engine = Engine.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", atlas="atlas/")
+    print(engine.generate("What is the capital of France?").text)
+
+Importing this package imports neither torch nor transformers: what is named here is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knn_ssd.atlas import Atlas
+    from knn_ssd.calibrate.pipeline import calibrate
+    from knn_ssd.decode import Round
+    from knn_ssd.engine import Engine, Generation, Stream
+    from knn_ssd.errors import KnnSsdError
+    from knn_ssd.plan import Mode, Plan, Policy
+    from knn_ssd.route import Route, Router
+    from knn_ssd.sampling import SamplingParams
+
+    __version__: str
+
+__all__ = [
+    "Atlas",
+    "Engine",
+    "Generation",
+    "KnnSsdError",
+    "Mode",
+    "Plan",
+    "Policy",
+    "Round",
+    "Route",
+    "Router",
+    "SamplingParams",
+    "Stream",
+    "__version__",
+    "calibrate",
+]
+
+_HOMES = {
+    "Atlas": "knn_ssd.atlas",
+    "Engine": "knn_ssd.engine",
+    "Generation": "knn_ssd.engine",
+    "KnnSsdError": "knn_ssd.errors",
+    "Mode": "knn_ssd.plan",
+    "Plan": "knn_ssd.plan",
+    "Policy": "knn_ssd.plan",
+    "Round": "knn_ssd.decode",
+    "Route": "knn_ssd.route",
+    "Router": "knn_ssd.route",
+    "SamplingParams": "knn_ssd.sampling",
+    "Stream": "knn_ssd.engine",
+}
+
+
+class _CallablePackage(ModuleType):
+    """`knn_ssd.calibrate` is a folder and, in use, a function: the import system binds the name to the folder."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("knn_ssd.calibrate.pipeline").calibrate(*args, **kwargs)
+
+
+import_module("knn_ssd.calibrate").__class__ = _CallablePackage  # a docstring and nothing else, so no torch
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("knn-ssd")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

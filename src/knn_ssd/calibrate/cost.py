@@ -1,0 +1,69 @@
+"""Measures what passes cost on this machine. Medians of interleaved passes, warm-up apart."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.plan import Plan
+from knn_ssd.target.contract import Session, Target
+
+_CONTEXT = 64  # tokens in the cache while measuring
+_MEASURED_ROWS = (1, 2, 3, 5, 9, 13)
+
+
+def measure_cost(target: Target, repeats: int = 7) -> CostProfile:
+    """The cost profile of a target: single steps under three plans, and verifications of 1 to 13 tokens."""
+    layers = range(target.num_layers)
+    plans = {
+        "all": Plan.skipping(target.num_layers),
+        "attention": Plan.skipping(target.num_layers, attention=layers),
+        "mlp": Plan.skipping(target.num_layers, mlp=layers),
+    }
+    context = min(_CONTEXT, target.context_length - max(_MEASURED_ROWS))
+    session = target.open(context + max(_MEASURED_ROWS))
+    try:
+        session.prefill([3 % target.vocab_size] * context)
+        passes: dict[str | int, Callable[[], object]] = {
+            name: _step(session, [3 % target.vocab_size], plan) for name, plan in plans.items()
+        }
+        passes |= {rows: _step(session, [3 % target.vocab_size] * rows, None) for rows in _MEASURED_ROWS}
+        seconds = _interleaved(passes, repeats)
+    finally:
+        session.close()
+    step = seconds["all"]
+    return CostProfile(
+        step_sec=step,
+        attention_sec=max(0.0, (step - seconds["attention"]) / target.num_layers),
+        mlp_sec=max(0.0, (step - seconds["mlp"]) / target.num_layers),
+        verify_sec=_every_row(seconds),
+    )
+
+
+def _step(session: Session, tokens: list[int], plan: Plan | None) -> Callable[[], object]:
+    return lambda: session.forward(tokens, plan)
+
+
+def _interleaved(passes: dict[str | int, Callable[[], object]], repeats: int) -> dict[str | int, float]:
+    taken: dict[str | int, list[float]] = {name: [] for name in passes}
+    for repeat in range(repeats + 1):
+        for name, run in passes.items():
+            started = time.perf_counter()
+            run()
+            if repeat:  # the first is the warm-up
+                taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _every_row(seconds: dict[str | int, float]) -> tuple[float, ...]:
+    """Straight lines between the measured numbers of rows; never falling, which would only be noise."""
+    rows = list(_MEASURED_ROWS)
+    values = [max(seconds[r] for r in rows[: i + 1]) for i in range(len(rows))]
+    result = [values[0]]
+    for (low, low_sec), (high, high_sec) in zip(
+        zip(rows, values, strict=True), zip(rows[1:], values[1:], strict=False), strict=False
+    ):
+        result += [low_sec + (high_sec - low_sec) * (r - low) / (high - low) for r in range(low + 1, high + 1)]
+    return tuple(result)

@@ -1,0 +1,98 @@
+"""The working folder of a calibration: settings, observations, cost profile and trials, so that a killed run can go on.
+
+Everything here is appended or written whole. The folder lies beside the atlas to be and goes when that is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.calibrate.onpolicy import ObservationFile
+from knn_ssd.errors import CalibrationError, OutputError
+from knn_ssd.provenance import write_whole, writing
+
+_SETTINGS, _COST, _TRIALS, _OBSERVATIONS = "settings.json", "cost.json", "trials.log", "observations.jsonl"
+
+
+class Journal:
+    """What a calibration has found so far.
+
+    Args:
+        out: where the atlas will be.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out.parent / f"{out.name}.calibration"
+        self.observations = ObservationFile(self.folder / _OBSERVATIONS)
+
+    def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
+        """Makes the folder, or checks that the one that is there was made with the same settings.
+
+        Raises:
+            CalibrationError: an interrupted calibration is there and `resume` is not wanted, or was run with other settings.
+            OutputError: the place cannot be written.
+        """
+        path = self.folder / _SETTINGS
+        if path.exists():
+            self._check(json.loads(path.read_text("utf-8")), settings, resume)
+            self._mend_trials()
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise OutputError(f"'{self.folder}' is in the way, and is not a calibration's", "Choose another --out.")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+
+    def storage(self, url: str | None) -> optuna.storages.BaseStorage | str:
+        """Where the trials are kept: a database, or a file in the folder."""
+        if url is not None:
+            return url
+        with writing(self.folder):
+            return JournalStorage(JournalFileBackend(str(self.folder / _TRIALS)))
+
+    def read_cost(self) -> CostProfile | None:
+        path = self.folder / _COST
+        if not path.exists():
+            return None
+        data = json.loads(path.read_text("utf-8"))
+        return CostProfile(**{**data, "verify_sec": tuple(data["verify_sec"])})
+
+    def write_cost(self, cost: CostProfile) -> None:
+        write_whole(self.folder / _COST, json.dumps(asdict(cost)) + "\n")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check(self, before: Mapping[str, Any], settings: Mapping[str, Any], resume: bool) -> None:
+        if not resume:
+            raise CalibrationError(
+                f"an interrupted calibration is at '{self.folder}'", "Go on with --resume, or remove that folder."
+            )
+        now = json.loads(json.dumps(settings))
+        changed = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in now if before.get(key) != now[key]
+        ]
+        if changed:
+            raise CalibrationError(
+                f"the interrupted calibration at '{self.folder}' was run with other settings: {'; '.join(changed)}",
+                "Give the same ones, or remove that folder to begin anew.",
+            )
+
+    def _mend_trials(self) -> None:
+        """Cuts off the half line that a kill may have left."""
+        path = self.folder / _TRIALS
+        if path.exists():
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                path.write_bytes(whole)

@@ -1,0 +1,196 @@
+"""What a plan is worth: the speed-up over plain decoding that it would bring, foretold or timed.
+
+Foretold: one pass over the target's own continuation tells for many positions at once whether the draft agrees and how sure
+it is of itself. From that record and the cost profile the rounds of any policy can be played through without the model.
+Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, against plain decoding between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.calibrate.onpolicy import Observation, ending
+from knn_ssd.decode import decode
+from knn_ssd.draft.self_draft import SelfDraft, top_probability
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.target.contract import Session, Target
+
+RUN_LENGTH = 8  # drafts are rehearsed in runs of this many tokens
+POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)))
+_HOPELESS = 0.1  # a plan this far under the best one so far is not looked at further
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a draft fared along one continuation of n + 1 tokens.
+
+    Args:
+        agrees: n of them, whether the draft's most likely token is the target's next.
+        sure: n of them, the draft's own top probability.
+    """
+
+    agrees: tuple[bool, ...]
+    sure: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A plan's worth.
+
+    Args:
+        plan: with the policy that suits it best.
+        speedup: expected tokens per second over plain decoding's.
+        agreement: share of the positions at which the draft agrees.
+        positions: how many were looked at.
+    """
+
+    plan: Plan
+    speedup: float
+    agreement: float
+    positions: int
+
+
+class Rehearsals:
+    """The continuations of one label, kept in sessions so that any number of plans can be rehearsed on them.
+
+    Args:
+        target: the model.
+        observations: with continuations; those of fewer than two tokens tell nothing and are passed over.
+        cost: of the machine.
+    """
+
+    def __init__(self, target: Target, observations: Sequence[Observation], cost: CostProfile) -> None:
+        self._target = target
+        self._cost = cost
+        self._observations = [o for o in observations if len(o.token_ids) > 1]
+        self._sessions: list[Session] = []
+
+    def __enter__(self) -> Rehearsals:
+        for observation in self._observations:
+            session = self._target.open(len(observation.prompt_ids) + len(observation.token_ids))
+            self._sessions.append(session)
+            session.prefill(list(observation.prompt_ids))
+            session.forward(list(observation.token_ids[:-1]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for session in self._sessions:
+            session.close()
+        self._sessions = []
+
+    def score(self, plan: Plan, best: float = 0.0, policies: Sequence[Policy] = POLICIES) -> Score:
+        """The expected speed-up of a plan under its best policy.
+
+        Args:
+            plan: its modes; its own policy does not matter.
+            best: the best speed-up known; a plan that stays clearly under it is judged on fewer continuations.
+            policies: to choose from.
+        """
+        records: list[Record] = []
+        result: Score | None = None
+        for observation, session in zip(self._observations, self._sessions, strict=True):
+            records.append(self._rehearse(plan, observation, session))
+            policy, speedup = max(
+                ((policy, foretold_speedup(records, plan, policy, self._cost)) for policy in policies),
+                key=lambda pair: pair[1],
+            )
+            agrees = [agree for record in records for agree in record.agrees]
+            result = Score(plan.with_policy(policy), speedup, sum(agrees) / len(agrees), len(agrees))
+            if speedup < best - _HOPELESS:
+                break
+        return result or Score(Plan.plain(plan.num_layers), 1.0, 0.0, 0)
+
+    def _rehearse(self, plan: Plan, observation: Observation, session: Session) -> Record:
+        tokens = observation.token_ids
+        logits = session.rehearse(list(tokens[:-1]), plan, RUN_LENGTH)  # (n, V)
+        agrees = [int(best) == after for best, after in zip(logits.argmax(dim=-1), tokens[1:], strict=True)]
+        return Record(tuple(agrees), tuple(top_probability(logits).tolist()))
+
+
+def foretold_speedup(records: Sequence[Record], plan: Plan, policy: Policy, cost: CostProfile) -> float:
+    """Plays the rounds of a policy through the records; tokens per second over plain decoding's."""
+    step_sec = cost.draft_step_sec(plan)
+    tokens, seconds = 0, 0.0
+    for record in records:
+        at = 0
+        while at < len(record.agrees):
+            drafted, accepted = _play_round(record, at, policy)
+            seconds += drafted * step_sec + cost.verification_sec(drafted + 1)
+            tokens += accepted + 1
+            at += accepted + 1
+    return tokens / seconds * cost.verification_sec(1)
+
+
+def _play_round(record: Record, start: int, policy: Policy) -> tuple[int, int]:
+    """Tokens drafted and accepted in a round that begins at `start`."""
+    drafted = accepted = 0
+    agreeing = True
+    for agrees, sure in zip(record.agrees[start:], record.sure[start:], strict=True):
+        if drafted == policy.max_draft:
+            break
+        drafted += 1
+        agreeing = agreeing and agrees
+        accepted += agreeing
+        if sure < policy.threshold:
+            break
+    return drafted, accepted
+
+
+class Clock:
+    """Decodes for real: the same prompts under each plan, prompt by prompt in turn, prefill apart.
+
+    Args:
+        target: the model.
+        observations: whose prompts are decoded, as many new tokens as each one's continuation has.
+        eos_token_ids: end an output.
+    """
+
+    def __init__(self, target: Target, observations: Sequence[Observation], eos_token_ids: frozenset[int]) -> None:
+        self._target = target
+        self._observations = [o for o in observations if len(o.token_ids) > 1]
+        self._eos_token_ids = eos_token_ids
+
+    def speedups(self, plans: Sequence[Plan]) -> list[float]:
+        """Each plan's tokens per second over plain decoding's: total tokens over total time."""
+        plain = Plan.plain(self._target.num_layers)
+        seconds = [0.0] * (len(plans) + 1)
+        candidates = [plain, *plans]
+        if self._observations:  # the warm-up
+            self.seconds(self._observations[0], plain)
+        for turn, observation in enumerate(self._observations):
+            for place in range(len(candidates)):
+                index = (place + turn) % len(candidates)
+                seconds[index] += self.seconds(observation, candidates[index])
+        return [seconds[0] / taken if taken else 1.0 for taken in seconds[1:]]
+
+    def tokens_per_sec(self, plan: Plan) -> float:
+        """The published objective: total tokens over total time, without a baseline."""
+        tokens = sum(len(o.token_ids) for o in self._observations)
+        return tokens / sum(self.seconds(o, plan) for o in self._observations)
+
+    def seconds(self, observation: Observation, plan: Plan) -> float:
+        """Time to decode one continuation after its prompt."""
+        session = self._target.open(len(observation.prompt_ids) + len(observation.token_ids))
+        try:
+            prefill = session.prefill(list(observation.prompt_ids))
+            sampler = Sampler.from_params(SamplingParams(), self._target.device)
+            source = None if plan.is_plain else SelfDraft(session, plan, sampler)
+            started = time.perf_counter()
+            for _round in decode(
+                session,
+                list(observation.prompt_ids),
+                prefill.logits,
+                source,
+                sampler,
+                len(observation.token_ids),
+                ending(self._eos_token_ids),
+            ):
+                pass
+            return time.perf_counter() - started
+        finally:
+            session.close()

@@ -1,0 +1,420 @@
+"""Prompts to an atlas: observe, cluster, measure costs, search per label and for the mixture, let the clock decide, write.
+
+Every step's result is kept in the journal as it is made, so an interrupted calibration goes on where it stopped. Nothing is
+printed; a `Reporter` hears what goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
+from knn_ssd.calibrate.anchors import fit_anchors
+from knn_ssd.calibrate.cost import measure_cost
+from knn_ssd.calibrate.journal import Journal
+from knn_ssd.calibrate.objective import Clock, Rehearsals, Score
+from knn_ssd.calibrate.onpolicy import Observation, observe
+from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
+from knn_ssd.errors import Interrupted, OutputError, UsageError
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.prompts import Prompt
+from knn_ssd.provenance import provenance
+from knn_ssd.target.contract import Target
+from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.resolve import LoadedModel, load_model
+from knn_ssd.tokens import encode, eos_token_ids
+
+MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
+_WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
+_WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock, or plain it is
+_FINALISTS = 3
+
+
+class Reporter(Protocol):
+    """Hears what goes on."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A new stage of so many steps; None where nobody knows."""
+
+    def advance(self, note: str = "") -> None:
+        """One step done."""
+
+
+class _Silent:
+    def stage(self, name: str, total: int | None) -> None: ...
+
+    def advance(self, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the defaults.
+
+    Args:
+        search: how plans are searched for; the paper's is `paper`.
+        trials: plans tried per label; None is as many as the strategy makes good use of. Published: 1000.
+        minutes: for all searches together, instead of trials.
+        search_prompts: prompts per label that plans are scored on. Published: 8.
+        new_tokens: length of their continuations. Published: 32.
+        vector_prompts: prompts per label that anchors are made of, at most. Published: 1000.
+        anchors: per label. Published: 10.
+        pooling: how prompt vectors are taken. The released code takes the mean.
+        max_draft, threshold: the fixed policy of the search `paper`. Published: 12 and 0.8.
+        chat: put prompts through the tokenizer's chat template if it has one.
+        workers: processes that search side by side.
+        storage: database URL of the trials; None is a file beside the atlas.
+        seed: of clustering and search.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    search: Strategy = Strategy.BAYES
+    trials: int | None = None
+    minutes: float | None = None
+    search_prompts: int = 8
+    new_tokens: int = 32
+    vector_prompts: int = 1000
+    anchors: int = 10
+    pooling: Pooling = Pooling.MEAN
+    max_draft: int = 12
+    threshold: float = 0.8
+    chat: bool = True
+    workers: int = 1
+    storage: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "search_prompts", "vector_prompts", "anchors", "workers", "max_draft"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be 1 or more, got {value}")
+        if self.minutes is not None and self.minutes <= 0:
+            raise UsageError(f"minutes must be above 0, got {self.minutes}")
+        if self.new_tokens < 2:
+            raise UsageError(f"new_tokens must be 2 or more, got {self.new_tokens}")
+        Policy(self.max_draft, self.threshold)
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when a calibration is resumed."""
+        open_ended = ("trials", "minutes", "workers", "storage")
+        return {name: getattr(self, name) for name in self.__slots__ if name not in open_ended}
+
+    def num_trials(self, num_layers: int) -> int | None:
+        """Trials per label; None where the minutes decide."""
+        if self.trials is not None or self.minutes is not None:
+            return self.trials
+        return 1000 if self.search is Strategy.PAPER else 6 * num_layers + 40
+
+
+def calibrate(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Atlas:
+    """Calibrates a model on prompts and writes the atlas.
+
+    Args:
+        loaded: the model and its tokenizer.
+        prompts: each with its domain; at least two per domain.
+        out: the folder that will be the atlas. Nothing may be there yet.
+        settings: what to do.
+        resume: go on with an interrupted calibration of the same settings.
+        reporter: hears what goes on.
+
+    Raises:
+        UsageError: prompts without domains, or too few of them.
+        CalibrationError: an interrupted calibration is in the way, or cannot be gone on with.
+        OutputError: the place cannot be written.
+        Interrupted: stopped by the user; what was found is kept.
+    """
+    settings = settings or Settings()
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"there is already something at '{out}'", "Choose another --out, or remove it first.")
+    run = _Calibration(loaded, by_domain(prompts), out, settings, reporter or _Silent())
+    try:
+        return run.run(resume)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"the calibration was interrupted; what it found so far is at '{run.journal.folder}'",
+            "Go on with the same command and --resume.",
+        ) from None
+
+
+def by_domain(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts under their domains, in order.
+
+    Raises:
+        UsageError: a prompt without a domain, a domain of one prompt, or one named as the mixture.
+    """
+    grouped: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        if not prompt.domain:
+            raise UsageError(f"prompt '{prompt.id}' has no domain", "Calibration needs a 'domain' in every line.")
+        grouped.setdefault(prompt.domain, []).append(prompt)
+    if not grouped:
+        raise UsageError("calibration was given no prompts")
+    small = [name for name, members in grouped.items() if len(members) < 2]
+    if small:
+        raise UsageError(f"domain '{small[0]}' has one prompt", "Give at least two of each domain.")
+    if MIXTURE in grouped:
+        raise UsageError(f"a domain cannot be called '{MIXTURE}': that is the name of the fallback's search")
+    return grouped
+
+
+class _Calibration:
+    """One run of the pipeline."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        grouped: Mapping[str, Sequence[Prompt]],
+        out: Path,
+        settings: Settings,
+        reporter: Reporter,
+    ) -> None:
+        self.loaded = loaded
+        self.target = HuggingFaceTarget(loaded.model)
+        self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
+        self.grouped = grouped
+        self.out = out
+        self.settings = settings
+        self.reporter = reporter
+        self.journal = Journal(out)
+        self.started = time.perf_counter()
+        self._search_end: float | None = None
+
+    def run(self, resume: bool) -> Atlas:
+        self.journal.begin({"fingerprint": self.fingerprint.weights_hash, "prompts": _digest(self.grouped),
+                            **self.settings.identity()}, resume)  # fmt: skip
+        observations = self._observe()
+        cost = self._measure_cost()
+        searches = search_sets(observations, self.settings)
+        self._search(searches, cost, fresh=not resume)
+        entries = {label: self._decide(label, chosen, cost) for label, chosen in searches.items()}
+        atlas = self._atlas(observations, cost, entries)
+        atlas.save(self.out)
+        self.journal.remove()
+        return atlas
+
+    def _observe(self) -> list[Observation]:
+        """The observations of all prompts, those of an interrupted run included."""
+        settings = self.settings
+        done = {(o.label, o.id, len(o.prompt_ids)): o for o in self.journal.observations.read()}
+        wanted = [
+            (label, index, prompt)
+            for label, prompts in self.grouped.items()
+            for index, prompt in enumerate(prompts[: max(settings.vector_prompts, settings.search_prompts)])
+        ]
+        self.reporter.stage("reading prompts", len(wanted))
+        observations = []
+        for label, index, prompt in wanted:
+            prompt_ids = encode(
+                self.loaded.tokenizer, prompt.prompt, self.target.context_length, settings.chat, name=prompt.id
+            )
+            observation = done.get((label, prompt.id, len(prompt_ids)))
+            if observation is None:
+                new_tokens = settings.new_tokens if index < settings.search_prompts else 0
+                eos = eos_token_ids(self.loaded.model)
+                observation = observe(self.target, label, prompt.id, prompt_ids, new_tokens, settings.pooling, eos)
+                self.journal.observations.append(observation)
+            observations.append(observation)
+            self.reporter.advance(label)
+        return observations
+
+    def _measure_cost(self) -> CostProfile:
+        cost = self.journal.read_cost()
+        if cost is None:
+            self.reporter.stage("measuring costs", None)
+            cost = measure_cost(self.target)
+            self.journal.write_cost(cost)
+        return cost
+
+    def _search(self, searches: Mapping[str, Sequence[Observation]], cost: CostProfile, fresh: bool) -> None:
+        storage = self.journal.storage(self.settings.storage)
+        for label in searches:  # before any worker starts, so that none finds the storage half made
+            study = create_study(storage, self._study_name(label))
+            if not fresh and self.settings.storage is None:
+                Search(study, self.settings.search, cost, num_layers=self.target.num_layers).abandon_running()
+        workers = [_start_worker(self, index) for index in range(1, self.settings.workers)]
+        try:
+            for place, (label, observations) in enumerate(searches.items()):
+                deadline = self.deadline(len(searches) - place)
+                search_label(self, label, observations, cost, deadline)
+            for worker in workers:
+                worker.join()
+        finally:
+            for worker in workers:
+                worker.terminate()
+
+    def deadline(self, searches_left: int) -> float | None:
+        if self.settings.minutes is None:
+            return None
+        now = time.perf_counter()
+        if self._search_end is None:
+            self._search_end = now + 60 * self.settings.minutes
+        return now + max(0.0, self._search_end - now) / searches_left
+
+    def _study_name(self, label: str) -> str:
+        return f"{self.fingerprint.weights_hash[:12]}-{self.settings.search}-{label}"
+
+    def open_search(self, label: str, cost: CostProfile) -> Search:
+        study = create_study(self.journal.storage(self.settings.storage), self._study_name(label))
+        return Search(study, self.settings.search, cost, num_layers=self.target.num_layers, seed=self.settings.seed)
+
+    def _decide(self, label: str, observations: Sequence[Observation], cost: CostProfile) -> Label:
+        """Lets the clock choose among the best few and plain decoding."""
+        finished = self.open_search(label, cost).finished()
+        ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
+        drafting = [f for f in ranked if f.skipped]
+        finalists = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f)]
+        timed: list[float] = []
+        if finalists:
+            self.reporter.stage(f"timing {label}", None)
+            timed = Clock(self.target, observations, eos_token_ids(self.loaded.model)).speedups(finalists)
+        best = max(range(len(timed)), key=timed.__getitem__, default=None)
+        wins = best is not None and timed[best] >= _WORTH_HAVING
+        plan = finalists[best] if wins and best is not None else Plan.plain(self.target.num_layers)
+        evidence = {
+            "trials": len(finished),
+            "prompts": len(observations),
+            "best_score": ranked[0].speedup if ranked else None,
+            "timed": [{"plan": p.to_json(), "speedup": s} for p, s in zip(finalists, timed, strict=True)],
+            "best_skipping": drafting
+            and {
+                "plan": drafting[0].plan.to_json(),
+                "score": drafting[0].speedup,
+                "agreement": drafting[0].agreement,
+            }
+            or None,  # fmt: skip
+        }
+        return Label(plan, 2.0, evidence)
+
+    def _worth_timing(self, finished: Finished) -> bool:
+        """Published scores are timings already, in tokens per second; foretold ones are speed-ups."""
+        return self.settings.search is Strategy.PAPER or finished.speedup >= _WORTH_TIMING
+
+    def _atlas(self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, Label]) -> Atlas:
+        self.reporter.stage("placing anchors", None)
+        vectors = np.array([o.vector for o in observations], dtype=np.float32)
+        labels = [o.label for o in observations]
+        anchors = fit_anchors(vectors, labels, self.settings.anchors, self.settings.seed)
+        evidence = {
+            **provenance(),
+            "model": self.loaded.name,
+            "settings": {**self.settings.identity(), "trials": self.settings.trials, "minutes": self.settings.minutes},
+            "wall_sec": round(time.perf_counter() - self.started, 1),
+            "routing": {"held_out": anchors.held_out, "accuracy": anchors.accuracy},
+        }
+        return Atlas(
+            fingerprint=self.fingerprint,
+            pooling=self.settings.pooling,
+            anchors=anchors.points,
+            anchor_labels=anchors.labels,
+            labels={name: replace(entries[name], radius=anchors.radii[name]) for name in self.grouped},
+            fallback=entries[MIXTURE].plan,
+            cost=cost,
+            fallback_evidence=entries[MIXTURE].evidence,
+            evidence=evidence,
+            vectors=vectors,
+            vector_labels=tuple(labels),
+        )
+
+
+def search_label(
+    run: _Calibration, label: str, observations: Sequence[Observation], cost: CostProfile, deadline: float | None
+) -> None:
+    """Asks, scores and tells until the trials or the time are used up, or nothing is left to try."""
+    search = run.open_search(label, cost)
+    total = run.settings.num_trials(run.target.num_layers)
+    run.reporter.stage(f"searching {label}", total)
+    for _ in range(search.num_begun()):
+        run.reporter.advance()
+    with _scoring(run, observations, cost) as score:
+        repeats = 0
+        while (total is None or search.num_begun() < total) and repeats < 50:
+            if deadline is not None and time.perf_counter() > deadline:
+                return
+            trial = search.ask()
+            if trial is None:
+                return
+            known = search.known(trial)
+            repeats = repeats + 1 if known else 0
+            best = max((f.speedup for f in search.finished()), default=0.0)
+            told = known or score(trial, best)
+            search.tell(trial, told)
+            run.reporter.advance(f"best {max(best, told.speedup):.2f}")
+
+
+@contextmanager
+def _scoring(
+    run: _Calibration, observations: Sequence[Observation], cost: CostProfile
+) -> Iterator[Callable[[Trial, float], Score]]:
+    """How a trial is scored: foretold from rehearsals, or timed as published."""
+    settings = run.settings
+    if settings.search is Strategy.PAPER:
+        clock = Clock(run.target, observations, eos_token_ids(run.loaded.model))
+        policy = Policy(settings.max_draft, settings.threshold)
+
+        def timed(trial: Trial, _best: float) -> Score:
+            plan = trial.plan.with_policy(policy)
+            return Score(plan, clock.tokens_per_sec(plan), 0.0, 0)
+
+        yield timed
+        return
+    with Rehearsals(run.target, observations, cost) as rehearsals:
+        yield lambda trial, best: rehearsals.score(trial.plan, best)
+
+
+def search_sets(observations: Sequence[Observation], settings: Settings) -> dict[str, list[Observation]]:
+    """Which continuations each label's plans are scored on, and the mixture's: some of every label, in turn."""
+    continued: dict[str, list[Observation]] = {}
+    for observation in observations:
+        members = continued.setdefault(observation.label, [])
+        if observation.token_ids and len(members) < settings.search_prompts:
+            members.append(observation)
+    turns = zip_longest(*continued.values())
+    mixed = [observation for turn in turns for observation in turn if observation is not None]
+    return {**continued, MIXTURE: mixed[: max(settings.search_prompts, len(continued))]}
+
+
+def _digest(grouped: Mapping[str, Sequence[Prompt]]) -> str:
+    texts = [(label, prompt.id, prompt.prompt) for label, prompts in grouped.items() for prompt in prompts]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+
+
+def _start_worker(run: _Calibration, index: int) -> multiprocessing.process.BaseProcess:
+    """Another process that loads the same model and works on the same studies."""
+    context = multiprocessing.get_context("spawn")
+    dtype = run.fingerprint.dtype
+    arguments = (run.loaded.name, dtype, run.grouped, run.out, replace(run.settings, seed=run.settings.seed + index))
+    worker = context.Process(target=_work, args=arguments, daemon=True)
+    worker.start()
+    return worker
+
+
+def _work(name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: Path, settings: Settings) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
+    run = _Calibration(load_model(name, dtype=dtype), grouped, out, settings, _Silent())
+    cost = run.journal.read_cost()
+    assert cost is not None, "the first process measures costs before it starts others"
+    searches = search_sets(run.journal.observations.read(), settings)
+    for place, (label, observations) in enumerate(searches.items()):
+        search_label(run, label, observations, cost, run.deadline(len(searches) - place))

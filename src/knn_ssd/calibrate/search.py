@@ -1,0 +1,231 @@
+"""Searches over which sublayers to skip: ask for a plan, tell what it scored.
+
+All strategies keep their trials in one Optuna study, which may lie in a file or a database and be shared by processes:
+
+- `paper`: Bayesian optimisation with a Gaussian process over 2L variables in [0, 1], rounded (arXiv 2309.08168, section 3.2,
+  which arXiv 2505.16162 follows).
+- `greedy`: every sublayer alone, then the least harmful ones together in growing numbers, then one change at a time.
+- `bayes`: as greedy, with every second later trial from a tree-structured Parzen estimator.
+- `evolve`: as greedy up to the growing numbers, then a genetic algorithm.
+
+What to try next follows from the finished trials alone, so a search goes on after a kill as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.calibrate.objective import Score
+from knn_ssd.plan import Plan
+
+Skipped = frozenset[int]  # sublayers by their place in Plan.modes: attention of layer i is 2i, its MLP 2i + 1
+
+_POPULATION = 20
+_SET, _AGREEMENT, _PLAN = "skipped", "agreement", "plan"
+
+
+class Strategy(StrEnum):
+    PAPER = "paper"
+    GREEDY = "greedy"
+    BAYES = "bayes"
+    EVOLVE = "evolve"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A plan to try; its policy is still open."""
+
+    number: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A trial that was told.
+
+    Args:
+        skipped: the sublayers skipped.
+        speedup: its score.
+        agreement: share of positions at which its draft agreed.
+        plan: with the policy that suited it best.
+    """
+
+    skipped: Skipped
+    speedup: float
+    agreement: float
+    plan: Plan
+
+
+def create_study(storage: optuna.storages.BaseStorage | str, name: str) -> optuna.Study:
+    """A study of that name, the one that is there or a new one."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+
+
+class Search:
+    """One label's search.
+
+    Args:
+        study: keeps the trials.
+        strategy: what to try next.
+        cost: of the machine; tells what skipping a sublayer saves.
+        num_layers: L.
+        seed: of the sampler.
+    """
+
+    def __init__(
+        self, study: optuna.Study, strategy: Strategy, cost: CostProfile, *, num_layers: int, seed: int = 0
+    ) -> None:
+        self._study = study
+        self._strategy = strategy
+        self._cost = cost
+        self._num_layers = num_layers
+        self._asked: dict[int, optuna.trial.Trial] = {}
+        study.sampler = _sampler(strategy, seed + len(self.finished()))
+
+    def ask(self) -> Trial | None:
+        """The next plan to try; None when the strategy has nothing left to try."""
+        proposal = self._propose()
+        if proposal is not None:
+            self._study.enqueue_trial(self._params(proposal), user_attrs={_SET: sorted(proposal)})
+        elif self._strategy is Strategy.GREEDY:
+            return None
+        trial = self._study.ask(self._distributions())
+        skipped = frozenset(i for i in range(2 * self._num_layers) if round(float(trial.params[_name(i)])))
+        trial.set_user_attr(_SET, sorted(skipped))
+        self._asked[trial.number] = trial
+        return Trial(trial.number, self._plan(skipped))
+
+    def tell(self, trial: Trial, score: Score) -> None:
+        """What a plan scored."""
+        asked = self._asked.pop(trial.number)
+        asked.set_user_attr(_AGREEMENT, score.agreement)
+        asked.set_user_attr(_PLAN, score.plan.to_json())
+        self._study.tell(asked, score.speedup)
+
+    def finished(self) -> list[Finished]:
+        """All trials told so far, by anyone."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [
+            Finished(
+                frozenset(trial.user_attrs[_SET]),
+                trial.value or 0.0,
+                trial.user_attrs[_AGREEMENT],
+                Plan.from_json(trial.user_attrs[_PLAN]),
+            )
+            for trial in trials
+        ]
+
+    def known(self, trial: Trial) -> Score | None:
+        """What the same plan scored before, if it did."""
+        for finished in self.finished():
+            if finished.skipped == _skipped(trial.plan):
+                return Score(finished.plan, finished.speedup, finished.agreement, 0)
+        return None
+
+    def num_begun(self) -> int:
+        """Trials told or still being worked on, by anyone."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        return len(self._study.get_trials(deepcopy=False, states=states))
+
+    def abandon_running(self) -> None:
+        """Gives up trials that a killed process left; only where no other process works on the study."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _propose(self) -> Skipped | None:
+        if self._strategy is Strategy.PAPER:
+            return None
+        finished = self.finished()
+        begun = {frozenset(t.user_attrs[_SET]) for t in self._study.get_trials(deepcopy=False) if _SET in t.user_attrs}
+        begun -= {
+            frozenset(t.user_attrs[_SET])
+            for t in self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+            if _SET in t.user_attrs
+        } - {f.skipped for f in finished}
+        for first in (frozenset[int](), *(frozenset({i}) for i in range(2 * self._num_layers))):
+            if first not in begun:
+                return first
+        ranked = self._ranked(finished)
+        ladder = next_rung(ranked, finished, begun)
+        if ladder is not None or self._strategy is Strategy.EVOLVE:
+            return ladder
+        if self._strategy is Strategy.BAYES and len(finished) % 2:
+            return None
+        return next_change(ranked, finished, begun)
+
+    def _ranked(self, finished: Sequence[Finished]) -> list[int]:
+        """Sublayers from least to most harmful per second that skipping them saves."""
+        loss = {min(f.skipped): 1 - f.agreement for f in finished if len(f.skipped) == 1}
+        saved = (max(self._cost.attention_sec, 1e-9), max(self._cost.mlp_sec, 1e-9))
+        return sorted(loss, key=lambda i: (loss[i] / saved[i % 2], -saved[i % 2]))
+
+    def _params(self, skipped: Skipped) -> dict[str, Any]:
+        return {_name(i): i in skipped for i in range(2 * self._num_layers)}
+
+    def _distributions(self) -> dict[str, Any]:
+        paper = self._strategy is Strategy.PAPER
+        kind = FloatDistribution(0.0, 1.0) if paper else CategoricalDistribution((False, True))
+        return {_name(i): kind for i in range(2 * self._num_layers)}
+
+    def _plan(self, skipped: Skipped) -> Plan:
+        attention = [i // 2 for i in skipped if i % 2 == 0]
+        return Plan.skipping(self._num_layers, attention, [i // 2 for i in skipped if i % 2])
+
+
+def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Skipped]) -> Skipped | None:
+    """The least harmful sublayers together: 1, 2, 3, 4, 6, 8, … of them, then ever finer around the best number."""
+    sizes = [size for size in _rungs(len(ranked)) if frozenset(ranked[:size]) not in begun]
+    if sizes:
+        return frozenset(ranked[: sizes[0]])
+    score = {f.skipped: f.speedup for f in finished}
+    tried = [n for n in range(1, len(ranked) + 1) if frozenset(ranked[:n]) in score]
+    if not tried:
+        return None
+    at = max(range(len(tried)), key=lambda i: score[frozenset(ranked[: tried[i]])])
+    for low, high in zip(tried[max(0, at - 1) : at + 1], tried[at : at + 2], strict=False):
+        between = frozenset(ranked[: (low + high) // 2])
+        if between not in begun:
+            return between
+    return None
+
+
+def next_change(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Skipped]) -> Skipped | None:
+    """The best set with one more sublayer, the least harmful first, or with one fewer, the most harmful first."""
+    best = max(finished, key=lambda f: f.speedup).skipped
+    more = [best | {i} for i in ranked if i not in best]
+    fewer = [best - {i} for i in reversed(ranked) if i in best]
+    width = max(len(more), len(fewer))
+    changes = [options[i] for i in range(width) for options in (more, fewer) if i < len(options)]
+    return next((change for change in changes if change not in begun), None)
+
+
+def _rungs(limit: int) -> list[int]:
+    sizes = [1, 2, 3, 4]
+    while sizes[-1] < limit:
+        sizes.append(sizes[-1] + max(1, sizes[-1] // 2))
+    return [size for size in sizes if size < limit] + [limit] * (limit > 0)
+
+
+def _sampler(strategy: Strategy, seed: int) -> optuna.samplers.BaseSampler:
+    if strategy is Strategy.PAPER:
+        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
+    if strategy is Strategy.EVOLVE:
+        return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+def _name(sublayer: int) -> str:
+    return f"{'mlp' if sublayer % 2 else 'attention'}_{sublayer // 2}"
+
+
+def _skipped(plan: Plan) -> Skipped:
+    return frozenset(2 * i for i in plan.skipped_attention) | frozenset(2 * i + 1 for i in plan.skipped_mlp)

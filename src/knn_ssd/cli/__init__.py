@@ -1,0 +1,87 @@
+"""The `knn-ssd` command: its table of commands, and how errors become one sentence and an exit code.
+
+A command is a module with `add_parser(subparsers)` and `run(args) -> int`. Only the module of the command that was
+asked for is imported, and none of them imports torch before `run`. This module knows nothing of what commands do.
+
+Exit codes: 0 done; 1 a difference found (`atlas diff`) or a bug, with its traceback; 2 what a user can mend;
+130 Ctrl-C; 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from knn_ssd.cli import output
+from knn_ssd.cli.parser import Parser, Version
+from knn_ssd.errors import Interrupted, KnnSsdError
+
+COMMANDS = {
+    "calibrate": "find out how a model drafts best for each kind of prompt, and write an atlas",
+    "generate": "answer prompts",
+    "chat": "talk with a model in the terminal",
+    "atlas": "show, verify, compare and share atlases",
+    "plot": "draw an atlas: where prompts lie, and what is skipped for them",
+    "doctor": "what this machine gives, and how fast a model can be on it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives the exit code.
+
+    Args:
+        argv: the arguments after `knn-ssd`; None takes the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    output.prepare()
+    try:
+        code = _run(arguments)
+        output.flush()
+    except Interrupted as error:
+        output.note(f"knn-ssd: {error}")
+        return 130
+    except KnnSsdError as error:
+        output.note(f"knn-ssd: {error}")
+        return 2
+    except KeyboardInterrupt:
+        output.note("\nknn-ssd: interrupted" if output.stderr_is_terminal() else "knn-ssd: interrupted")
+        return 130
+    except BrokenPipeError:
+        output.abandon_stdout()
+        return 141
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser(arguments)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return int(_module(args.command).run(args))
+
+
+def _parser(arguments: list[str]) -> Parser:
+    """The parser, in which the command asked for has its own options and the others are names with a line of help."""
+    parser = Parser(
+        prog="knn-ssd",
+        description="Faster answers from a language model that drafts for itself, without changing what it says.",
+        epilog="`knn-ssd COMMAND --help` shows the options of a command.",
+    )
+    parser.add_argument("--version", action=Version, help="show the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, line in COMMANDS.items():
+        if name in arguments[:1]:
+            _module(name).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def _module(command: str) -> Any:
+    return import_module(f"knn_ssd.cli.{command}")

@@ -1,0 +1,148 @@
+"""Atlases in words: tables and sentences. It reads and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.plan import Mode
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from knn_ssd.atlas import Atlas
+    from knn_ssd.plan import Plan
+
+FALLBACK = "fallback"
+_NOT_TOLD = ("model", "settings", "versions")  # told elsewhere, or too long for a line
+_MARKS = {Mode.KEEP: "·", Mode.SKIP: "S", Mode.LOW: "l"}
+
+
+def headline(atlas: Atlas) -> str:
+    """Which model, how prompts are placed, and where the atlas comes from."""
+    model = atlas.fingerprint
+    name = atlas.evidence.get("model")
+    lines = [
+        f"model    {f'{name}: ' if name else ''}{model.architecture}, {model.num_layers} layers of "
+        f"{model.hidden_size}, {model.vocab_size} tokens, in {model.dtype}",
+        f"weights  {model.weights_hash}, tokenizer {model.tokenizer_hash or 'none'}",
+        f"anchors  {len(atlas.anchor_labels)} for {len(atlas.labels)} domains, by {atlas.pooling.value} pooling",
+        f"costs    {1000 * atlas.cost.step_sec:.2f} ms a token, of which an attention takes "
+        f"{1000 * atlas.cost.attention_sec:.2f} ms and an MLP {1000 * atlas.cost.mlp_sec:.2f} ms",
+    ]
+    if evidence := _told(atlas.evidence):
+        lines.append(f"made     {evidence}")
+    return "\n".join(lines)
+
+
+def labels_table(atlas: Atlas) -> Table:
+    """Per label: its anchors, its radius, how its prompts are drafted for, and what speaks for that."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("domain", "anchors", "radius"):
+        table.add_column(title, justify="left" if title == "domain" else "right", no_wrap=True)
+    table.add_column("plan", overflow="fold")
+    table.add_column("evidence", overflow="fold")
+    for name, label in atlas.labels.items():
+        count = str(atlas.anchor_labels.count(name))
+        row = (name, count, f"{label.radius:.4f}", label.plan.describe(), _told(label.evidence))
+        table.add_row(*map(Text, row))
+    table.add_row(*map(Text, (FALLBACK, "", "", atlas.fallback.describe(), _told(atlas.fallback_evidence))))
+    return table
+
+
+def skip_map(atlas: Atlas) -> str:
+    """Two rows of characters per plan, one character a layer."""
+    plans = list(_plans(atlas))
+    width = max(len(name) for name, _ in plans)
+    num_layers = atlas.fingerprint.num_layers
+    ruler = "".join(f"{tens:<10}" for tens in range(0, num_layers, 10))[: max(num_layers, 2)].rstrip()
+    lines = ["skip map, layer by layer: · keep, S skip, l low", f"{'':{width}}            {ruler}"]
+    for name, plan in plans:
+        lines.append(f"{name:{width}}  attention {_marks(plan.attention)}")
+        lines.append(f"{'':{width}}  MLP       {_marks(plan.mlp)}")
+    return "\n".join(lines)
+
+
+def differences(a: Atlas, b: Atlas) -> list[str]:
+    """What makes one atlas draft otherwise than another, as sentences; costs and evidence are left aside."""
+    found = [
+        f"model: {name.replace('_', ' ')} is {ours or 'none'} in the first, {theirs or 'none'} in the second"
+        for name in a.fingerprint.__slots__
+        if (ours := getattr(a.fingerprint, name)) != (theirs := getattr(b.fingerprint, name))
+    ]
+    if a.pooling is not b.pooling:
+        found.append(f"pooling: {a.pooling.value} in the first, {b.pooling.value} in the second")
+    found += [f"{name}: only in the first" for name in a.labels if name not in b.labels]
+    found += [f"{name}: only in the second" for name in b.labels if name not in a.labels]
+    shared = [name for name in a.labels if name in b.labels]
+    found += [f"{name}: {line}" for name in shared for line in _label_differences(a, b, name)]
+    return found + [f"{FALLBACK}: {line}" for line in _plan_differences(a.fallback, b.fallback)]
+
+
+def _label_differences(a: Atlas, b: Atlas, name: str) -> Iterator[str]:
+    yield from _plan_differences(a.labels[name].plan, b.labels[name].plan)
+    ours, theirs = a.labels[name].radius, b.labels[name].radius
+    if ours != theirs:
+        yield f"radius {ours:.4f} in the first, {theirs:.4f} in the second"
+    our_anchors, their_anchors = (_anchors(atlas, name) for atlas in (a, b))
+    if our_anchors != their_anchors:
+        counts = [len(anchors) for anchors in (our_anchors, their_anchors)]
+        yield f"other anchors: {counts[0]} in the first, {counts[1]} in the second"
+
+
+def _plan_differences(a: Plan, b: Plan) -> Iterator[str]:
+    for mode in (Mode.SKIP, Mode.LOW):
+        ours, theirs = (_sublayers(plan, mode) for plan in (a, b))
+        if ours != theirs:
+            overlap = len(ours & theirs) / len(ours | theirs)
+            yield (
+                f"{mode.value} sets of {len(ours)} and {len(theirs)} sublayers overlap with Jaccard index {overlap:.2f}"
+            )
+    if a.head is not b.head:
+        yield f"LM head {a.head.value} in the first, {b.head.value} in the second"
+    for name in a.policy.__slots__:
+        ours, theirs = getattr(a.policy, name), getattr(b.policy, name)
+        if ours != theirs:
+            yield f"policy's {name} is {ours} in the first, {theirs} in the second"
+
+
+def _plans(atlas: Atlas) -> Iterator[tuple[str, Plan]]:
+    for name, label in atlas.labels.items():
+        yield name, label.plan
+    yield FALLBACK, atlas.fallback
+
+
+def _anchors(atlas: Atlas, name: str) -> list[list[float]]:
+    """The anchors of a label, in an order of their own."""
+    return sorted(atlas.anchors[index].tolist() for index, label in enumerate(atlas.anchor_labels) if label == name)
+
+
+def _sublayers(plan: Plan, mode: Mode) -> set[int]:
+    return {index for index, its_mode in enumerate(plan.modes) if its_mode is mode}
+
+
+def _marks(modes: tuple[Mode, ...]) -> str:
+    return "".join(_MARKS[mode] for mode in modes)
+
+
+def _told(evidence: Mapping[str, Any]) -> str:
+    """What evidence says in single values, its own or one level down, and the best of what was timed."""
+    values: dict[str, Any] = {}
+    for name, value in evidence.items():
+        if name in _NOT_TOLD:
+            continue
+        if isinstance(value, Mapping):
+            values |= {f"{name} {inner}": item for inner, item in value.items()}
+        elif name == "timed" and isinstance(value, list):
+            values["timed speedup"] = max((entry["speedup"] for entry in value if "speedup" in entry), default=None)
+        else:
+            values[name] = value
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+        if isinstance(value, str | int | float)
+    )

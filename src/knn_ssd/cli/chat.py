@@ -1,0 +1,185 @@
+"""`knn-ssd chat`: a conversation in the terminal, or with lines from a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.cli import options, output, results
+from knn_ssd.errors import PromptError, UsageError
+
+if TYPE_CHECKING:
+    from knn_ssd.engine import Engine, Generation
+
+_COMMANDS = {
+    "/stats": "what the last answer took, and all so far",
+    "/reset": "forget the conversation",
+    "/help": "these lines",
+    "/quit": "leave (so does Ctrl-D)",
+}
+_COMMAND = re.compile(r"/[a-z]+")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "chat",
+        description="Talks with a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.",
+    )
+    options.add_model_options(parser)
+    options.add_atlas_options(parser)
+    options.add_sampling_options(parser, max_new_tokens=1024)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talks until the user leaves."""
+    atlas = options.read_atlas(args)
+    stream_options = options.sampling(args)
+    engine = options.load_engine(args, atlas)
+    if engine.tokenizer is None or not engine.tokenizer.chat_template:
+        raise UsageError("the model has no chat template, so it cannot converse", "Use `knn-ssd generate`.")
+    if sys.stdin.isatty():
+        _greet(engine)
+    conversation = Conversation(engine, stream_options)
+    while (line := _read_line()) is not None:
+        text = line.strip()
+        if text == "/quit":
+            break
+        if _COMMAND.fullmatch(text):
+            _obey(text, conversation)
+        elif text:
+            _reply(conversation, text)
+    return 0
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The messages so far, as many as the model's context holds, and what the answers took.
+
+    Args:
+        engine: answers.
+        stream_options: of `Engine.stream`.
+    """
+
+    engine: Engine
+    stream_options: dict[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answers: list[Generation] = field(default_factory=list)
+
+    def add(self, role: str, text: str) -> None:
+        self.messages.append({"role": role, "content": text})
+
+    def fit(self) -> int:
+        """Drops the oldest turns until there is room for an answer, and says how many.
+
+        Raises:
+            PromptError: the last message is too long even alone; nothing is dropped.
+        """
+        self.engine.encode(self.messages[-1:])
+        dropped = 0
+        while len(self.messages) > 1 and not self._has_room():
+            self._drop_turn()
+            dropped += 1
+        return dropped
+
+    def _has_room(self) -> bool:
+        context_length = self.engine.target.context_length
+        room = min(self.stream_options["max_new_tokens"], context_length // 4)
+        try:
+            return len(self.engine.encode(self.messages)) + room <= context_length
+        except PromptError:  # longer than the context
+            return False
+
+    def _drop_turn(self) -> None:
+        """A turn is a message of the user and the answer to it."""
+        del self.messages[:2]
+
+
+def _reply(conversation: Conversation, text: str) -> None:
+    """Answers one message; an answer that Ctrl-C cut short stays in the conversation as far as it came."""
+    conversation.add("user", text)
+    try:
+        options.check_text(text)
+        dropped = conversation.fit()
+    except PromptError as error:
+        conversation.messages.pop()
+        output.note(f"({error})")
+        return
+    if dropped:
+        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+        output.note(f"(the conversation has outgrown the model's context: its oldest {turns} dropped)")
+    answer, is_whole = _stream_answer(conversation)
+    if answer or is_whole:
+        conversation.add("assistant", answer)
+    else:
+        conversation.messages.pop()
+
+
+def _stream_answer(conversation: Conversation) -> tuple[str, bool]:
+    """Shows the answer as it comes, and gives it, and whether it is whole."""
+    pieces: list[str] = []
+    try:
+        with closing(conversation.engine.stream(conversation.messages, **conversation.stream_options)) as stream:
+            for chunk in stream:
+                pieces.append(chunk.text)
+                output.write(chunk.text)
+            conversation.answers.append(stream.result)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        output.note(" (stopped)")
+        return "".join(pieces), False
+    output.write("\n")
+    return "".join(pieces), True
+
+
+def _obey(command: str, conversation: Conversation) -> None:
+    if command == "/reset":
+        conversation.messages.clear()
+        output.note("(the conversation is forgotten)")
+    elif command == "/stats":
+        _tell_stats(conversation.answers)
+    else:
+        if command != "/help":
+            output.note(f"There is no {command}. There are:")
+        for name, line in _COMMANDS.items():
+            output.note(f"  {name:8} {line}")
+
+
+def _tell_stats(answers: list[Generation]) -> None:
+    if not answers:
+        output.note("(no answer is finished yet)")
+        return
+    output.note(results.summary(answers[-1]))
+    output.note(results.total([answer.stats for answer in answers]))
+
+
+def _greet(engine: Engine) -> None:
+    atlas = engine.atlas
+    drafts = "no atlas: plain decoding" if atlas is None else f"atlas of {', '.join(sorted(atlas.labels))}"
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
+    output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")
+    import readline  # noqa: F401  # line editing and history for input()
+
+
+def _read_line() -> str | None:
+    """The next line from the user; None once there are no more."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            return input("> " if is_terminal and output.stdout_is_terminal() else "")
+        except EOFError:
+            if is_terminal:
+                output.note("")
+            return None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            output.note("\n(Ctrl-D or /quit leaves)")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"the input is not UTF-8 text ({error})", "Give text.") from error

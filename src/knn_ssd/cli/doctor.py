@@ -1,0 +1,121 @@
+"""`knn-ssd doctor`: what this machine gives, and how fast a model can be on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.cli import options, output
+from knn_ssd.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from knn_ssd.doctor import Examination, Machine, ModelReport
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "doctor",
+        description="Tells what this machine gives (kernels, read bandwidth) and how fast a model can be on it: "
+        "whether it can draft for itself, what its exactness is, and the floor of seconds per token.",
+    )
+    parser.add_argument("--no-model", action="store_true", help="look at the machine only")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options.add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examines, then shows."""
+    if args.no_model and (args.model is not None or args.device is not None or args.dtype != "auto"):
+        raise UsageError("--no-model leaves out what --model, --dtype and --device are for", "Drop one or the other.")
+    examination = _examine(args)
+    if args.json:
+        output.write_json(examination.to_json(), indent=1)
+        return 0
+    output.write_table(_table("this machine", _machine_rows(examination.machine)))
+    if examination.model is not None:
+        output.write_table(_table(examination.model.model, _model_rows(examination.model)))
+    elif not args.no_model:
+        output.note("note: the embedded model is not installed; name another with --model to have it examined")
+    return 0
+
+
+def _examine(args: argparse.Namespace) -> Examination:
+    from knn_ssd import doctor
+
+    if output.stderr_is_terminal():
+        output.note("measuring …")
+    if args.no_model or (args.model is None and doctor.embedded_source() is None):
+        return doctor.Examination(doctor.examine_machine())
+    return doctor.examine(args.model, args.dtype, args.device)
+
+
+def _machine_rows(machine: Machine) -> dict[str, str]:
+    memory = _gib(machine.memory_bytes)
+    if machine.available_memory_bytes is not None:
+        memory += f", {_gib(machine.available_memory_bytes)} available"
+    return {
+        "versions": ", ".join(f"{package} {number}" for package, number in machine.versions.items()),
+        "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
+        "cpu flags": _yes_and_no(machine.cpu_flags),
+        "devices": ", ".join(machine.devices),
+        "kernels": _yes_and_no(machine.kernels),
+        "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
+        "memory": memory,
+        "cache directory": machine.cache_directory,
+        "embedded model": machine.embedded_model or "not there",
+    }
+
+
+def _model_rows(report: ModelReport) -> dict[str, str]:
+    rows = {
+        "supported": "yes" if report.supported else f"no: {report.unsupported_because}",
+        "directory": report.model_dir,
+        "architecture": report.architecture
+        and f"{report.architecture}, {report.num_layers} layers, {_millions(report.parameters)} parameters",
+        "runs in": report.dtype and f"{report.dtype} on {report.device}",
+        "weights": report.weight_bytes
+        and f"{_megabytes(report.weight_bytes)}, of which a token reads {_megabytes(report.read_bytes_per_token)}",
+        "floor": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
+        "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured",
+        "exactness": report.exactness and report.exactness.value,
+        "context": report.context_length and f"{report.context_length} tokens",
+    }
+    return {name: str(value) for name, value in rows.items() if value}
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _yes_and_no(found: dict[str, bool]) -> str:
+    there = ", ".join(name for name, is_there in found.items() if is_there) or "none"
+    missing = ", ".join(name for name, is_there in found.items() if not is_there)
+    return f"{there}; without {missing}" if missing else there
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _megabytes(size_bytes: int | None) -> str:
+    return f"{(size_bytes or 0) / 1e6:.1f} MB"
+
+
+def _millions(count: int | None) -> str:
+    return f"{(count or 0) / 1e6:.2f}M"
+
+
+def _speed(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms a token, {1 / seconds:.1f} tokens/s"

@@ -1,0 +1,216 @@
+"""Options that several commands share, and what they are turned into.
+
+What can be checked without the model is checked before it is loaded. This module knows nothing of what commands do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.cli import output
+from knn_ssd.errors import PromptError, UsageError
+
+if TYPE_CHECKING:
+    from knn_ssd.atlas import Atlas
+    from knn_ssd.engine import Engine
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Options that are without effect while decoding is greedy, and the value that is no choice at all.
+_SAMPLING_ONLY = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, got '{text}'")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """The type of an option that takes numbers; which of them is for others to say."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got '{text}'")
+    return value
+
+
+def filled(text: str) -> str:
+    """The type of an option that takes text, but not the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("must have at least one character, got an empty text")
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, what: str = "the model") -> None:
+    """--model, --dtype and --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="M",
+        type=filled,
+        help=f"{what}: a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision (default: auto, the checkpoint's own where the device computes it, else float32)",
+    )
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+
+
+def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> None:
+    """--atlas, --neighbours and, if wanted, --plain and --domain."""
+    group = parser.add_argument_group("drafts")
+    sources = group.add_mutually_exclusive_group() if plain else group
+    sources.add_argument("--atlas", metavar="A", help="how to draft: the folder that calibrate wrote")
+    if plain:
+        sources.add_argument("--plain", action="store_true", help="decode without drafts")
+        group.add_argument(
+            "--domain", metavar="NAME", help="draft as for this domain of the atlas, whatever the prompt"
+        )
+    group.add_argument(
+        "--neighbours",
+        metavar="K",
+        type=whole_number(1),
+        help="how many anchors of the atlas vote on the domain of a prompt (default: 1)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
+    """--max-new-tokens, --stop, and everything that chooses among tokens."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=whole_number(1),
+        default=max_new_tokens,
+        help="the longest answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stop",
+        metavar="TEXT",
+        type=filled,
+        action="append",
+        default=[],
+        help="end the answer before this text; can be given several times",
+    )
+    group.add_argument(
+        "--temperature",
+        metavar="T",
+        type=number,
+        default=0.0,
+        help="0 always takes the likeliest token (the default); higher is more varied",
+    )
+    group.add_argument("--top-k", metavar="K", type=whole_number(0), default=0, help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--top-p",
+        metavar="P",
+        type=number,
+        default=1.0,
+        help="draw from the likeliest tokens that have probability P together",
+    )
+    group.add_argument(
+        "--min-p",
+        metavar="P",
+        type=number,
+        default=0.0,
+        help="draw from tokens at least P times as likely as the likeliest",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        metavar="R",
+        type=number,
+        default=1.0,
+        help="above 1 makes tokens that were there before less likely",
+    )
+    group.add_argument(
+        "--seed", metavar="S", type=whole_number(0), help="of the random numbers; the same gives the same"
+    )
+
+
+def check_text(text: str, name: str = "") -> None:
+    """Refuses what no tokenizer takes.
+
+    Args:
+        text: a prompt.
+        name: of the prompt, for the error messages.
+
+    Raises:
+        PromptError: an empty prompt, or one with halves of characters, as a command line that is not UTF-8 gives.
+    """
+    the_prompt = f"prompt '{name}'" if name else "the prompt"
+    if not text.strip():
+        raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{the_prompt} is not Unicode text: {error.reason}", "Save it as UTF-8.") from error
+
+
+def read_atlas(args: argparse.Namespace) -> Atlas | None:
+    """The atlas that the options name, once they fit it."""
+    domain = getattr(args, "domain", None)
+    if args.atlas is None:
+        for name, value in (("--domain", domain), ("--neighbours", args.neighbours)):
+            if value is not None:
+                raise UsageError(f"{name} chooses from an atlas, and there is none", "Give one with --atlas.")
+        return None
+    from knn_ssd.atlas import Atlas
+
+    atlas = Atlas.load(args.atlas)
+    if domain is not None:
+        atlas.plan_for(domain)
+    if args.neighbours is not None:
+        import torch
+
+        from knn_ssd.route import Router
+
+        Router(args.neighbours).fit(torch.from_numpy(atlas.anchors), atlas.anchor_labels)
+    return atlas
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Engine.stream`, checked."""
+    from knn_ssd.sampling import SamplingParams
+
+    params = {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    }
+    SamplingParams(**params)
+    idle = [name for name, no_choice in _SAMPLING_ONLY.items() if params[name] != no_choice]
+    if idle and args.temperature == 0:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        output.note(f"note: {names} has no effect at temperature 0, where the likeliest token is always taken")
+    return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop}
+
+
+def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
+    """The engine for --model, --dtype, --device and --neighbours."""
+    from knn_ssd.engine import Engine
+
+    tell_loading(args)
+    return Engine.from_pretrained(
+        args.model, atlas=atlas, dtype=args.dtype, device=args.device, neighbours=args.neighbours or 1
+    )
+
+
+def tell_loading(args: argparse.Namespace) -> None:
+    """Somebody who watches is told what takes so long."""
+    if output.stderr_is_terminal():
+        output.note(f"loading {args.model or 'the embedded model'} …")

@@ -1,0 +1,92 @@
+"""Where words go: results to stdout, everything else to stderr. The only place that writes to either.
+
+It knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PIPE_WIDTH = 160  # of tables that nobody's terminal limits
+
+
+def prepare() -> None:
+    """A terminal that cannot show a character shows a question mark instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def write(text: str) -> None:
+    """Puts text on stdout at once.
+
+    Raises:
+        OutputError: stdout cannot be written.
+        BrokenPipeError: its reader went away.
+    """
+    if sys.stdout is None:  # closed by whoever started us: nobody listens
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_stdout()
+        raise OutputError(f"the output cannot be written: {error.strerror or error}", "Make room for it.") from error
+
+
+def write_line(text: str) -> None:
+    write(text + "\n")
+
+
+def write_json(value: Any, indent: int | None = None) -> None:
+    """One JSON value on stdout, on one line unless an indent is given."""
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    write_line(json.dumps(value, ensure_ascii=not is_utf8, indent=indent))
+
+
+def write_table(table: RenderableType) -> None:
+    """A table of rich on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False) if stdout_is_terminal() else Console(highlight=False, width=_PIPE_WIDTH)
+    with console.capture() as captured:
+        console.print(table)
+    write(captured.get())
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+    """Writes out what argparse or others left in the buffer of stdout."""
+    write("")
+
+
+def abandon_stdout() -> None:
+    """Nothing more can be written: what is left in the buffer goes nowhere, so that leaving does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def stdout_is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def stderr_is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

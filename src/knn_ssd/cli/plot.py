@@ -1,0 +1,30 @@
+"""`knn-ssd plot`: pictures of an atlas."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from knn_ssd.cli import options, output
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "plot",
+        description="Draws an atlas: prompt vectors and anchors in two dimensions, and which sublayers are skipped.",
+    )
+    parser.add_argument("atlas", metavar="ATLAS", help="the folder of an atlas")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, type=options.filled, help="the picture; its ending says which kind"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws the picture and says where it is."""
+    from knn_ssd.atlas import Atlas
+    from knn_ssd.plots import plot_atlas
+
+    output.write_line(str(plot_atlas(Atlas.load(args.atlas), Path(args.out))))
+    return 0

@@ -1,0 +1,84 @@
+"""Finished answers in words: a line for people, an object for programs. It knows nothing of how answers are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knn_ssd.engine import Generation, Stats
+    from knn_ssd.route import Route
+
+
+def summary(generation: Generation, domain: str | None = None) -> str:
+    """One line: where the prompt lies, how it was drafted for, and what that brought.
+
+    Args:
+        generation: a finished one.
+        domain: the label whose plan was asked for, whatever the route.
+    """
+    stats = generation.stats
+    parts = [
+        _whereabouts(generation.route, domain),
+        generation.plan.describe(),
+        _drafts(stats.drafted, stats.accepted),
+        f"{_count(stats.tokens, 'token')} at {stats.tokens_per_sec:.1f}/s",
+        f"{stats.exactness.value} exactness",
+        f"ended by {generation.finish_reason.value}",
+    ]
+    return "[" + " | ".join(part for part in parts if part) + "]"
+
+
+def total(answers: Sequence[Stats]) -> str:
+    """One line about several answers together."""
+    tokens = sum(stats.tokens for stats in answers)
+    seconds = sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
+    drafts = _drafts(sum(stats.drafted for stats in answers), sum(stats.accepted for stats in answers))
+    return f"[{_count(len(answers), 'answer')} | {drafts} | {_count(tokens, 'token')} at {tokens / seconds:.1f}/s]"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def generation_json(name: str, generation: Generation) -> dict[str, Any]:
+    """The object that `generate --json` prints for one prompt."""
+    route = generation.route
+    return {
+        "id": name,
+        "text": generation.text,
+        "token_ids": list(generation.token_ids),
+        "route": route and {"label": route.label, "distance": route.distance, "fallback": route.fallback},
+        "plan": generation.plan.to_json(),
+        "stats": _stats_json(generation.stats),
+        "finish_reason": generation.finish_reason.value,
+    }
+
+
+def _stats_json(stats: Stats) -> dict[str, Any]:
+    return {
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "rounds": stats.rounds,
+        "tokens": stats.tokens,
+        "acceptance_rate": stats.acceptance_rate,
+        "tokens_per_round": stats.tokens_per_round,
+        "tokens_per_sec": stats.tokens_per_sec,
+        "prefill_sec": stats.prefill_sec,
+        "route_sec": stats.route_sec,
+        "decode_sec": stats.decode_sec,
+        "exactness": stats.exactness.value,
+    }
+
+
+def _whereabouts(route: Route | None, domain: str | None) -> str:
+    if route is None:
+        return ""
+    nearest = f"{route.label} at distance {route.distance:.3f}"
+    if domain is not None:
+        return f"as {domain}, as asked; nearest {nearest}"
+    return f"fallback: far from all, nearest {nearest}" if route.fallback else f"near {nearest}"
+
+
+def _drafts(drafted: int, accepted: int) -> str:
+    return f"drafted {drafted}, accepted {accepted} ({accepted / drafted:.0%})" if drafted else "nothing drafted"

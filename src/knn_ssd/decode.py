@@ -1,0 +1,171 @@
+"""Rounds: draft, verify, accept. Text, streams, the server, the benchmark and calibration all consume these.
+
+Speculative decoding (arXiv 2211.17192): a source drafts k tokens, the target runs them in one pass, and the longest prefix
+that the acceptance rule lets through is kept, with one token of the target's own after it. In a round's tokens, the drafted
+ones that were kept are *accepted*; the last is *corrected* where a drafted token was rejected and *bonus* where none was.
+
+This module knows token ids and nothing of text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from knn_ssd.draft.contract import Draft, DraftSource
+from knn_ssd.sampling import Sampler
+from knn_ssd.target.contract import Session
+
+
+class FinishReason(StrEnum):
+    """Why the output ended."""
+
+    EOS = "eos"  # an end-of-sequence token, which is part of the output
+    STOP = "stop"  # a stop string or stopping criterion
+    LENGTH = "length"  # max_new_tokens
+    CONTEXT = "context"  # the model's context is full
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One draft–verify–accept cycle, as it reached the output.
+
+    Args:
+        tokens: what was emitted, at least one token. The first round is the prefill's one token.
+        drafted: how many tokens were drafted.
+        accepted: how many of the drafted ones are among `tokens`.
+        source: who drafted them.
+        draft_sec: seconds spent drafting.
+        verify_sec: seconds spent verifying and accepting.
+        finish_reason: why the output ends with this round, None where it goes on.
+    """
+
+    tokens: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    source: str = "none"
+    draft_sec: float = 0.0
+    verify_sec: float = 0.0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the acceptance rule made of a draft.
+
+    Args:
+        accepted: length of the drafted prefix that is kept.
+        token: the target's own token after it.
+    """
+
+    accepted: int
+    token: int
+
+
+def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> torch.Tensor:
+    """The target's distributions (k + 1, V) at the k drafted positions and after them, in one pass."""
+    logits = session.forward([context[-1], *draft.tokens])  # (k + 1, V)
+    return sampler.probs(logits, context, draft.tokens)
+
+
+def accept(target_probs: torch.Tensor, draft: Draft, sampler: Sampler) -> Verdict:
+    """The rejection rule of arXiv 2211.17192, algorithm 1: what is emitted is distributed as the target's own.
+
+    A drafted token x is kept with probability min(1, p(x) / q(x)); at the first that is not, the token comes from the
+    normalised max(0, p - q). A determined token has q = 1 on itself. Greedy decoding is the case where p is one on
+    the target's choice: the longest agreeing prefix, then that choice.
+
+    Args:
+        target_probs: (k + 1, V).
+        draft: k tokens.
+        sampler: draws, and gives the random numbers.
+    """
+    chances = sampler.uniform(len(draft.tokens), target_probs.device)
+    for index, token in enumerate(draft.tokens):
+        p = target_probs[index]  # (V,)
+        q_token = 1.0 if draft.probs is None else float(draft.probs[index, token])
+        if chances[index] * q_token >= float(p[token]):
+            return Verdict(index, sampler.pick(_residual(p, draft, index)))
+    return Verdict(len(draft.tokens), sampler.pick(target_probs[-1]))
+
+
+def _residual(p: torch.Tensor, draft: Draft, index: int) -> torch.Tensor:
+    """max(0, p - q), (V,), not normalised; p itself where rounding alone rejected and nothing is left."""
+    if draft.probs is not None:
+        rest = (p - draft.probs[index]).clamp_(min=0)
+    else:
+        rest = p.clone()
+        rest[draft.tokens[index]] = 0
+    return rest if rest.any() else p
+
+
+def decode(
+    session: Session,
+    context: list[int],
+    first_logits: torch.Tensor,
+    source: DraftSource | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    ends: Callable[[int], FinishReason | None],
+) -> Iterator[Round]:
+    """Rounds until the output ends, exactly where decoding token by token would end it.
+
+    Args:
+        session: holds the prompt.
+        context: the prompt's token ids; the output is appended as it is emitted.
+        first_logits: (V,) for the token after the prompt.
+        source: who drafts; None is plain decoding.
+        sampler: chooses tokens.
+        max_new_tokens: the longest output, at least 1; the session has room for it.
+        ends: told every emitted token in order, says whether the output ends with it.
+    """
+    started = time.perf_counter()
+    left = max_new_tokens
+    first = sampler.pick(sampler.probs(first_logits[None], context)[0])
+    current = _emit(context, [first], left, ends, Round(()), started)
+    while True:
+        yield current
+        left -= len(current.tokens)
+        if current.finish_reason is not None:
+            return
+        started = time.perf_counter()
+        draft = source.propose(context, left - 1) if source is not None and left > 1 else Draft()
+        draft_sec = time.perf_counter() - started
+        started = time.perf_counter()
+        verdict = accept(verify(session, context, draft, sampler), draft, sampler)
+        session.commit(verdict.accepted + 1)
+        tokens = [*draft.tokens[: verdict.accepted], verdict.token]
+        shape = Round((), len(draft.tokens), verdict.accepted, draft.source, draft_sec)
+        current = _emit(context, tokens, left, ends, shape, started)
+
+
+def _emit(
+    context: list[int],
+    tokens: list[int],
+    left: int,
+    ends: Callable[[int], FinishReason | None],
+    shape: Round,
+    started: float,
+) -> Round:
+    """Appends tokens to the context up to where the output ends, and gives the round that they make."""
+    emitted: list[int] = []
+    reason = None
+    for token in tokens:
+        emitted.append(token)
+        context.append(token)
+        reason = ends(token) or (FinishReason.LENGTH if len(emitted) == left else None)
+        if reason is not None:
+            break
+    return Round(
+        tuple(emitted),
+        shape.drafted,
+        min(shape.accepted, len(emitted)),
+        shape.source,
+        shape.draft_sec,
+        time.perf_counter() - started,
+        reason,
+    )

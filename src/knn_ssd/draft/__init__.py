@@ -1,0 +1,1 @@
+"""Sources of drafts, behind one contract."""

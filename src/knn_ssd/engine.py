@@ -1,0 +1,413 @@
+"""The engine: a model, its tokenizer and an atlas; prompts in, text out, with the route and the rounds that led there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from knn_ssd.atlas import Atlas
+from knn_ssd.decode import FinishReason, Round, decode
+from knn_ssd.draft.contract import DraftSource
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.errors import UsageError
+from knn_ssd.plan import Plan
+from knn_ssd.route import Route, Router
+from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.target.contract import Exactness, Prefill, Session
+from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.text import TextStream
+from knn_ssd.tokens import PromptLike, encode, eos_token_ids
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import StoppingCriteriaList
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+# These keep state of their own between calls, so drafted tokens that are rejected would leave traces.
+_STATEFUL_PROCESSORS = (
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What one generation took and brought.
+
+    Args:
+        tokens: how many were emitted.
+        rounds: in how many rounds, the prefill's first token being one.
+        drafted: tokens drafted.
+        accepted: drafted tokens that were emitted.
+        prefill_sec: the pass over the prompt.
+        route_sec: from prompt vector to plan.
+        decode_sec: drafting, verifying and accepting.
+        exactness: what the target's passes promise.
+    """
+
+    tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    prefill_sec: float
+    route_sec: float
+    decode_sec: float
+    exactness: Exactness
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """accepted / drafted; None if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.tokens / self.rounds
+
+    @property
+    def tokens_per_sec(self) -> float:
+        """Tokens over all seconds, the prompt's included."""
+        return self.tokens / (self.prefill_sec + self.route_sec + self.decode_sec)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished output.
+
+    Args:
+        text: without special tokens, and without the stop string that ended it.
+        token_ids: as transformers returns them after the prompt, the end-of-sequence token included.
+        route: which anchor was nearest; None without an atlas.
+        plan: what drafted; a plain one where nothing did.
+        stats: what it took.
+        finish_reason: why it ended.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    route: Route | None
+    plan: Plan
+    stats: Stats
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One round of a stream, and the text that became certain with it."""
+
+    text: str
+    round: Round
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one output. It can be left at any time; `close` frees its memory at once.
+
+    Attributes:
+        route: known before the first chunk; None without an atlas.
+        plan: what drafts.
+    """
+
+    def __init__(self, route: Route | None, plan: Plan, steps: Generator[Chunk, None, Generation]) -> None:
+        self.route = route
+        self.plan = plan
+        self._steps = steps
+        self._result: Generation | None = None
+
+    def __next__(self) -> Chunk:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self._result = end.value or self._result
+            raise StopIteration from None
+
+    @property
+    def result(self) -> Generation:
+        """The whole output, once the stream has ended; runs it to its end if it has not."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise UsageError("a stream that was closed before its end has no result")
+        return self._result
+
+    def close(self) -> None:
+        self._steps.close()
+
+
+class Engine:
+    """Decodes with a model that drafts for itself.
+
+    Args:
+        model: a decoder of transformers.
+        tokenizer: its tokenizer; None if prompts come as token ids and output is wanted as such.
+        atlas: which plan for which prompts; without one, decoding is plain.
+        neighbours: how many anchors vote on a route.
+
+    Raises:
+        UnsupportedModelError: a model that cannot draft for itself.
+        AtlasMismatchError: an atlas of another model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        atlas: Atlas | None = None,
+        *,
+        neighbours: int = 1,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.atlas = atlas
+        self.target = HuggingFaceTarget(model)
+        self.exactness = self.target.exactness
+        self._router: Router | None = None
+        if atlas is not None:
+            atlas.check(fingerprint(model, tokenizer))
+            anchors = torch.from_numpy(atlas.anchors).to(self.target.device)
+            radii = {name: label.radius for name, label in atlas.labels.items()}
+            self._router = Router(neighbours).fit(anchors, atlas.anchor_labels, radii)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        atlas: Atlas | str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        neighbours: int = 1,
+    ) -> Engine:
+        """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
+
+        Args:
+            name: which model.
+            atlas: an atlas, or the folder of one.
+            dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
+            device: None takes an accelerator if there is one.
+            neighbours: how many anchors vote on a route.
+
+        Raises:
+            ModelError, AtlasError: what cannot be found, read or used together.
+        """
+        from knn_ssd.target.resolve import load_model
+
+        atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
+        loaded = load_model(name, dtype=dtype, device=device)
+        return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours)
+
+    def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
+        """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
+
+        Raises:
+            PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
+        """
+        return encode(self.tokenizer, prompt, self.target.context_length, chat)
+
+    def generate(self, prompt: PromptLike, **options: Any) -> Generation:
+        """The whole output for a prompt; options as in `stream`."""
+        return self.stream(prompt, **options).result
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        *,
+        max_new_tokens: int | None = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        plain: bool = False,
+        domain: str | None = None,
+        plan: Plan | None = None,
+        chat: bool = True,
+    ) -> Stream:
+        """Runs the prompt, routes it, and gives the output round by round.
+
+        Args:
+            prompt: a user's message, a conversation of role/content messages, or token ids.
+            max_new_tokens: the longest output; None is up to the model's context.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
+            stop: strings that end the output; they are not part of the text.
+            plain: decode without drafts.
+            domain: use this label's plan, whatever the route.
+            plan: use this plan, whatever the route.
+            chat: put text through the tokenizer's chat template if it has one.
+
+        Raises:
+            PromptError: a prompt that cannot be used.
+            UsageError: an option out of its range, or an unknown domain.
+        """
+        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampler = Sampler.from_params(params, self.target.device)
+        token_ids = self.encode(prompt, chat)
+        limit = self._limit(len(token_ids), max_new_tokens)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise UsageError("a stop string must have at least one character, got an empty one")
+        if stops and self.tokenizer is None:
+            raise UsageError(f"stop strings need a tokenizer, got {list(stops)} and a model without one")
+        text = TextStream(self.tokenizer, stops) if self.tokenizer is not None else None
+
+        session = self.target.open(len(token_ids) + limit)
+        prefill = session.prefill(token_ids)
+        started = time.perf_counter()
+        route = self._route(prefill)
+        chosen = self._choose_plan(route, plain, domain, plan)
+        route_sec = time.perf_counter() - started
+        rounds = self._rounds(session, token_ids, prefill, chosen, sampler, limit, self._ending(text))
+        reached_context = len(token_ids) + limit == self.target.context_length and limit != max_new_tokens
+        steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec, reached_context)
+        return Stream(route, chosen, steps)
+
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,  # transformers would give a mask twice to a callable that names it
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """For `model.generate(**inputs, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on the way.
+
+        Raises:
+            UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.
+        """
+        self._check_custom(model, input_ids, logits_processor, generation_config, model_kwargs.get("attention_mask"))
+        token_ids = input_ids[0].tolist()
+        limit = min(int(generation_config.max_length), self.target.context_length) - len(token_ids)
+        sampler = Sampler(logits_processor, greedy=not generation_config.do_sample)
+        session = self.target.open(len(token_ids) + limit)
+        context = list(token_ids)
+
+        def ends(token: int) -> FinishReason | None:
+            so_far = torch.tensor([[*context]], device=input_ids.device)
+            return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None  # type: ignore[arg-type]
+
+        prefill = session.prefill(token_ids)
+        chosen = self._choose_plan(self._route(prefill), plain=False, domain=None, plan=None)
+        for _round in self._rounds(session, context, prefill, chosen, sampler, limit, ends):
+            pass
+        session.close()
+        sequences = torch.tensor([context], dtype=input_ids.dtype, device=input_ids.device)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+
+    def _rounds(
+        self,
+        session: Session,
+        context: list[int],
+        prefill: Prefill,
+        plan: Plan,
+        sampler: Sampler,
+        limit: int,
+        ends: Callable[[int], FinishReason | None],
+    ) -> Iterator[Round]:
+        source: DraftSource | None = None if plan.is_plain else SelfDraft(session, plan, sampler)
+        return decode(session, context, prefill.logits, source, sampler, limit, ends)
+
+    def _steps(
+        self,
+        session: Session,
+        rounds: Iterator[Round],
+        text: TextStream | None,
+        route: Route | None,
+        plan: Plan,
+        prefill_sec: float,
+        route_sec: float,
+        reached_context: bool,
+    ) -> Generator[Chunk, None, Generation]:
+        seen: list[Round] = []
+        pieces: list[str] = []
+        try:
+            for current in rounds:
+                seen.append(current)
+                fresh = "" if text is None else text.finish() if current.finish_reason else text.take()
+                pieces.append(fresh)
+                yield Chunk(fresh, current)
+        finally:
+            session.close()
+        reason = seen[-1].finish_reason
+        assert reason is not None
+        if reason is FinishReason.LENGTH and reached_context:
+            reason = FinishReason.CONTEXT
+        stats = Stats(
+            tokens=sum(len(r.tokens) for r in seen),
+            rounds=len(seen),
+            drafted=sum(r.drafted for r in seen),
+            accepted=sum(r.accepted for r in seen),
+            prefill_sec=prefill_sec,
+            route_sec=route_sec,
+            decode_sec=sum(r.draft_sec + r.verify_sec for r in seen),
+            exactness=self.exactness,
+        )
+        token_ids = tuple(token for r in seen for token in r.tokens)
+        return Generation("".join(pieces), token_ids, route, plan, stats, reason)
+
+    def _ending(self, text: TextStream | None) -> Callable[[int], FinishReason | None]:
+        eos = eos_token_ids(self.model)
+
+        def ends(token: int) -> FinishReason | None:
+            stopped = text.push(token) if text is not None else False
+            if token in eos:
+                return FinishReason.EOS
+            return FinishReason.STOP if stopped else None
+
+        return ends
+
+    def _limit(self, prompt_length: int, max_new_tokens: int | None) -> int:
+        room = self.target.context_length - prompt_length
+        if max_new_tokens is None:
+            return room
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        return min(room, max_new_tokens)
+
+    def _route(self, prefill: Prefill) -> Route | None:
+        if self.atlas is None or self._router is None:
+            return None
+        return self._router.predict(prefill.vector(self.atlas.pooling))
+
+    def _choose_plan(self, route: Route | None, plain: bool, domain: str | None, plan: Plan | None) -> Plan:
+        if domain is not None and self.atlas is None:
+            raise UsageError(f"a domain needs an atlas that knows it, got '{domain}' and no atlas")
+        if plain:
+            return Plan.plain(self.target.num_layers)
+        if plan is not None:
+            return plan
+        if self.atlas is None:
+            return Plan.plain(self.target.num_layers)
+        if domain is not None:
+            return self.atlas.plan_for(domain)
+        return self.atlas.plan_for(route.plan_label if route is not None else None)
+
+    def _check_custom(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        if model is not self.model:
+            raise UsageError("custom_generate was called by another model than the engine's own")
+        if input_ids.shape[0] != 1:
+            raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
+        if config.num_beams not in (None, 1):
+            raise UsageError(f"custom_generate decodes without beams, got num_beams={config.num_beams}")
+        stateful = [name for p in processors if (name := type(p).__name__) in _STATEFUL_PROCESSORS]
+        if stateful:
+            raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")

@@ -1,0 +1,74 @@
+"""Everything that can go wrong for a user, in one tree.
+
+    KnnSsdError                   the fact, the value, the remedy (`hint`)
+    ├── UsageError                an option or argument that cannot be used (also a ValueError)
+    ├── PromptError               a prompt or prompt file that cannot be used (also a ValueError)
+    ├── ModelError                a model that cannot be found or read
+    │   └── UnsupportedModelError a model that was read but cannot draft for itself
+    ├── AtlasError                an atlas that cannot be found or read
+    │   └── AtlasMismatchError    an atlas of another model; lists the differences
+    ├── OutputError               a place that cannot be written
+    └── CalibrationError          a calibration that cannot go on
+        └── Interrupted           a calibration that was stopped and can be resumed
+
+The command line shows these as one sentence and exits with 2; any other exception is a bug.
+"""
+
+from __future__ import annotations
+
+
+class KnnSsdError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: the fact and the value, as a sentence without the final full stop.
+        hint: what the user can do about it, if anything.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class UsageError(KnnSsdError, ValueError):
+    """An option or argument that cannot be used."""
+
+
+class PromptError(KnnSsdError, ValueError):
+    """A prompt, or a file of prompts, that cannot be used."""
+
+
+class ModelError(KnnSsdError):
+    """A model that cannot be found or read."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model whose structure or state does not allow it to draft for itself."""
+
+
+class AtlasError(KnnSsdError):
+    """An atlas that cannot be found or read."""
+
+
+class AtlasMismatchError(AtlasError):
+    """An atlas that was calibrated on another model."""
+
+    def __init__(self, message: str, differences: tuple[str, ...], hint: str | None = None) -> None:
+        super().__init__(f"{message}: {'; '.join(differences)}", hint)
+        self.differences = differences
+
+
+class OutputError(KnnSsdError):
+    """A file or folder that cannot be written."""
+
+
+class CalibrationError(KnnSsdError):
+    """A calibration that cannot go on."""
+
+
+class Interrupted(CalibrationError):
+    """A calibration that was stopped before its end; what it found so far is kept."""

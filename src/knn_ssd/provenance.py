@@ -1,0 +1,81 @@
+"""Where an artefact comes from, and writing it so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from knn_ssd.errors import OutputError
+
+_PACKAGES = ("knn-ssd", "torch", "transformers", "optuna", "numpy", "scikit-learn")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and time, for the record."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears at `path` when the block ends well, and never otherwise.
+
+    Raises:
+        OutputError: `path` exists already, or cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"there is already something at '{path}'", "Choose another place, or remove it first.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with writing(path):
+            yield temporary
+            temporary.chmod(0o755)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a failure of the file system is told as one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"'{path}' cannot be written: {error.strerror or error}",
+            "Choose a place with room that you may write to.",
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            temporary.write_text(text, "utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

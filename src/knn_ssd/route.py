@@ -1,0 +1,81 @@
+"""From a prompt vector to a label: the nearest anchors by cosine (arXiv 2505.16162, section 4). Knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from knn_ssd.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What was chosen for one prompt.
+
+    Args:
+        label: the domain of the nearest anchors.
+        distance: cosine distance to the nearest anchor of that label, in [0, 2].
+        fallback: whether that is beyond the label's radius, so that the fallback plan runs.
+    """
+
+    label: str
+    distance: float
+    fallback: bool
+
+    @property
+    def plan_label(self) -> str | None:
+        """The label whose plan runs; None is the fallback."""
+        return None if self.fallback else self.label
+
+
+class Router:
+    """k-nearest anchors by cosine distance, after scikit-learn's conventions; runs on the device of its anchors.
+
+    Args:
+        k: how many anchors vote, each by its similarity; 1 as published.
+
+    Attributes:
+        anchors_: (A, D) of length one.
+        labels_: A of them.
+        radii_: by label; a label without one has no limit.
+    """
+
+    def __init__(self, k: int = 1) -> None:
+        self.k = k
+
+    def fit(self, anchors: torch.Tensor, labels: Sequence[str], radii: Mapping[str, float] | None = None) -> Router:
+        """Learns anchors (A, D) and their labels.
+
+        Raises:
+            UsageError: no anchors, another number of labels, or k outside [1, A].
+        """
+        if len(anchors) != len(labels) or not len(anchors):
+            raise UsageError(
+                f"as many anchors as labels are needed, and at least one, got {len(anchors)} and {len(labels)}"
+            )
+        if not 1 <= self.k <= len(anchors):
+            raise UsageError(f"k must be in [1, {len(anchors)}], the number of anchors, got {self.k}")
+        self.anchors_ = torch.nn.functional.normalize(anchors.float(), dim=-1)
+        self.labels_ = tuple(labels)
+        self.radii_ = dict(radii or {})
+        return self
+
+    def kneighbors(self, vector: torch.Tensor) -> tuple[list[float], list[int]]:
+        """Cosine distances and indices of the k anchors nearest to a vector (D,), nearest first."""
+        unit = torch.nn.functional.normalize(vector.to(self.anchors_), dim=-1)
+        similarities, indices = (self.anchors_ @ unit).topk(self.k)
+        return (1 - similarities).tolist(), indices.tolist()
+
+    def predict(self, vector: torch.Tensor) -> Route:
+        """The route for a prompt vector (D,)."""
+        distances, indices = self.kneighbors(vector)
+        votes: dict[str, float] = {}
+        nearest: dict[str, float] = {}
+        for distance, index in zip(distances, indices, strict=True):
+            label = self.labels_[index]
+            votes[label] = votes.get(label, 0.0) + 2 - distance  # in [0, 2], larger is nearer
+            nearest.setdefault(label, distance)
+        label = max(votes, key=lambda name: votes[name])
+        return Route(label, nearest[label], nearest[label] > self.radii_.get(label, float("inf")))

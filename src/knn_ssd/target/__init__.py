@@ -1,0 +1,1 @@
+"""Models that can draft for themselves: the contract and its implementations."""

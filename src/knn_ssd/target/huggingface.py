@@ -1,0 +1,315 @@
+"""The general target: any decoder in transformers, adapted from outside.
+
+A skipped sublayer contributes zero to the residual stream, which is right for pre-norm, post-norm and parallel residuals
+alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in `finally`; plan,
+cache and pointer live on the session, so sessions of one model never see each other and an abandoned one leaves nothing.
+Passes of one target exclude each other by a lock.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.plan import Mode, Plan
+from knn_ssd.target.contract import Exactness, Prefill
+from knn_ssd.target.exactness import probe
+from knn_ssd.target.kv import StaticCache
+from knn_ssd.target.structure import Structure, find_structure
+
+# Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class HuggingFaceTarget:
+    """A decoder of transformers as a target.
+
+    Args:
+        model: a causal language model; it is put into eval mode and otherwise left as it is.
+
+    Raises:
+        UnsupportedModelError: a model that cannot draft for itself; says what was looked for.
+    """
+
+    modes = frozenset({Mode.KEEP, Mode.SKIP})
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.structure = find_structure(model)
+        self.lock = threading.RLock()
+        config = model.config.get_text_config()
+        self.num_layers = len(self.structure.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(config.vocab_size)
+        self.context_length = _context_length(config)
+        self.device = model.get_input_embeddings().weight.device
+        self._options = frozenset(inspect.signature(model.forward).parameters)
+        self._exactness: Exactness | None = None
+        self._silent = _silent_forwards(self)
+
+    @property
+    def exactness(self) -> Exactness:
+        if self._exactness is None:
+            self._exactness = probe(self)
+        return self._exactness
+
+    def open(self, capacity: int) -> HuggingFaceSession:
+        return HuggingFaceSession(self, capacity)
+
+    @contextmanager
+    def skipping(self, plan: Plan | None) -> Iterator[None]:
+        """Within, the sublayers that the plan skips contribute nothing."""
+        with self.lock, _replaced(self._silenced(plan)):
+            yield
+
+    def run(
+        self,
+        token_ids: list[int],
+        cache: StaticCache,
+        logits_to_keep: int,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (n, V), or of the last rows only, of tokens at the cache's pointer."""
+        start, count = cache.length, len(token_ids)
+        options: dict[str, Any] = {
+            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
+            "attention_mask": mask,
+            "logits_to_keep": logits_to_keep,
+        }
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.tensor([token_ids], device=self.device),  # (1, n)
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in options.items() if name in self._options},
+            )
+        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
+
+    def rehearsal_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask of a rehearsal; for models with two kinds of attention layers, one of each kind."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        full, sliding = (
+            _rehearsal_mask(length, count, run_length, size).to(self.device, self.model.dtype)
+            for size in (None, window)
+        )
+        if getattr(config, "layer_types", None) and window:
+            return {"full_attention": full, "sliding_attention": sliding}
+        return sliding
+
+    def _silenced(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        if plan is None:
+            return []
+        if plan.num_layers != self.num_layers:
+            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low:
+            raise UsageError("this target has no low-bit weights, and the plan asks for the mode low")
+        attention, mlp = self._silent
+        return [attention[i] for i in plan.skipped_attention] + [mlp[i] for i in plan.skipped_mlp]
+
+
+class HuggingFaceSession:
+    """One request on a `HuggingFaceTarget`; see `contract.Session`."""
+
+    def __init__(self, target: HuggingFaceTarget, capacity: int) -> None:
+        self._target = target
+        self._cache = StaticCache(target.num_layers, capacity)
+        self._pending = 0  # rows of the last forward that can be committed
+        self._pending_plan: Plan | None = None
+        self._draft_plan: Plan | None = None  # under which the tokens beyond `_verified` were drafted
+        self._verified = 0
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    @property
+    def capacity(self) -> int:
+        return self._cache.capacity
+
+    def prefill(self, token_ids: list[int]) -> Prefill:
+        assert self.length == 0, "prefill is for an empty session"
+        started = time.perf_counter()
+        with self._target.lock, _last_hidden_state(self._target.model) as captured:
+            logits = self._target.run(token_ids, self._cache, logits_to_keep=1)
+        hidden = captured[0][0].float()  # (n, D)
+        self._pending, self._pending_plan = len(token_ids), None
+        self.commit(len(token_ids))
+        return Prefill(logits[-1], hidden.mean(dim=0), hidden[-1], time.perf_counter() - started)
+
+    def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
+        drafted = self.length > self._verified
+        # Under another plan, layers that were skipped so far would read stale keys.
+        assert not drafted or plan == self._draft_plan, "one drafting run has one plan, and is rewound before verifying"
+        with self._target.skipping(plan):
+            logits = self._target.run(token_ids, self._cache, logits_to_keep=len(token_ids))
+        self._pending, self._pending_plan = len(token_ids), plan
+        return logits
+
+    def commit(self, count: int) -> None:
+        assert 0 <= count <= self._pending, f"{count} tokens to commit, {self._pending} run"
+        self._cache.length += count
+        self._pending -= count
+        self._draft_plan = self._pending_plan
+        if self._pending_plan is None:
+            self._verified = self.length
+
+    def rewind(self, length: int) -> None:
+        assert 0 <= length <= self.length, f"cannot rewind from {self.length} to {length}"
+        self._cache.length = length
+        self._verified = min(self._verified, length)
+        self._pending = 0
+
+    def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
+        count = len(token_ids)
+        mask = self._target.rehearsal_mask(self.length, count, run_length)
+        with self._target.skipping(plan):
+            self._cache.rehearsing = True
+            try:
+                return self._target.run(token_ids, self._cache, logits_to_keep=count, mask=mask)
+            finally:
+                self._cache.rehearsing = False
+
+    def close(self) -> None:
+        self._cache.release()
+
+
+def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None) -> torch.Tensor:
+    """Additive mask (1, 1, n, length + 2n): keys of the full model first, then the draft's own."""
+    row = torch.arange(count)[:, None]
+    run_start = row - row % run_length
+    full = torch.arange(length + count)[None]  # the key's position in the text
+    own = torch.arange(count)[None]
+    visible = torch.cat([full < length + run_start, (own >= run_start) & (own <= row)], dim=1)
+    if window is not None:
+        visible &= torch.cat([full, length + own], dim=1) > length + row - window
+    return torch.where(visible, 0.0, torch.finfo(torch.float16).min)[None, None]
+
+
+def _context_length(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
+        return int(original)
+    return int(config.max_position_embeddings)
+
+
+@contextmanager
+def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Within, collects what the decoder stack gives after its final norm, (1, n, D) a pass."""
+    captured: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within, each module's `forward` is the given one. What stood on the instance before comes back after."""
+    before = [module.__dict__.get("forward") for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for (module, _), forward_before in zip(forwards, before, strict=True):
+            if forward_before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward_before
+
+
+def _silent_forwards(target: HuggingFaceTarget) -> Any:
+    """For each sublayer, a forward that contributes zero in the shape its own output has; proven by running it."""
+    structure = target.structure
+    shapes = _output_shapes(target)
+    silent = tuple(
+        [(module, _zero_forward(shapes[module])) for module in modules]
+        for modules in (structure.attention, structure.mlp)
+    )
+    _check_identity(target, structure, [pair for pairs in silent for pair in pairs])
+    return silent
+
+
+def _zero_forward(shape: int | None) -> Callable[..., Any]:
+    """`shape` is the length of the tuple the module gives, whose first item is the hidden states; None for a tensor."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        zeros = torch.zeros_like(hidden)
+        return zeros if shape is None else (zeros,) + (None,) * (shape - 1)
+
+    return forward
+
+
+def _output_shapes(target: HuggingFaceTarget) -> dict[nn.Module, int | None]:
+    """What each sublayer gives, seen in one pass over two tokens."""
+    shapes: dict[nn.Module, int | None] = {}
+    modules = target.structure.attention + target.structure.mlp
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        shapes[module] = len(output) if isinstance(output, tuple) else None
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        _try_pass(target)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index, module in enumerate(modules):
+        if module not in shapes:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} of layer {index % target.num_layers} in {type(target.model).__name__} "
+                "does not run on its own, so it cannot be skipped"
+            )
+    return shapes
+
+
+def _check_identity(
+    target: HuggingFaceTarget, structure: Structure, silent: list[tuple[nn.Module, Callable[..., Any]]]
+) -> None:
+    """With both sublayers skipped a layer must hand its input through unchanged."""
+    changed: list[int] = []
+
+    def compare(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if not torch.equal(before, after):
+                changed.append(index)
+
+        return hook
+
+    handles = [layer.register_forward_hook(compare(i), with_kwargs=True) for i, layer in enumerate(structure.layers)]
+    try:
+        with _replaced(silent):
+            _try_pass(target)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if changed:
+        raise UnsupportedModelError(
+            f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(target.model).__name__} changes "
+            "its input even when its attention and its MLP contribute nothing; "
+            "layers that only add both to a residual stream were looked for"
+        )
+
+
+def _try_pass(target: HuggingFaceTarget) -> None:
+    try:
+        target.run([0, 0], StaticCache(target.num_layers, 2), logits_to_keep=1)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} did not run with a static key/value cache ({type(error).__name__}: {error})"
+        ) from error

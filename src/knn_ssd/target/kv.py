@@ -1,0 +1,76 @@
+"""One static key/value cache with one pointer, in the shape that transformers' models expect of a cache.
+
+It knows nothing of plans: a skipped attention simply never calls `update`, and what it would have written is overwritten
+by the verification. Sliding windows are left to the attention mask, so rewinding is exact in every layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from knn_ssd.errors import UsageError
+
+
+class StaticCache(Cache):
+    """Keys and values of at most `capacity` tokens for each of `num_layers` layers; `length` is the pointer."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.length = 0
+        self.capacity = capacity
+        self.rehearsing = False
+        super().__init__(layers=[_StaticLayer(self) for _ in range(num_layers)])
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self.layers = []
+
+    @property
+    def memory_bytes(self) -> int:
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _StaticLayer(CacheLayerMixin):
+    """One layer's keys and values, allocated when the first of them arrive."""
+
+    is_sliding = False
+
+    def __init__(self, cache: StaticCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            states.new_empty(*states.shape[:2], self._cache.capacity, states.shape[-1])  # (1, H, capacity, D)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start, end = self._cache.length, self._cache.length + key_states.shape[-2]
+        if end > self._cache.capacity:
+            raise UsageError(f"a session opened for {self._cache.capacity} tokens was given {end}")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if self._cache.rehearsing:  # the full model's tokens as they are, then the draft's: (1, H, end + n, D)
+            return (
+                torch.cat([self.keys[:, :, :end], key_states], dim=-2),
+                torch.cat([self.values[:, :, :end], value_states], dim=-2),
+            )
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self._cache.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity

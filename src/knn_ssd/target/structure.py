@@ -1,0 +1,119 @@
+"""Finds the sublayers of a transformers decoder by their structure, and refuses what cannot draft for itself.
+
+It knows names and shapes of modules, not what they compute; `huggingface.py` checks by running them that a skipped
+sublayer really contributes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from knn_ssd.errors import UnsupportedModelError
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+
+# Architectures whose children have other names: model_type -> (attention, MLP).
+_EXCEPTIONS: dict[str, tuple[str, str]] = {}
+
+_RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
+_RECURRENT_WORDS = ("mamba", "recurrent", "rwkv", "gateddelta", "ssm", "rglru", "shortconv")
+_HINT = "Decoders whose layers have one attention and one MLP module each can be used"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The decoder stack of a model.
+
+    Args:
+        layers: the L decoder layers.
+        attention: each layer's attention module.
+        mlp: each layer's MLP (or mixture-of-experts) module.
+    """
+
+    layers: tuple[nn.Module, ...]
+    attention: tuple[nn.Module, ...]
+    mlp: tuple[nn.Module, ...]
+
+
+def find_structure(model: PreTrainedModel) -> Structure:
+    """The sublayers of a decoder.
+
+    Raises:
+        UnsupportedModelError: encoder-decoders, recurrent or hybrid state, keys and values shared between layers, or a
+            structure that is not known; says what was looked for and what was found.
+    """
+    config = model.config.get_text_config()
+    _refuse_unsuitable(model, config)
+    layers = _find_layers(model, int(config.num_hidden_layers))
+    names = _EXCEPTIONS.get(config.model_type)
+    attention = tuple(_child(model, i, layer, names and names[0], _ATTENTION_NAMES, "attention") for i, layer in layers)
+    mlp = tuple(_child(model, i, layer, names and names[1], _MLP_NAMES, "MLP") for i, layer in layers)
+    return Structure(tuple(layer for _, layer in layers), attention, mlp)
+
+
+def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; a decoder-only model was looked for", _HINT + ".")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(t for t in layer_types if any(word in t for word in _RECURRENT_LAYER_TYPES))
+    found = recurrent or sorted({type(m).__name__ for m in model.modules() if _is_recurrent(m)})
+    if found:
+        raise UnsupportedModelError(
+            f"{name} has recurrent state ({', '.join(found)}), which cannot be rewound after a draft; "
+            "attention in every layer was looked for",
+            _HINT + ".",
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{name} shares keys and values between layers (num_kv_shared_layers={config.num_kv_shared_layers}), "
+            "so its attentions cannot be skipped one by one",
+            _HINT + ".",
+        )
+    if not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedModelError(f"{name}'s configuration has no num_hidden_layers", _HINT + ".")
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return any(word in name for word in _RECURRENT_WORDS)
+
+
+def _find_layers(model: PreTrainedModel, num_layers: int) -> list[tuple[int, nn.Module]]:
+    """The module list of that length whose members have children: the decoder layers."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == num_layers
+            and all(len(list(layer.children())) > 1 for layer in module)
+        ):
+            return list(enumerate(module))
+    raise UnsupportedModelError(
+        f"no decoder layers were found in {type(model).__name__}; "
+        f"a ModuleList of num_hidden_layers={num_layers} layers was looked for",
+        _HINT + ".",
+    )
+
+
+def _child(
+    model: PreTrainedModel,
+    index: int,
+    layer: nn.Module,
+    exception: str | None,
+    names: tuple[str, ...],
+    what: str,
+) -> nn.Module:
+    children = dict(layer.named_children())
+    for name in (exception,) if exception else names:
+        if name in children:
+            return children[name]
+    raise UnsupportedModelError(
+        f"no {what} was found in layer {index} ({type(layer).__name__}) of {type(model).__name__}; "
+        f"a child named {' or '.join(names)} was looked for, and there are {', '.join(children) or 'none'}",
+        _HINT + ".",
+    )

@@ -1,0 +1,211 @@
+"""Tiny random models, a tokenizer for them, and planted redundancy: what tests of this package and of others' need.
+
+Nothing here is random without a seed, downloads anything, or takes more than a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from knn_ssd.target.structure import find_structure
+
+VOCAB_SIZE = 128
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,  # wide, so that the next tokens differ clearly and near-ties are rare
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+
+# What a family's configuration needs beyond the sizes.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_inner": 48,
+        "n_positions": 256,
+        **dict.fromkeys(
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+            )
+        ),
+        "max_position_embeddings": None,
+        "head_dim": None,
+    },
+    "olmo2": {},
+    "mixtral": {**_MOE, "num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": {
+        **_MOE,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    },
+}
+
+
+def tiny_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A random model of a transformers `model_type`, of a few thousand weights; `overrides` go to its configuration."""
+    settings = {**_SIZES, **FAMILIES.get(family, {}), **overrides}
+    config = AutoConfig.for_model(
+        family, **{k: v for k, v in settings.items() if v is not None or k == "sliding_window"}
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.requires_grad_(False)
+    return model
+
+
+def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer over printable ASCII for the tiny models: id = character code, 0 to 2 special."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    space = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]
+    newline = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")[0][0]
+    symbols = {32: space, 10: newline, **{code: chr(code) for code in range(33, 127)}}
+    assert set(symbols.values()) <= set(alphabet)
+    vocabulary |= {symbol: code for code, symbol in symbols.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    if chat:
+        fast.chat_template = (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        )
+    return fast
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedModel:
+    """A tiny model in which other sublayers are redundant for each domain.
+
+    Args:
+        model: a Llama whose text stays in the domain it began in.
+        tokens: the token ids of each domain; a prompt of a domain is made of its tokens.
+        redundant: by domain, the sublayers that do nothing there, by their place in `Plan.modes`.
+    """
+
+    model: PreTrainedModel
+    tokens: Mapping[str, range]
+    redundant: Mapping[str, frozenset[int]]
+
+    def prompt_ids(self, domain: str, length: int, seed: int) -> list[int]:
+        """A random prompt of a domain."""
+        tokens = self.tokens[domain]
+        generator = torch.Generator().manual_seed(seed)
+        return [tokens[int(i)] for i in torch.randint(len(tokens), (length,), generator=generator)]
+
+
+def planted_tiny_model(
+    redundant: Mapping[str, Collection[int]], num_layers: int = 8, leftover: float = 0.0, seed: int = 0
+) -> PlantedModel:
+    """A tiny model with a different redundant set of sublayers per domain: the claim of arXiv 2505.16162 made true.
+
+    A token's domain stands in its embedding, along a direction that no sublayer writes to and that the LM head reads, so
+    that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on tokens of that domain.
+    """
+    domains = list(redundant)
+    size = (VOCAB_SIZE - 3) // len(domains)
+    model = tiny_model(
+        "llama", seed, num_hidden_layers=num_layers, hidden_size=64, tie_word_embeddings=False, eos_token_id=None
+    )
+    tokens = {domain: range(3 + i * size, 3 + (i + 1) * size) for i, domain in enumerate(domains)}
+    directions = torch.eye(len(domains), 64)  # (domains, D)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for matrix in (embedding, head):
+        matrix[:, : len(domains)] = 0
+        for direction, members in zip(directions, tokens.values(), strict=True):
+            matrix[members.start : members.stop] += 6 * direction
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[: len(domains)] = 0  # (D, …): nothing is written along the domains' directions
+    sets = {domain: frozenset(redundant[domain]) for domain in domains}
+    plant(model, list(sets.values()), leftover, directions)
+    return PlantedModel(model, tokens, sets)
+
+
+def plant(
+    model: PreTrainedModel,
+    redundant: Sequence[Collection[int]],
+    leftover: float = 0.0,
+    directions: torch.Tensor | None = None,
+) -> None:
+    """Makes sublayers of a model redundant: what they give is multiplied by `leftover`, zero or nearly so.
+
+    Args:
+        model: changed in place.
+        redundant: sublayers by their place in `Plan.modes`; one set for each direction, or one for all tokens.
+        leftover: what is left of their output.
+        directions: (domains, D); a token is of the domain along whose direction its hidden state points most.
+    """
+    structure = find_structure(model)
+    for index, modules in enumerate(zip(structure.layers, structure.attention, structure.mlp, strict=True)):
+        layer, *sublayers = modules
+        for place, sublayer in enumerate(sublayers):
+            where = torch.tensor([2 * index + place in members for members in redundant])
+            if where.any():
+                name = next(name for name, child in layer.named_children() if child is sublayer)
+                setattr(layer, name, _Gated(sublayer, directions, where, leftover))
+
+
+class _Gated(nn.Module):
+    """A sublayer whose output is multiplied by `leftover` for tokens of the domains it is redundant in."""
+
+    def __init__(
+        self, inner: nn.Module, directions: torch.Tensor | None, redundant: torch.Tensor, leftover: float
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.directions = directions  # (domains, D)
+        self.redundant = redundant  # (domains,) bool
+        self.leftover = leftover
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]  # (1, n, D)
+        output = self.inner(*args, **kwargs)
+        if self.directions is None:
+            gate: Any = self.leftover
+        else:
+            domain = (hidden @ self.directions.T).argmax(dim=-1)  # (1, n)
+            gate = torch.where(self.redundant[domain], self.leftover, 1.0)[..., None].to(hidden.dtype)
+        return (output[0] * gate, *output[1:]) if isinstance(output, tuple) else output * gate

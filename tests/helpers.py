@@ -1,0 +1,100 @@
+"""Tiny engines, a target that is a table, and Hypothesis strategies for what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from knn_ssd.engine import Engine
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.testing import VOCAB_SIZE, tiny_model
+
+NUM_LAYERS = 4  # of the tiny models
+PROMPT = [5, 17, 99, 42, 63, 8, 120, 31]
+
+
+@cache
+def tiny_engine(family: str = "llama") -> Engine:
+    """One per family for all tests: what a test changes on a model needs a model of its own."""
+    return Engine(tiny_model(family))
+
+
+def endless(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without an end token, so that an output's length is known beforehand."""
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    return model
+
+
+def transformers_output(model: PreTrainedModel, token_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+    """What transformers' own greedy `generate` appends to a prompt."""
+    prompt = torch.tensor([token_ids])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=0,
+        **options,
+    )
+    return output[0, len(token_ids) :].tolist()
+
+
+def keep_everything(max_draft: int = 8) -> Plan:
+    """A plan whose drafts are the target's own."""
+    return Plan.skipping(NUM_LAYERS, policy=Policy(max_draft, threshold=0.0))
+
+
+def skip_something(max_draft: int = 4) -> Plan:
+    """A plan whose drafts are sometimes right."""
+    return Plan.skipping(NUM_LAYERS, attention=[2], mlp=[1], policy=Policy(max_draft, threshold=0.0))
+
+
+def skip_everything(max_draft: int = 4) -> Plan:
+    every = range(NUM_LAYERS)
+    return Plan.skipping(NUM_LAYERS, every, every, Policy(max_draft, threshold=0.0))
+
+
+def policies() -> st.SearchStrategy[Policy]:
+    return st.builds(Policy, max_draft=st.integers(0, 8), threshold=st.floats(0, 1))
+
+
+def plans(num_layers: int = NUM_LAYERS) -> st.SearchStrategy[Plan]:
+    """Plans that skip any set of sublayers, under any policy."""
+    some_layers = st.sets(st.integers(0, num_layers - 1))
+    return st.builds(Plan.skipping, st.just(num_layers), some_layers, some_layers, policies())
+
+
+def prompts(max_length: int = 40) -> st.SearchStrategy[list[int]]:
+    """Token ids; long ones, beyond the tiny models' sliding window of 16, as often as short ones."""
+    token = st.integers(3, VOCAB_SIZE - 1)
+    return st.integers(1, max_length).flatmap(lambda length: st.lists(token, min_size=length, max_size=length))
+
+
+class TableSession:
+    """A session of a target that is a table: the next token's logits depend on the last token alone.
+
+    Args:
+        target: (V, V) logits of the full model by last token.
+        draft: (V, V) those of every draft.
+        length: how many tokens are committed.
+    """
+
+    def __init__(self, target: torch.Tensor, draft: torch.Tensor, length: int) -> None:
+        self.target = target
+        self.draft = draft
+        self.length = length
+
+    def forward(self, token_ids: Sequence[int], plan: Plan | None = None) -> torch.Tensor:
+        return (self.target if plan is None else self.draft)[list(token_ids)]
+
+    def commit(self, count: int) -> None:
+        self.length += count
+
+    def rewind(self, length: int) -> None:
+        self.length = length

