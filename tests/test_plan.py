@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers import plans, policies
 from hypothesis import given
 from hypothesis import strategies as st
 
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Mode, Plan, Policy
-
-from helpers import plans, policies
 
 
 @st.composite
@@ -96,7 +95,7 @@ def test_the_default_policy_is_the_published_one() -> None:
 )
 def test_what_is_no_plan_is_refused_with_the_value(make: object, fact: str) -> None:
     with pytest.raises(UsageError, match=fact):
-        make()  # type: ignore[operator]
+        make()
 
 
 def test_a_layer_cannot_have_two_modes() -> None:

@@ -10,17 +10,16 @@
     print(engine.generate("What is the capital of France?").text)
 
 Importing this package imports neither torch nor transformers: what is named here is fetched when it is first used.
+Calibration is `knn_ssd.calibrate.pipeline.calibrate`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from knn_ssd.atlas import Atlas
-    from knn_ssd.calibrate.pipeline import calibrate
     from knn_ssd.decode import Round
     from knn_ssd.engine import Engine, Generation, Stream
     from knn_ssd.errors import KnnSsdError
@@ -44,7 +43,6 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "__version__",
-    "calibrate",
 ]
 
 _HOMES = {
@@ -61,16 +59,6 @@ _HOMES = {
     "SamplingParams": "knn_ssd.sampling",
     "Stream": "knn_ssd.engine",
 }
-
-
-class _CallablePackage(ModuleType):
-    """`knn_ssd.calibrate` is a folder and, in use, a function: the import system binds the name to the folder."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return import_module("knn_ssd.calibrate.pipeline").calibrate(*args, **kwargs)
-
-
-import_module("knn_ssd.calibrate").__class__ = _CallablePackage  # a docstring and nothing else, so no torch
 
 
 def __getattr__(name: str) -> Any:

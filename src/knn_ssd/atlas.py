@@ -1,7 +1,7 @@
 """The atlas: anchors, labels, plans, the model they belong to, what things cost there, and the evidence.
 
-On disk a folder that explains itself: `atlas.json` for people, `anchors.safetensors` for the vectors. Written atomically;
-no pickle. Needs neither torch nor a model to be read.
+On disk a folder that explains itself: `atlas.json` for people, `anchors.safetensors` for the vectors. Written
+atomically; no pickle. Needs neither torch nor a model to be read.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Fingerprint:
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
         """What makes `other` another model, as sentences; empty if it is the same."""
         return tuple(
-            f"{f.name.replace('_', ' ')} is {getattr(other, f.name) or 'none'} and the atlas has {getattr(self, f.name) or 'none'}"
-            for f in fields(self)
-            if f.name != "dtype" and getattr(self, f.name) != getattr(other, f.name)
+            f"{name.replace('_', ' ')} is {getattr(other, name) or 'none'}, the atlas has {getattr(self, name) or 'none'}"
+            for name in (f.name for f in fields(self))
+            if name != "dtype" and getattr(self, name) != getattr(other, name)
         )
 
 
@@ -84,7 +84,7 @@ class CostProfile:
         return max(self.step_sec - saved, 0.0)
 
     def verification_sec(self, rows: int) -> float:
-        """A pass over `rows` tokens, at least 1; beyond what was measured, as if each further row cost the last one's."""
+        """A pass over `rows` tokens, at least 1; beyond what was measured, in a straight line."""
         known = self.verify_sec
         if rows <= len(known):
             return known[rows - 1]

@@ -1,8 +1,9 @@
 """Rounds: draft, verify, accept. Text, streams, the server, the benchmark and calibration all consume these.
 
-Speculative decoding (arXiv 2211.17192): a source drafts k tokens, the target runs them in one pass, and the longest prefix
-that the acceptance rule lets through is kept, with one token of the target's own after it. In a round's tokens, the drafted
-ones that were kept are *accepted*; the last is *corrected* where a drafted token was rejected and *bonus* where none was.
+Speculative decoding (arXiv 2211.17192): a source drafts k tokens, the target runs them in one pass, and the longest
+prefix that the acceptance rule lets through is kept, with one token of the target's own after it. In a round's
+tokens, the drafted ones that were kept are *accepted*; the last is *corrected* where a drafted token was rejected and
+*bonus* where none was.
 
 This module knows token ids and nothing of text.
 """

@@ -72,7 +72,7 @@ class Machine:
         kernels: operators of torch by name, and whether this build has them.
         read_bandwidth_bytes_per_sec: of the device a model would run on, measured.
         memory_bytes: of the machine.
-        available_memory_bytes: of that, not in use; None where the system does not say.
+        available_memory_bytes: of that, not in use. Both are None where the system does not say.
         cache_directory: where converted models are kept.
         embedded_model: where the default model comes from; None if it is not there.
     """
@@ -85,7 +85,7 @@ class Machine:
     devices: tuple[str, ...]
     kernels: dict[str, bool]
     read_bandwidth_bytes_per_sec: float
-    memory_bytes: int
+    memory_bytes: int | None
     available_memory_bytes: int | None
     cache_directory: str
     embedded_model: str | None
@@ -175,7 +175,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         devices=_devices(),
         kernels={f"{space}.{name}": _has_kernel(space, name) for space, names in _KERNELS.items() for name in names},
         read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=_memory(),
         available_memory_bytes=_available_memory(),
         cache_directory=str(cache_directory()),
         embedded_model=embedded_source(),
@@ -240,7 +240,8 @@ def read_bytes_per_token(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     share = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / num_experts)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     total = 0.0
     for name, weight in model.named_parameters():  # tied weights come once
         size = weight.numel() * weight.element_size()
@@ -302,6 +303,12 @@ def _devices() -> tuple[str, ...]:
 
 def _has_kernel(space: str, name: str) -> bool:
     return hasattr(getattr(torch.ops, space), name)
+
+
+def _memory() -> int | None:
+    if not hasattr(os, "sysconf"):  # on Windows
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _available_memory() -> int | None:

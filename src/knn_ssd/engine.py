@@ -1,4 +1,4 @@
-"""The engine: a model, its tokenizer and an atlas; prompts in, text out, with the route and the rounds that led there."""
+"""The engine: a model, its tokenizer and an atlas; prompts in, text out, with the route and the rounds behind it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ from knn_ssd.text import TextStream
 from knn_ssd.tokens import PromptLike, encode, eos_token_ids
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers import StoppingCriteriaList
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 # These keep state of their own between calls, so drafted tokens that are rejected would leave traces.
@@ -276,7 +281,8 @@ class Engine:
         generation_config: GenerationConfig,
         **model_kwargs: Any,  # transformers would give a mask twice to a callable that names it
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """For `model.generate(**inputs, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on the way.
+        """For `model.generate(**inputs, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on
+        the way.
 
         Raises:
             UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.
@@ -290,7 +296,7 @@ class Engine:
 
         def ends(token: int) -> FinishReason | None:
             so_far = torch.tensor([[*context]], device=input_ids.device)
-            return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None  # type: ignore[arg-type]
+            return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None
 
         prefill = session.prefill(token_ids)
         chosen = self._choose_plan(self._route(prefill), plain=False, domain=None, plan=None)
@@ -302,7 +308,7 @@ class Engine:
             return sequences
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
 
     def _rounds(
         self,

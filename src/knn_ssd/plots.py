@@ -161,9 +161,10 @@ class _Points:
 
     def where(self, name: str, *, anchors: bool) -> np.ndarray[Any, Any]:
         """The places (n, 2) of a label's anchors or prompts."""
-        mine = np.array([label == name for label in self.labels])
-        is_anchor = np.arange(len(self.labels)) >= self.num_prompts
-        return self.places[mine & (is_anchor == anchors)]
+        some = range(self.num_prompts, len(self.labels)) if anchors else range(self.num_prompts)
+        chosen = [index for index in some if self.labels[index] == name]
+        places: np.ndarray[Any, Any] = self.places[chosen]
+        return places
 
     @property
     def title(self) -> str:
@@ -185,7 +186,7 @@ def _in_two_dimensions(vectors: np.ndarray[Any, Any], num_labels: int) -> np.nda
         places = np.column_stack([np.arange(len(vectors)), np.zeros(len(vectors))])
     else:
         from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         perplexity = min(30.0, max(len(vectors) / (3 * num_labels), 2.0), (len(vectors) - 1) / 3)
         init = "pca" if np.count_nonzero(np.ptp(vectors, axis=0)) > 1 else "random"
@@ -427,7 +428,7 @@ def _axes(canvas: Axes, left: float, bottom: float, width: float, height: float)
     """Axes at a place in inches."""
     page_width, page_height = canvas.get_xlim()[1], canvas.get_ylim()[1]
     box = (left / page_width, bottom / page_height, width / page_width, height / page_height)
-    return canvas.figure.add_axes(box, facecolor="none")  # type: ignore[union-attr]
+    return canvas.figure.add_axes(box, facecolor="none")
 
 
 def _new_figure() -> Figure:

@@ -1,4 +1,4 @@
-"""From a prompt vector to a label: the nearest anchors by cosine (arXiv 2505.16162, section 4). Knows nothing of models."""
+"""From a prompt vector to a label by the nearest anchors (arXiv 2505.16162, section 4). Knows nothing of models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From logits to the distribution the next token is drawn from. Target and draft go through the same processors.
 
-The processors are transformers' own, in its order, so that plain decoding here is what `generate` does there. This module
-knows nothing of rounds.
+The processors are transformers' own, in its order, so that plain decoding here is what `generate` does there. This
+module knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Sampler:
     """One request's way of choosing tokens, with its own random numbers.
 
     Args:
-        processors: applied to the logits of target and draft alike; each must be a function of context and logits alone.
-        greedy: choose the most likely token instead of drawing one.
+        processors: applied to the logits of target and draft alike; each must be a function of context and logits
+        alone. greedy: choose the most likely token instead of drawing one.
         generator: the random numbers; None takes torch's global ones.
     """
 
@@ -122,7 +122,7 @@ class Sampler:
         """Random numbers in [0, 1); greedy decoding needs none and uses none up."""
         if self.greedy:
             return [0.0] * count
-        return torch.rand(count, generator=self.generator, device=device).tolist()  # type: ignore[no-any-return]
+        return torch.rand(count, generator=self.generator, device=device).tolist()
 
     def _process(self, scores: torch.Tensor, context: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         if not self.processors:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from knn_ssd.target.structure import find_structure
 
 VOCAB_SIZE = 128
+_FIRST_CHARACTER, _LAST_CHARACTER = 33, 126  # printable, without the space
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -40,7 +41,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "query_pre_attn_scalar": 8,
+    },
     "phi3": {},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "gpt2": {
@@ -81,7 +86,7 @@ def tiny_model(
         family, **{k: v for k, v in settings.items() if v is not None or k == "sliding_window"}
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return model
 
@@ -100,7 +105,7 @@ def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -129,11 +134,11 @@ class PlantedModel:
     tokens: Mapping[str, range]
     redundant: Mapping[str, frozenset[int]]
 
-    def prompt_ids(self, domain: str, length: int, seed: int) -> list[int]:
-        """A random prompt of a domain."""
+    def prompt(self, domain: str, length: int, seed: int) -> str:
+        """A random prompt of a domain, for `tiny_tokenizer`: one character is one token."""
         tokens = self.tokens[domain]
         generator = torch.Generator().manual_seed(seed)
-        return [tokens[int(i)] for i in torch.randint(len(tokens), (length,), generator=generator)]
+        return "".join(chr(tokens[int(i)]) for i in torch.randint(len(tokens), (length,), generator=generator))
 
 
 def planted_tiny_model(
@@ -141,22 +146,24 @@ def planted_tiny_model(
 ) -> PlantedModel:
     """A tiny model with a different redundant set of sublayers per domain: the claim of arXiv 2505.16162 made true.
 
-    A token's domain stands in its embedding, along a direction that no sublayer writes to and that the LM head reads, so
-    that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on tokens of that domain.
+    A token's domain stands in its embedding, along a direction that no sublayer writes to and that the LM head reads,
+    so that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on tokens of that domain.
     """
     domains = list(redundant)
-    size = (VOCAB_SIZE - 3) // len(domains)
-    model = tiny_model(
-        "llama", seed, num_hidden_layers=num_layers, hidden_size=64, tie_word_embeddings=False, eos_token_id=None
-    )
-    tokens = {domain: range(3 + i * size, 3 + (i + 1) * size) for i, domain in enumerate(domains)}
+    size = (_LAST_CHARACTER - _FIRST_CHARACTER + 1) // len(domains)
+    tokens = {
+        name: range(_FIRST_CHARACTER + i * size, _FIRST_CHARACTER + (i + 1) * size) for i, name in enumerate(domains)
+    }
+    sizes: dict[str, Any] = {"num_hidden_layers": num_layers, "hidden_size": 64, "initializer_range": 0.4}
+    model = tiny_model("llama", seed, tie_word_embeddings=False, eos_token_id=None, **sizes)
+    weights = dict(model.named_parameters())
     directions = torch.eye(len(domains), 64)  # (domains, D)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for matrix in (embedding, head):
-        matrix[:, : len(domains)] = 0
+    # Weak enough in the text to leave it varied, strong enough in the head to hold it in its domain.
+    for name, strength in (("model.embed_tokens.weight", 2), ("lm_head.weight", 1000)):
+        weights[name][:, : len(domains)] = 0  # (V, D)
         for direction, members in zip(directions, tokens.values(), strict=True):
-            matrix[members.start : members.stop] += 6 * direction
-    for name, weight in model.named_parameters():
+            weights[name][members.start : members.stop] += strength * direction
+    for name, weight in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight[: len(domains)] = 0  # (D, …): nothing is written along the domains' directions
     sets = {domain: frozenset(redundant[domain]) for domain in domains}

@@ -64,7 +64,7 @@ def _encode_text(
         raise PromptError(f"the tokenizer has no chat template, and {the_prompt} is a conversation", "Give plain text.")
     messages = [dict(message) for message in prompt]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

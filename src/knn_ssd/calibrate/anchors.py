@@ -1,4 +1,4 @@
-"""Prompt vectors to anchors: k-means per label, as in the released code of arXiv 2505.16162, and how far a label reaches."""
+"""Prompt vectors to anchors by k-means per label, as in the released code of arXiv 2505.16162; how far labels reach."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ class Journal:
         """Makes the folder, or checks that the one that is there was made with the same settings.
 
         Raises:
-            CalibrationError: an interrupted calibration is there and `resume` is not wanted, or was run with other settings.
+            CalibrationError: an interrupted calibration is there and `resume` is not wanted, or was run with other
+            settings.
             OutputError: the place cannot be written.
         """
         path = self.folder / _SETTINGS

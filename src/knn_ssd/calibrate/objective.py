@@ -1,7 +1,8 @@
 """What a plan is worth: the speed-up over plain decoding that it would bring, foretold or timed.
 
-Foretold: one pass over the target's own continuation tells for many positions at once whether the draft agrees and how sure
-it is of itself. From that record and the cost profile the rounds of any policy can be played through without the model.
+Foretold: one pass over the target's own continuation tells for many positions at once whether the draft agrees and
+how sure it is of itself. From that record and the cost profile the rounds of any policy can be played through without
+the model.
 Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, against plain decoding between them.
 """
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from knn_ssd.atlas import Pooling
 from knn_ssd.decode import FinishReason, decode
@@ -89,5 +90,6 @@ class ObservationFile:
 
 
 def _from_json(line: str) -> Observation:
-    data = json.loads(line)
-    return Observation(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    data: dict[str, Any] = json.loads(line)
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Observation(**fields)

@@ -1,7 +1,8 @@
-"""Prompts to an atlas: observe, cluster, measure costs, search per label and for the mixture, let the clock decide, write.
+"""Prompts to an atlas: observe, cluster, measure costs, search per label and for the mixture, let the clock decide,
+write.
 
-Every step's result is kept in the journal as it is made, so an interrupted calibration goes on where it stopped. Nothing is
-printed; a `Reporter` hears what goes on.
+Every step's result is kept in the journal as it is made, so an interrupted calibration goes on where it stopped.
+Nothing is printed; a `Reporter` hears what goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from knn_ssd.errors import Interrupted, OutputError, UsageError
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.prompts import Prompt
 from knn_ssd.provenance import provenance
-from knn_ssd.target.contract import Target
 from knn_ssd.target.fingerprint import fingerprint
 from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.target.resolve import LoadedModel, load_model
@@ -60,7 +60,8 @@ class _Silent:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the defaults.
+    """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the
+    defaults.
 
     Args:
         search: how plans are searched for; the paper's is `paper`.
@@ -297,13 +298,7 @@ class _Calibration:
             "prompts": len(observations),
             "best_score": ranked[0].speedup if ranked else None,
             "timed": [{"plan": p.to_json(), "speedup": s} for p, s in zip(finalists, timed, strict=True)],
-            "best_skipping": drafting
-            and {
-                "plan": drafting[0].plan.to_json(),
-                "score": drafting[0].speedup,
-                "agreement": drafting[0].agreement,
-            }
-            or None,  # fmt: skip
+            "best_skipping": _told(drafting[0]) if drafting else None,
         }
         return Label(plan, 2.0, evidence)
 
@@ -336,6 +331,10 @@ class _Calibration:
             vectors=vectors,
             vector_labels=tuple(labels),
         )
+
+
+def _told(finished: Finished) -> dict[str, Any]:
+    return {"plan": finished.plan.to_json(), "score": finished.speedup, "agreement": finished.agreement}
 
 
 def search_label(

@@ -2,7 +2,8 @@
 
 All strategies keep their trials in one Optuna study, which may lie in a file or a database and be shared by processes:
 
-- `paper`: Bayesian optimisation with a Gaussian process over 2L variables in [0, 1], rounded (arXiv 2309.08168, section 3.2,
+- `paper`: Bayesian optimisation with a Gaussian process over 2L variables in [0, 1], rounded (arXiv 2309.08168,
+  section 3.2,
   which arXiv 2505.16162 follows).
 - `greedy`: every sublayer alone, then the least harmful ones together in growing numbers, then one change at a time.
 - `bayes`: as greedy, with every second later trial from a tree-structured Parzen estimator.

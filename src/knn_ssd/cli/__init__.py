@@ -16,7 +16,7 @@ from typing import Any
 
 from knn_ssd.cli import output
 from knn_ssd.cli.parser import Parser, Version
-from knn_ssd.errors import Interrupted, KnnSsdError
+from knn_ssd.errors import KnnSsdError
 
 COMMANDS = {
     "calibrate": "find out how a model drafts best for each kind of prompt, and write an atlas",
@@ -39,11 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(arguments)
         output.flush()
-    except Interrupted as error:
-        output.note(f"knn-ssd: {error}")
-        return 130
     except KnnSsdError as error:
-        output.note(f"knn-ssd: {error}")
+        output.note(f"knn-ssd: {_sentence(error)}")
         return 2
     except KeyboardInterrupt:
         output.note("\nknn-ssd: interrupted" if output.stderr_is_terminal() else "knn-ssd: interrupted")
@@ -52,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.abandon_stdout()
         return 141
     return code
+
+
+def _sentence(error: KnnSsdError) -> str:
+    """The fact and the remedy; a fact that stands alone comes without its full stop."""
+    return str(error) if error.hint else f"{error}."
 
 
 def _run(arguments: list[str]) -> int:

@@ -96,9 +96,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _push(args: argparse.Namespace) -> int:
     from knn_ssd import hub
-    from knn_ssd.atlas import Atlas
 
-    Atlas.load(args.atlas)
     output.write_line(hub.push(Path(args.atlas), args.repo, private=args.private, revision=args.revision))
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class Conversation:
         context_length = self.engine.target.context_length
         room = min(self.stream_options["max_new_tokens"], context_length // 4)
         try:
-            return len(self.engine.encode(self.messages)) + room <= context_length
+            return bool(len(self.engine.encode(self.messages)) + room <= context_length)
         except PromptError:  # longer than the context
             return False
 
@@ -164,7 +164,8 @@ def _greet(engine: Engine) -> None:
     dtype = str(engine.model.dtype).removeprefix("torch.")
     output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
     output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")
-    import readline  # noqa: F401  # line editing and history for input()
+    with suppress(ImportError):  # on Windows
+        import readline  # noqa: F401  # line editing and history for input()
 
 
 def _read_line() -> str | None:

@@ -53,9 +53,6 @@ def _examine(args: argparse.Namespace) -> Examination:
 
 
 def _machine_rows(machine: Machine) -> dict[str, str]:
-    memory = _gib(machine.memory_bytes)
-    if machine.available_memory_bytes is not None:
-        memory += f", {_gib(machine.available_memory_bytes)} available"
     return {
         "versions": ", ".join(f"{package} {number}" for package, number in machine.versions.items()),
         "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
@@ -63,7 +60,7 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
         "devices": ", ".join(machine.devices),
         "kernels": _yes_and_no(machine.kernels),
         "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
-        "memory": memory,
+        "memory": f"{_gib(machine.memory_bytes)}, {_gib(machine.available_memory_bytes)} available",
         "cache directory": machine.cache_directory,
         "embedded model": machine.embedded_model or "not there",
     }
@@ -105,8 +102,8 @@ def _yes_and_no(found: dict[str, bool]) -> str:
     return f"{there}; without {missing}" if missing else there
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
+def _gib(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else f"{size_bytes / 2**30:.1f} GiB"
 
 
 def _megabytes(size_bytes: int | None) -> str:

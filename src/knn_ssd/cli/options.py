@@ -23,7 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLING_ONLY = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-def whole_number(least: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     """The type of an option that takes whole numbers from `least` on."""
 
     def parse(text: str) -> int:
@@ -33,6 +33,8 @@ def whole_number(least: int) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, got '{text}'")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be {most} or less, got {value}")
         return value
 
     return parse
@@ -196,7 +198,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     idle = [name for name, no_choice in _SAMPLING_ONLY.items() if params[name] != no_choice]
     if idle and args.temperature == 0:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        output.note(f"note: {names} has no effect at temperature 0, where the likeliest token is always taken")
+        output.note(f"note: no effect at temperature 0, where the likeliest token is always taken: {names}")
     return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop}
 
 

@@ -60,10 +60,12 @@ def write_table(table: RenderableType) -> None:
     """A table of rich on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False) if stdout_is_terminal() else Console(highlight=False, width=_PIPE_WIDTH)
+    is_terminal = stdout_is_terminal()
+    console = Console(highlight=False, width=None if is_terminal else _PIPE_WIDTH)
     with console.capture() as captured:
         console.print(table)
-    write(captured.get())
+    lines = captured.get()
+    write(lines if is_terminal else "".join(f"{line.rstrip()}\n" for line in lines.splitlines()))
 
 
 def note(text: str) -> None:

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` without abbreviations, exits, or guesses at what an unknown word belongs to."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
         self._commands: Any = None
 
     def add_subparsers(self, **kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ def _stats_json(stats: Stats) -> dict[str, Any]:
 def _whereabouts(route: Route | None, domain: str | None) -> str:
     if route is None:
         return ""
-    nearest = f"{route.label} at distance {route.distance:.3f}"
+    nearest = f"{route.label} at distance {max(0.0, route.distance):.3f}"  # rounding can leave it just under zero
     if domain is not None:
         return f"as {domain}, as asked; nearest {nearest}"
     return f"fallback: far from all, nearest {nearest}" if route.fallback else f"near {nearest}"

@@ -1,4 +1,4 @@
-"""The target drafts for itself, with its sublayers as the routed plan has them (arXiv 2309.08168, section 3; 2505.16162)."""
+"""The target drafts for itself, with its sublayers as the plan has them (arXiv 2309.08168, section 3; 2505.16162)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class SelfDraft:
         self._sampler = sampler
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """Drafts until `limit`, the policy's longest draft, or a token whose own top probability is under the threshold.
+        """Drafts until `limit`, the policy's longest draft, or a token whose own top probability is under the
+        threshold.
 
         That last token stays in the draft: it is paid for, and often right.
         """

@@ -18,8 +18,8 @@ _BLOCK_LENGTH = 5
 def probe(target: Target) -> Exactness:
     """Runs the same tokens one by one and in one block, and compares the bits.
 
-    Equal bits mean that speculative output is plain decoding's, whatever the plan. Different bits mean that they agree up
-    to rounding, where a near-tie between two tokens may fall either way.
+    Equal bits mean that speculative output is plain decoding's, whatever the plan. Different bits mean that they
+    agree up to rounding, where a near-tie between two tokens may fall either way.
     """
     tokens = [(7 * i + 3) % target.vocab_size for i in range(_PROMPT_LENGTH + _BLOCK_LENGTH)]
     session = target.open(len(tokens))

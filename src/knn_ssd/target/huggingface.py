@@ -1,8 +1,9 @@
 """The general target: any decoder in transformers, adapted from outside.
 
-A skipped sublayer contributes zero to the residual stream, which is right for pre-norm, post-norm and parallel residuals
-alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in `finally`; plan,
-cache and pointer live on the session, so sessions of one model never see each other and an abandoned one leaves nothing.
+A skipped sublayer contributes zero to the residual stream, which is right for pre-norm, post-norm and parallel
+residuals alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in
+`finally`; plan, cache and pointer live on the session, so sessions of one model never see each other and an abandoned
+one leaves nothing.
 Passes of one target exclude each other by a lock.
 """
 
@@ -43,7 +44,7 @@ class HuggingFaceTarget:
     modes = frozenset({Mode.KEEP, Mode.SKIP})
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
+        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.structure = find_structure(model)
         self.lock = threading.RLock()
         config = model.config.get_text_config()
@@ -51,7 +52,7 @@ class HuggingFaceTarget:
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
         self.context_length = _context_length(config)
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._exactness: Exactness | None = None
         self._silent = _silent_forwards(self)
@@ -300,8 +301,8 @@ def _check_identity(
             handle.remove()
     if changed:
         raise UnsupportedModelError(
-            f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(target.model).__name__} changes "
-            "its input even when its attention and its MLP contribute nothing; "
+            f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(target.model).__name__} "
+            "changes its input even when its attention and its MLP contribute nothing; "
             "layers that only add both to a residual stream were looked for"
         )
 

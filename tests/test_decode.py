@@ -1,0 +1,238 @@
+"""Accepting and decoding by hand-written distributions: no model, so every number can be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers import TableSession
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import LogitsProcessorList
+
+from knn_ssd.decode import FinishReason, Round, Verdict, accept, decode
+from knn_ssd.draft.contract import Draft
+from knn_ssd.sampling import Sampler, SamplingParams
+
+CPU = torch.device("cpu")
+VOCABULARY = 6
+GREEDY = Sampler(LogitsProcessorList(), greedy=True)
+
+
+def drawing(seed: int) -> Sampler:
+    return Sampler.from_params(SamplingParams(temperature=1.0, seed=seed), CPU)
+
+
+class Scripted(Sampler):
+    """A sampler whose random numbers are written down: it picks the most likely of what it is given."""
+
+    def __init__(self, *uniforms: float) -> None:
+        super().__init__(LogitsProcessorList(), greedy=False)
+        self._uniforms = list(uniforms)
+
+    def uniform(self, count: int, device: torch.device) -> list[float]:
+        return [self._uniforms.pop(0) for _ in range(count)]
+
+    def pick(self, probs: torch.Tensor) -> int:
+        return int(probs.argmax())
+
+
+def rows(*probs: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(probs)
+
+
+# --- Greedy
+
+
+def one_hot(*tokens: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(tokens), VOCABULARY).float()
+
+
+@pytest.mark.parametrize(
+    ("drafted", "target", "verdict"),
+    [
+        ((), (3,), Verdict(0, 3)),
+        ((1, 2), (1, 2, 5), Verdict(2, 5)),  # always
+        ((1, 2), (0, 2, 5), Verdict(0, 0)),  # never
+        ((1, 2, 4), (1, 3, 4, 5), Verdict(1, 3)),  # sometimes; what agrees after the first rejection does not count
+        ((1, 1, 1), (1, 1, 0, 1), Verdict(2, 0)),
+    ],
+)
+def test_greedy_keeps_the_longest_agreeing_prefix_and_adds_its_own(
+    drafted: tuple[int, ...], target: tuple[int, ...], verdict: Verdict
+) -> None:
+    assert accept(one_hot(*target), Draft(drafted), GREEDY) == verdict
+
+
+@given(st.data())
+def test_greedy_acceptance_is_the_plain_loop_over_both(data: st.DataObject) -> None:
+    token = st.integers(0, 2)
+    drafted = tuple(data.draw(st.lists(token, max_size=6)))
+    target = data.draw(st.lists(token, min_size=len(drafted) + 1, max_size=len(drafted) + 1))
+    agreeing = 0
+    while agreeing < len(drafted) and drafted[agreeing] == target[agreeing]:
+        agreeing += 1
+    assert accept(one_hot(*target), Draft(drafted), GREEDY) == Verdict(agreeing, target[agreeing])
+
+
+# --- Sampling: never, always, sometimes
+
+
+@pytest.mark.parametrize("probs", [None, rows([0.1, 0.9, 0.0])])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_token_that_the_target_never_says_is_never_accepted(probs: torch.Tensor | None, seed: int) -> None:
+    target = rows([0.5, 0.0, 0.5], [1.0, 0.0, 0.0])
+    verdict = accept(target, Draft((1,), probs), drawing(seed))
+    assert verdict.accepted == 0
+    assert verdict.token in {0, 2}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_token_that_the_target_says_at_least_as_often_as_the_draft_is_always_accepted(seed: int) -> None:
+    target = rows([0.2, 0.7, 0.1], [0.0, 0.3, 0.7], [0.0, 0.0, 1.0])
+    draft = Draft((1, 2), rows([0.4, 0.6, 0.0], [0.3, 0.0, 0.7]))
+    assert accept(target, draft, drawing(seed)) == Verdict(2, 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_certain_token_is_always_accepted_when_it_was_determined(seed: int) -> None:
+    assert accept(rows([0.0, 1.0], [1.0, 0.0]), Draft((1,)), drawing(seed)) == Verdict(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("probs", "chance", "verdict"),
+    [
+        # Drawn: kept below p / q = 0.3 / 0.6, otherwise the most likely of max(0, p - q).
+        (rows([0.4, 0.6, 0.0]), 0.49, Verdict(1, 0)),
+        (rows([0.4, 0.6, 0.0]), 0.51, Verdict(0, 2)),
+        # Determined: kept below p = 0.3, otherwise the most likely of the others.
+        (None, 0.29, Verdict(1, 0)),
+        (None, 0.31, Verdict(0, 0)),
+    ],
+)
+def test_a_token_is_kept_with_probability_p_over_q(probs: torch.Tensor | None, chance: float, verdict: Verdict) -> None:
+    target = rows([0.45, 0.3, 0.25], [1.0, 0.0, 0.0])
+    assert accept(target, Draft((1,), probs), Scripted(chance)) == verdict
+
+
+def test_tokens_after_a_rejected_one_are_not_looked_at() -> None:
+    target = rows([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
+    assert accept(target, Draft((0, 1)), Scripted(0.5, 0.0)) == Verdict(0, 1)
+
+
+def test_where_rounding_alone_rejects_the_target_still_answers() -> None:
+    target = rows([0.5, 0.5], [1.0, 0.0])
+    draft = Draft((1,), rows([0.5, 0.5]) * (1 + 1e-6))
+    assert accept(target, draft, Scripted(1 - 1e-9)) == Verdict(0, 0)
+
+
+def test_the_target_and_the_draft_are_left_as_they_are() -> None:
+    target, probs = rows([0.2, 0.3, 0.5], [0.1, 0.2, 0.7]), rows([0.1, 0.9, 0.0])
+    before = target.clone(), probs.clone()
+    accept(target, Draft((1,), probs), Scripted(0.99))
+    accept(target, Draft((1,)), Scripted(0.99))
+    assert torch.equal(target, before[0])
+    assert torch.equal(probs, before[1])
+
+
+def test_a_seed_reproduces_and_another_one_differs() -> None:
+    target = torch.full((5, VOCABULARY), 1 / VOCABULARY)
+    draft = Draft((1, 2, 3, 4))
+
+    def run(seed: int) -> list[Verdict]:
+        sampler = drawing(seed)
+        return [accept(target, draft, sampler) for _ in range(20)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+# --- Decoding, with a target whose next token is the last one plus one
+
+
+class ScriptedSource:
+    """Drafts what it is told, and notes what it was asked for."""
+
+    def __init__(self, drafts: Sequence[Sequence[int]]) -> None:
+        self._drafts = list(drafts)
+        self.limits: list[int] = []
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        self.limits.append(limit)
+        draft = self._drafts.pop(0)[:limit] if self._drafts else ()
+        return Draft(tuple(draft), source="script")
+
+
+def counting_session(length: int) -> TableSession:
+    successor = torch.roll(torch.eye(VOCABULARY), 1, dims=1)  # row t: certain of t + 1
+    return TableSession(successor, successor, length)
+
+
+def run(
+    drafts: Sequence[Sequence[int]] | None, max_new_tokens: int, end: int | None = None
+) -> tuple[list[Round], list[int], list[int], TableSession]:
+    """The rounds, the context after them, the tokens that the end was asked of, and the session."""
+    context = [0]
+    session = counting_session(len(context))
+    told: list[int] = []
+
+    def ends(token: int) -> FinishReason | None:
+        told.append(token)
+        return FinishReason.EOS if token == end else None
+
+    source = None if drafts is None else ScriptedSource(drafts)
+    first_logits = session.target[0]
+    rounds = list(decode(session, context, first_logits, source, GREEDY, max_new_tokens, ends))
+    return rounds, context, told, session
+
+
+def test_rounds_say_what_was_drafted_and_accepted() -> None:
+    rounds, *_ = run([(2, 3, 4), (), (2, 0)], max_new_tokens=9)
+    assert [(r.tokens, r.drafted, r.accepted, r.source) for r in rounds] == [
+        ((1,), 0, 0, "none"),  # the prompt's own
+        ((2, 3, 4, 5), 3, 3, "script"),  # all accepted, and the bonus
+        ((0,), 0, 0, "script"),  # nothing drafted
+        ((1,), 2, 0, "script"),  # the first rejected
+        ((2,), 0, 0, "script"),
+        ((3,), 0, 0, "none"),  # one token left: nobody is asked
+    ]
+    assert [r.finish_reason for r in rounds] == [None] * 5 + [FinishReason.LENGTH]
+
+
+@settings(max_examples=200)
+@given(
+    drafts=st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=5), max_size=12),
+    max_new_tokens=st.integers(1, 20),
+    end=st.none() | st.integers(0, VOCABULARY - 1),
+)
+def test_no_draft_changes_what_is_said_nor_where_it_ends(
+    drafts: list[list[int]], max_new_tokens: int, end: int | None
+) -> None:
+    plain, plain_context, _, _ = run(None, max_new_tokens, end)
+    rounds, context, told, session = run(drafts, max_new_tokens, end)
+    assert context == plain_context
+    assert [token for r in rounds for token in r.tokens] == context[1:] == told
+    assert all(r.tokens for r in rounds)
+    assert rounds[-1].finish_reason == plain[-1].finish_reason
+    assert all(r.finish_reason is None for r in rounds[:-1])
+    assert all(0 <= r.accepted <= min(r.drafted, len(r.tokens)) for r in rounds)
+    assert session.length >= len(context) - 1
+
+
+def test_nobody_drafts_more_than_can_be_emitted() -> None:
+    source = ScriptedSource([(2, 3), (), ()])
+    session = counting_session(1)
+    context = [0]
+    list(decode(session, context, session.target[0], source, GREEDY, 6, lambda _token: None))
+    assert source.limits == [4, 1], "6 tokens less the first one, less the target's own; then 2 less one"
+
+
+def test_a_round_is_computed_only_when_it_is_asked_for() -> None:
+    source = ScriptedSource([])
+    session = counting_session(1)
+    rounds = decode(session, [0], session.target[0], source, GREEDY, 6, lambda _token: None)
+    next(rounds)
+    assert source.limits == []
+    next(rounds)
+    assert source.limits == [4]

@@ -1,0 +1,113 @@
+"""What the doctor says is what there is: weights counted by hand, times that are times, every key always there."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from knn_ssd import doctor
+from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.resolve import EMBEDDED_MODEL
+from knn_ssd.testing import tiny_model, tiny_tokenizer
+
+FLOAT_BYTES = 4
+
+
+def test_a_token_reads_one_row_of_the_embedding() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    rows, width = model.get_input_embeddings().weight.shape
+    every = FLOAT_BYTES * sum(weight.numel() for weight in model.parameters())
+    assert doctor.read_bytes_per_token(model) == every - FLOAT_BYTES * (rows - 1) * width
+
+
+def test_a_token_reads_all_of_an_embedding_that_is_the_head() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    assert doctor.read_bytes_per_token(model) == FLOAT_BYTES * sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_token_reads_the_experts_that_are_asked(family: str) -> None:
+    model = tiny_model(family, tie_word_embeddings=True)
+    weights = {name: FLOAT_BYTES * weight.numel() for name, weight in model.named_parameters()}
+    experts = sum(size for name, size in weights.items() if ".experts." in name)
+    assert experts > 0
+    assert doctor.read_bytes_per_token(model) == sum(weights.values()) - experts / 2  # 2 of 4 are asked
+
+
+def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNN_SSD_CACHE", "/some/cache")
+    machine = doctor.examine_machine()
+    assert machine.versions["torch"] == torch.__version__
+    assert machine.threads == torch.get_num_threads()
+    assert machine.cores >= 1
+    assert (machine.memory_bytes or 0) >= (machine.available_memory_bytes or 0) > 0
+    assert machine.cache_directory == "/some/cache"
+    assert "cpu" in machine.devices
+    assert 1e8 < machine.read_bandwidth_bytes_per_sec < 1e13
+
+
+def test_kernels_are_looked_for_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_KERNELS", {"aten": ("linear", "no_such_operator"), "no_such_space": ("x",)})
+    monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 2**20)
+    kernels = doctor.examine_machine().kernels
+    assert kernels == {"aten.linear": True, "aten.no_such_operator": False, "no_such_space.x": False}
+
+
+def test_the_embedded_model_is_found_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: "/hub/config.json")
+    assert doctor.embedded_source() == f"{EMBEDDED_MODEL} in the Hub cache"
+    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert doctor.embedded_source() is None
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    target = HuggingFaceTarget(tiny_model())
+    prompt = [1, 2, 3]
+    before = target.open(3).prefill(prompt).logits
+    assert doctor.measure_step(target) > 0
+    assert torch.equal(target.open(3).prefill(prompt).logits, before)
+
+
+def test_a_report_of_a_model(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    examination = doctor.examine(str(tmp_path), "bfloat16", "cpu")
+    report = examination.model
+    assert report is not None
+    assert (report.supported, report.architecture, report.num_layers) == (True, "GPT2LMHeadModel", 4)
+    assert (report.dtype, report.context_length, report.model_dir) == ("bfloat16", 256, str(tmp_path))
+    assert report.weight_bytes == 2 * sum(weight.numel() for weight in model.parameters())
+    assert report.exactness is not None
+    assert report.step_sec is not None
+    assert report.floor_sec_per_token is not None
+    assert report.step_sec > report.floor_sec_per_token > 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "t5"])
+def test_a_model_that_cannot_draft_is_part_of_the_report(family: str, tmp_path: Path) -> None:
+    if family == "t5":  # refused before its weights are read
+        (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    else:
+        tiny_model(family).save_pretrained(tmp_path)
+    report = doctor.examine(str(tmp_path)).model
+    assert report is not None
+    assert not report.supported
+    assert report.unsupported_because is not None
+    assert ("recurrent state" if family == "mamba" else "encoder-decoder") in report.unsupported_because
+    assert report.step_sec is None
+
+
+def test_json_has_every_key_with_or_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 2**20)
+    machine = doctor.examine_machine()
+    report = doctor.ModelReport("m", supported=False, unsupported_because="why")
+    without, with_model = doctor.Examination(machine).to_json(), doctor.Examination(machine, report).to_json()
+    assert without.keys() == with_model.keys()
+    assert {field.name for kind in (doctor.Machine, doctor.ModelReport) for field in fields(kind)} == without.keys()
+    assert without["supported"] is None
+    assert with_model["supported"] is False

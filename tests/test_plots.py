@@ -1,0 +1,240 @@
+"""The picture of an atlas: readable at every size, right in what it shows, whole or not at all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from knn_ssd import plots
+from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
+from knn_ssd.errors import OutputError, UsageError
+from knn_ssd.plan import Mode, Plan, Policy
+
+WIDTH = 16
+in_two_dimensions = plots._in_two_dimensions  # the real one: t-SNE, which most tests here do without
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_two(vectors: np.ndarray[Any, Any], num_labels: int) -> np.ndarray[Any, Any]:
+        return np.abs(vectors[:, :2]) / np.abs(vectors[:, :2]).max()
+
+    monkeypatch.setattr(plots, "_in_two_dimensions", first_two)
+    monkeypatch.setattr(plots, "_DPI", 50)
+
+
+def make_plan(num_layers: int, generator: np.random.Generator, *, low: bool) -> Plan:
+    modes = (Mode.KEEP, Mode.SKIP, Mode.LOW) if low else (Mode.KEEP, Mode.SKIP)
+    attention, mlp = (tuple(generator.choice(modes, num_layers).tolist()) for _ in range(2))
+    return Plan(tuple(map(Mode, attention)), tuple(map(Mode, mlp)), policy=Policy(12, 0.8, lookup=low))
+
+
+def make_atlas(
+    names: tuple[str, ...],
+    num_layers: int,
+    *,
+    prompts: int = 8,
+    anchors: int = 3,
+    kept: bool = True,
+    low: bool = False,
+    architecture: str = "LlamaForCausalLM",
+    **overrides: Any,
+) -> Atlas:
+    generator = np.random.default_rng(0)
+    centres = np.repeat(generator.normal(size=(len(names), WIDTH)), prompts, axis=0)
+    vectors = (centres + 0.3 * generator.normal(size=centres.shape)).astype(np.float32)
+    plans = [make_plan(num_layers, generator, low=low) for _ in range(len(names) + 1)]
+    settings: dict[str, Any] = {
+        "fingerprint": Fingerprint(architecture, num_layers, WIDTH, 128, "ab", "cd", "float32"),
+        "pooling": Pooling.MEAN,
+        "anchors": np.concatenate([vectors[i * prompts : i * prompts + anchors] for i in range(len(names))]) + 0.01,
+        "anchor_labels": tuple(name for name in names for _ in range(anchors)),
+        "labels": {name: Label(plan, 0.1) for name, plan in zip(names, plans, strict=False)},
+        "fallback": plans[-1],
+        "cost": CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
+        "vectors": vectors if kept else None,
+        "vector_labels": tuple(name for name in names for _ in range(prompts)) if kept else (),
+    }
+    return Atlas(**{**settings, **overrides})
+
+
+FIVE = ("summarization", "math", "translation", "story", "text-to-sql")
+TWELVE = (
+    *FIVE,
+    "code",
+    "legal questions",
+    "medical",
+    "chat",
+    "poetry",
+    "json",
+    "a label of which its user is very fond",
+)
+CASES = {
+    "five domains, 30 layers": make_atlas(FIVE, 30),
+    "five domains, 80 layers": make_atlas(FIVE, 80, low=True),
+    "five domains, 126 layers": make_atlas(FIVE, 126),
+    "one label": make_atlas(("math",), 30),
+    "twelve labels": make_atlas(TWELVE, 32, low=True),
+    "twenty-five labels": make_atlas(tuple(f"domain {index}" for index in range(25)), 24, prompts=3, anchors=1),
+    "three points": make_atlas(("math",), 4, prompts=2, anchors=1),
+    "two points": make_atlas(("a", "b"), 2, prompts=1, anchors=1, kept=False),
+    "one point, one layer": make_atlas(("x",), 1, prompts=1, anchors=1, kept=False),
+    "anchors alone": make_atlas(FIVE, 12, kept=False),
+    "long names": make_atlas(("W" * 60, "i" * 60), 4, architecture="AVeryLongNameOf" * 5 + "ForCausalLM"),
+    "signs that matplotlib reads": make_atlas((r"$\foo$", "a_b^c", "100 %", "_x"), 8),
+}
+
+
+def texts(figure: Figure) -> list[Any]:
+    """Every visible text with something in it, tick labels included."""
+    from matplotlib.text import Text
+
+    return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in texts(figure)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_text_covers_another_or_leaves_the_page(name: str) -> None:
+    figure = plots.atlas_figure(CASES[name])
+    figure.draw_without_rendering()
+    shown = texts(figure)
+    boxes = np.array([text.get_window_extent().extents for text in shown])  # left, low, right, high
+    inside = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] <= [figure.bbox.width, figure.bbox.height]).all(axis=1)
+    assert not [text.get_text() for text, fits in zip(shown, inside, strict=True) if not fits]
+    for index, text in enumerate(shown):
+        others = np.flatnonzero(overlap(boxes[index], boxes[index + 1 :])) + index + 1
+        assert not [(text.get_text(), shown[other].get_text()) for other in others]
+    for panel in figure.axes[1:]:  # the map of vectors and the skip map
+        own = panel.findobj(type(shown[0]))
+        covered = overlap(np.array(panel.get_window_extent().extents), boxes)
+        assert not [text.get_text() for text, covers in zip(shown, covered, strict=True) if covers and text not in own]
+
+
+def overlap(box: np.ndarray[Any, Any], boxes: np.ndarray[Any, Any], slack: float = 1.0) -> np.ndarray[Any, Any]:
+    """Which of the boxes (n, 4) share more than `slack` pixels with one (4,), in both directions."""
+    shared = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    return (shared > slack).all(axis=1)
+
+
+def test_the_cells_are_the_plans() -> None:
+    atlas = CASES["five domains, 80 layers"]
+    figure = plots.atlas_figure(atlas)
+    (cells,) = [c for axes in figure.axes for c in axes.collections if isinstance(c, PatchCollection)]
+    drawn = [to_hex(colour).upper() for colour in cells.get_facecolor()]
+    plans = [label.plan for label in atlas.labels.values()] + [atlas.fallback]
+    expected = [plots._MODE_COLOURS[mode] for plan in plans for modes in (plan.attention, plan.mlp) for mode in modes]
+    assert drawn == expected
+
+
+def test_rows_tell_label_share_and_plain_decoding() -> None:
+    labels = {
+        "math": Label(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.1),
+        "story": Label(Plan.plain(4), 0.1),
+    }
+    atlas = make_atlas(("math", "story"), 4, labels=labels, fallback=Plan.skipping(4))
+    written = words(plots.atlas_figure(atlas))
+    for text in ("math", "story", "fallback", "38 % skipped", "drafts up to 5 while p ≥ 0.60", "plain decoding"):
+        assert text in written
+    assert written.count("0 % skipped") == 2
+    assert {"keep", "skip"} <= set(written)
+    assert "low" not in written  # no plan uses it
+    assert "low" in words(plots.atlas_figure(CASES["twelve labels"]))
+
+
+def test_every_vector_and_anchor_is_drawn() -> None:
+    atlas = CASES["five domains, 30 layers"]
+    figure = plots.atlas_figure(atlas)
+    vector_map = figure.axes[1]
+    assert sum(len(marks.get_offsets()) for marks in vector_map.collections) == 5 * 8 + 5 * 3
+
+
+def test_the_title_says_when_there_are_anchors_alone() -> None:
+    assert "Anchors alone: the atlas has not kept its prompt vectors" in words(
+        plots.atlas_figure(CASES["anchors alone"])
+    )
+    assert "Prompts and anchors" in words(plots.atlas_figure(CASES["one label"]))
+
+
+def test_left_out_vectors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_MAX_PROMPTS", 10)
+    written = words(plots.atlas_figure(CASES["five domains, 30 layers"]))
+    assert any(text.startswith("10 of 40 prompt vectors (dots) and 15 anchors") for text in written)
+
+
+@pytest.mark.parametrize(
+    "vectors", [np.ones((5, WIDTH)), np.zeros((5, WIDTH)), np.eye(5, WIDTH), np.eye(3, WIDTH), np.eye(1, 1)]
+)
+def test_few_or_equal_vectors_have_places(vectors: np.ndarray[Any, Any]) -> None:
+    places = in_two_dimensions(vectors.astype(np.float32), 1)
+    assert places.shape == (len(vectors), 2)
+    assert np.isfinite(places).all()
+    assert ((places >= 0) & (places <= 1)).all()
+
+
+def test_what_is_near_is_drawn_near() -> None:
+    atlas = CASES["five domains, 30 layers"]
+    assert atlas.vectors is not None
+    labels = np.array(atlas.vector_labels)
+    places = in_two_dimensions(atlas.vectors, 5)
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1) + 9 * np.eye(len(places))
+    assert (labels[distances.argmin(axis=1)] == labels).all()
+    np.testing.assert_array_equal(in_two_dimensions(atlas.vectors, 5), places)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
+)
+def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
+    out = tmp_path / "new" / f"atlas{suffix}"
+    assert plots.plot_atlas(CASES["one label"], out) == out
+    assert out.read_bytes().startswith(start)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_an_older_picture_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "atlas.png"
+    out.write_bytes(b"older")
+    plots.plot_atlas(CASES["one label"], out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["atlas.jpg", "atlas", "png", ".png"])
+def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
+        plots.plot_atlas(CASES["one label"], tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for out in (tmp_path / "file" / "atlas.png", tmp_path / "folder.png", Path("/proc/atlas.png")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            plots.plot_atlas(CASES["one point, one layer"], out)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=r"pip install knn-ssd\[plot\]"):
+        plots.plot_atlas(CASES["one label"], tmp_path / "atlas.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pyplot_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    plots.atlas_figure(CASES["one point, one layer"])
