@@ -180,15 +180,6 @@ def test_public_names_are_there() -> None:
         _ = knn_ssd.Engin  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("first", ["knn_ssd", "knn_ssd.calibrate.pipeline", "knn_ssd.calibrate"])
-def test_calibrate_is_a_folder_and_a_function_whatever_is_imported_first(first: str) -> None:
-    done = python(
-        f"import {first}\nfrom knn_ssd import calibrate\nimport knn_ssd.calibrate.pipeline as pipeline\n"
-        "pipeline.calibrate = lambda *args, **kwargs: (args, kwargs)\nprint(calibrate(1, out=2))"
-    )
-    assert done.stdout == "((1,), {'out': 2})\n", done.stderr
-
-
 def test_python_m_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "knn_ssd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"knn-ssd {knn_ssd.__version__}\n"
@@ -473,7 +464,7 @@ def test_an_atlas_of_another_model(
 ) -> None:
     other = save_model(tmp_path / "other", hidden_size=64, seed=1)
     words = refused(*command, atlas_dir, "--model", other)
-    assert "the atlas was calibrated on another model: hidden size is 64 and the atlas has 32" in words
+    assert re.search("the atlas was calibrated on another model: hidden size is 64.* the atlas has 32", words)
     assert "weights hash is" in words
     assert "tokenizer" not in words
 

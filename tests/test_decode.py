@@ -13,6 +13,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from knn_ssd.decode import FinishReason, Round, Verdict, accept, decode
 from knn_ssd.draft.contract import Draft
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
 
 CPU = torch.device("cpu")
@@ -236,3 +238,59 @@ def test_a_round_is_computed_only_when_it_is_asked_for() -> None:
     assert source.limits == []
     next(rounds)
     assert source.limits == [4]
+
+
+# --- A self-draft, on a target whose drafts are less and less certain
+
+
+def fading_session(length: int) -> TableSession:
+    """Whose draft says t + 1 after t, with probability 0.9, 0.8, 0.7, …"""
+    chances = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])[:, None]
+    successor = torch.roll(torch.eye(VOCABULARY), 1, dims=1)
+    probs = successor * chances + (1 - successor) * (1 - chances) / (VOCABULARY - 1)
+    return TableSession(probs.log(), probs.log(), length)
+
+
+@pytest.mark.parametrize(
+    ("max_draft", "threshold", "limit", "tokens"),
+    [
+        (6, 0.0, 9, (1, 2, 3, 4, 5, 0)),  # as long as the policy allows
+        (6, 0.0, 3, (1, 2, 3)),  # as long as the round allows
+        (6, 0.75, 9, (1, 2, 3)),  # the first token under the threshold stays, and is the last
+        (6, 0.95, 9, (1,)),
+        (1, 0.0, 9, (1,)),
+        (6, 0.0, 0, ()),
+    ],
+)
+def test_a_self_draft_stops_where_its_policy_says(
+    max_draft: int, threshold: float, limit: int, tokens: tuple[int, ...]
+) -> None:
+    session = fading_session(length=7)
+    source = SelfDraft(session, Plan.skipping(1, [0], policy=Policy(max_draft, threshold)), GREEDY)
+    draft = source.propose([3, 0], limit)
+    assert (draft.tokens, draft.source) == (tokens, "self")
+    assert draft.probs is None, "a greedy draft is determined, not drawn"
+    assert session.length == 7, "the session is rewound"
+
+
+def test_a_drawn_self_draft_brings_the_distributions_it_was_drawn_from() -> None:
+    session = fading_session(length=7)
+    sampler = Sampler.from_params(SamplingParams(temperature=0.5, seed=4), CPU)
+    draft = SelfDraft(session, Plan.skipping(1, [0], policy=Policy(4, 0.0)), sampler).propose([3, 0], 9)
+    before = [0, *draft.tokens[:-1]]
+    assert draft.probs is not None
+    torch.testing.assert_close(draft.probs, (session.draft[before] / 0.5).softmax(dim=-1))
+
+
+def test_a_failing_self_draft_rewinds_the_session() -> None:
+    session = fading_session(length=7)
+
+    def fail(_token_ids: Sequence[int], _plan: Plan | None = None) -> torch.Tensor:
+        if session.length == 9:
+            raise KeyboardInterrupt
+        return session.draft[[0]]
+
+    session.forward = fail
+    with pytest.raises(KeyboardInterrupt):
+        SelfDraft(session, Plan.skipping(1, [0], policy=Policy(6, 0.0)), GREEDY).propose([3, 0], 9)
+    assert session.length == 7

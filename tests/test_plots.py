@@ -144,6 +144,8 @@ def test_rows_tell_label_share_and_plain_decoding() -> None:
         "math": Label(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.1),
         "story": Label(Plan.plain(4), 0.1),
     }
+    low_head = Plan((Mode.LOW, Mode.KEEP), (Mode.LOW, Mode.LOW), head=Mode.LOW)
+    assert plots._Row("any", low_head, None).share == "0 % skipped, 75 % low, low head"
     atlas = make_atlas(("math", "story"), 4, labels=labels, fallback=Plan.skipping(4))
     written = words(plots.atlas_figure(atlas))
     for text in ("math", "story", "fallback", "38 % skipped", "drafts up to 5 while p ≥ 0.60", "plain decoding"):

@@ -55,11 +55,9 @@ class Fingerprint:
 
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
         """What makes `other` another model, as sentences; empty if it is the same."""
-        return tuple(
-            f"{name.replace('_', ' ')} is {getattr(other, name) or 'none'}, the atlas has {getattr(self, name) or 'none'}"
-            for name in (f.name for f in fields(self))
-            if name != "dtype" and getattr(self, name) != getattr(other, name)
-        )
+        names = [f.name for f in fields(self) if f.name != "dtype"]
+        pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
+        return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,10 +115,12 @@ class _Row:
     @property
     def share(self) -> str:
         modes = self.plan.modes
-        low = modes.count(Mode.LOW)
-        return f"{_percent(self.plan.num_skipped, len(modes))} skipped" + (
-            f", {_percent(low, len(modes))} low" if low else ""
-        )
+        parts = [f"{_percent(self.plan.num_skipped, len(modes))} skipped"]
+        if low := modes.count(Mode.LOW):
+            parts.append(f"{_percent(low, len(modes))} low")
+        if self.plan.head is Mode.LOW:
+            parts.append("low head")
+        return ", ".join(parts)
 
     @property
     def policy(self) -> str:

@@ -41,7 +41,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path = Path(path)
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
     except UnicodeDecodeError as error:
         raise PromptError(f"'{path}' is not UTF-8 text ({error})", "Save it as UTF-8.") from error
     except OSError as error:
@@ -71,7 +71,7 @@ def builtin_prompts(domains: Sequence[str] = BUILTIN_DOMAINS) -> list[Prompt]:
                 f"Choose from {', '.join(BUILTIN_DOMAINS)}, or give --prompts.",
             )
         text = files("knn_ssd.data").joinpath("prompts", f"{domain}.jsonl").read_text("utf-8")
-        prompts += parse_prompts(text.splitlines(), f"{domain}.jsonl")
+        prompts += parse_prompts(text.split("\n"), f"{domain}.jsonl")
     return prompts
 
 

@@ -66,7 +66,7 @@ class Router:
         """Cosine distances and indices of the k anchors nearest to a vector (D,), nearest first."""
         unit = torch.nn.functional.normalize(vector.to(self.anchors_), dim=-1)
         similarities, indices = (self.anchors_ @ unit).topk(self.k)
-        return (1 - similarities).tolist(), indices.tolist()
+        return (1 - similarities).clamp(0, 2).tolist(), indices.tolist()
 
     def predict(self, vector: torch.Tensor) -> Route:
         """The route for a prompt vector (D,)."""

@@ -147,13 +147,12 @@ def planted_tiny_model(
     """A tiny model with a different redundant set of sublayers per domain: the claim of arXiv 2505.16162 made true.
 
     A token's domain stands in its embedding, along a direction that no sublayer writes to and that the LM head reads,
-    so that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on tokens of that domain.
+    so that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on that domain's tokens.
     """
     domains = list(redundant)
     size = (_LAST_CHARACTER - _FIRST_CHARACTER + 1) // len(domains)
-    tokens = {
-        name: range(_FIRST_CHARACTER + i * size, _FIRST_CHARACTER + (i + 1) * size) for i, name in enumerate(domains)
-    }
+    starts = {domain: _FIRST_CHARACTER + i * size for i, domain in enumerate(domains)}
+    tokens = {domain: range(start, start + size) for domain, start in starts.items()}
     sizes: dict[str, Any] = {"num_hidden_layers": num_layers, "hidden_size": 64, "initializer_range": 0.4}
     model = tiny_model("llama", seed, tie_word_embeddings=False, eos_token_id=None, **sizes)
     weights = dict(model.named_parameters())

@@ -58,13 +58,23 @@ def _encode_text(
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
     if isinstance(prompt, str):
         if not chat or not tokenizer.chat_template:
-            return list(tokenizer(prompt)["input_ids"])
+            return _token_ids(tokenizer, prompt, the_prompt)
         prompt = [{"role": "user", "content": prompt}]
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer has no chat template, and {the_prompt} is a conversation", "Give plain text.")
     messages = [dict(message) for message in prompt]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, **options: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{the_prompt} is not Unicode text ({error})", "Give it as UTF-8.") from error
+    return list(
+        tokenizer(text, verbose=False, **options)["input_ids"]
+    )  # silent on length: `encode` has its own sentence
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

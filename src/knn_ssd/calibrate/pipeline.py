@@ -203,9 +203,10 @@ class _Calibration:
         self._search_end: float | None = None
 
     def run(self, resume: bool) -> Atlas:
+        prompt_ids = self._encode()
         self.journal.begin({"fingerprint": self.fingerprint.weights_hash, "prompts": _digest(self.grouped),
                             **self.settings.identity()}, resume)  # fmt: skip
-        observations = self._observe()
+        observations = self._observe(prompt_ids)
         cost = self._measure_cost()
         searches = search_sets(observations, self.settings)
         self._search(searches, cost, fresh=not resume)
@@ -215,21 +216,23 @@ class _Calibration:
         self.journal.remove()
         return atlas
 
-    def _observe(self) -> list[Observation]:
+    def _encode(self) -> list[tuple[str, int, Prompt, list[int]]]:
+        """Every prompt that is used, with its label, its place in it and its token ids."""
+        count = max(self.settings.vector_prompts, self.settings.search_prompts)
+        tokenizer, context = self.loaded.tokenizer, self.target.context_length
+        return [
+            (label, index, prompt, encode(tokenizer, prompt.prompt, context, self.settings.chat, name=prompt.id))
+            for label, prompts in self.grouped.items()
+            for index, prompt in enumerate(prompts[:count])
+        ]
+
+    def _observe(self, wanted: Sequence[tuple[str, int, Prompt, list[int]]]) -> list[Observation]:
         """The observations of all prompts, those of an interrupted run included."""
         settings = self.settings
         done = {(o.label, o.id, len(o.prompt_ids)): o for o in self.journal.observations.read()}
-        wanted = [
-            (label, index, prompt)
-            for label, prompts in self.grouped.items()
-            for index, prompt in enumerate(prompts[: max(settings.vector_prompts, settings.search_prompts)])
-        ]
         self.reporter.stage("reading prompts", len(wanted))
         observations = []
-        for label, index, prompt in wanted:
-            prompt_ids = encode(
-                self.loaded.tokenizer, prompt.prompt, self.target.context_length, settings.chat, name=prompt.id
-            )
+        for label, index, prompt, prompt_ids in wanted:
             observation = done.get((label, prompt.id, len(prompt_ids)))
             if observation is None:
                 new_tokens = settings.new_tokens if index < settings.search_prompts else 0
@@ -313,7 +316,9 @@ class _Calibration:
         anchors = fit_anchors(vectors, labels, self.settings.anchors, self.settings.seed)
         evidence = {
             **provenance(),
-            "model": self.loaded.name,
+            "model": Path(self.loaded.name).name
+            if self.loaded.directory
+            else self.loaded.name,  # no path of this machine
             "settings": {**self.settings.identity(), "trials": self.settings.trials, "minutes": self.settings.minutes},
             "wall_sec": round(time.perf_counter() - self.started, 1),
             "routing": {"held_out": anchors.held_out, "accuracy": anchors.accuracy},

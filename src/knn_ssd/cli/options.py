@@ -58,14 +58,14 @@ def filled(text: str) -> str:
     return text
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, what: str = "the model") -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype and --device."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="M",
         type=filled,
-        help=f"{what}: a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)",
+        help="a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)",
     )
     group.add_argument(
         "--dtype",

@@ -1,0 +1,160 @@
+"""The shape of the code: imports point one way, one thing is done in one place, and what should be light is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import knn_ssd
+
+PACKAGE = Path(knn_ssd.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+
+# From the shell inwards. A module may import from its own part and from any later row; never from its own row.
+ROWS = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("serve", "bench", "vllm_plugin"),
+    ("engine", "calibrate", "plots", "hub", "doctor"),
+    ("decode",),
+    ("text", "draft", "controller"),
+    ("sampling", "route", "tokens", "embed"),
+    ("target",),
+    ("prompts", "atlas", "data"),
+    ("plan", "provenance"),
+    ("errors",),
+)
+ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
+FREE = "testing"  # may import anything, and is imported by nothing
+
+MAX_FUNCTION_LINES = 70
+MAX_FILE_LINES = 450
+
+
+def part_of(file: Path) -> str:
+    """The file or folder directly under the package."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"), str(file))
+
+
+def walk_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield from walk_at_run_time(child)
+
+
+def imported_parts(file: Path) -> set[str]:
+    """The parts of this package that a file imports, at its top or within a function."""
+    names: set[str] = set()
+    for node in walk_at_run_time(tree_of(file)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}:{node.lineno} imports relatively; imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    inner = [name.split(".")[1:] for name in names if name.split(".")[0] == "knn_ssd"]
+    known = set(ROW_OF) | {FREE}
+    return {parts[0] if parts and parts[0] in known else "__init__" for parts in inner}
+
+
+@every_file
+def test_every_file_has_its_place(file: Path) -> None:
+    assert part_of(file) in {*ROW_OF, FREE}, f"give {part_of(file)} a row in ROWS"
+
+
+@every_file
+def test_imports_point_one_way(file: Path) -> None:
+    part = part_of(file)
+    if part == FREE:
+        return
+    wrong = {other for other in imported_parts(file) - {part} if other == FREE or ROW_OF[other] <= ROW_OF[part]}
+    assert not wrong, f"{part} must not import {', '.join(sorted(wrong))}"
+
+
+def test_the_rule_can_fail() -> None:
+    assert "cli" in imported_parts(PACKAGE / "__main__.py")
+    assert "decode" in imported_parts(PACKAGE / "engine.py")
+    assert ROW_OF["cli"] < ROW_OF["engine"] < ROW_OF["decode"] < ROW_OF["target"] < ROW_OF["errors"]
+
+
+@every_file
+def test_no_file_is_longer_than_one_reads_in_a_sitting(file: Path) -> None:
+    assert len(file.read_text("utf-8").splitlines()) <= MAX_FILE_LINES
+
+
+@every_file
+def test_no_function_is_longer_than_a_screen(file: Path) -> None:
+    functions = [n for n in ast.walk(tree_of(file)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: n for f in functions if (n := (f.end_lineno or f.lineno) - f.lineno + 1) > MAX_FUNCTION_LINES}
+    assert not long
+
+
+@every_file
+def test_nothing_is_global_swallowed_or_printed(file: Path) -> None:
+    found = []
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Global):
+            found.append(f"line {node.lineno}: global")
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"line {node.lineno}: a bare except")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and part_of(file) != "cli":
+            found.append(f"line {node.lineno}: print")
+    assert not found
+
+
+@every_file
+def test_every_module_says_what_it_is(file: Path) -> None:
+    assert ast.get_docstring(tree_of(file)) or not file.read_text("utf-8").strip()
+
+
+def calls_of(name: str) -> set[str]:
+    """Where a function or method of that name is called: `part.function`."""
+    places = set()
+    for file in FILES:
+        for function in ast.walk(tree_of(file)):
+            if isinstance(function, ast.FunctionDef):
+                calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call)]
+                if any(getattr(call, "attr", getattr(call, "id", None)) == name for call in calls):
+                    places.add(f"{file.relative_to(PACKAGE).with_suffix('').as_posix()}.{function.name}")
+    return places
+
+
+def test_the_acceptance_rule_exists_once() -> None:
+    assert calls_of("Verdict") == {"decode.accept"}
+    assert calls_of("uniform") == {"decode.accept"}
+    assert calls_of("accept") == {"decode.decode"}
+    assert calls_of("verify") == {"decode.decode"}
+
+
+def _imported_by(code: str, *arguments: str) -> set[str]:
+    """Which of the heavy packages are loaded after some code ran in a fresh interpreter."""
+    script = f"import sys\nsys.argv = {['knn-ssd', *arguments]!r}\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+    script += "sys.stderr.write(' '.join(sorted({'torch', 'transformers', 'sklearn', 'optuna'} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("module", ["knn_ssd", "knn_ssd.plan", "knn_ssd.atlas", "knn_ssd.prompts", "knn_ssd.errors"])
+def test_importing_what_knows_nothing_of_models_does_not_import_torch(module: str) -> None:
+    assert _imported_by(f"import {module}") == set()
+
+
+def test_asking_the_command_line_for_help_does_not_import_torch() -> None:
+    cli = pytest.importorskip("knn_ssd.cli")
+    if not hasattr(cli, "main"):
+        pytest.skip("knn_ssd.cli has no main yet")
+    assert _imported_by("from knn_ssd.cli import main; main()", "--help") == set()
+    done = subprocess.run([sys.executable, "-m", "knn_ssd", "--help"], capture_output=True, text=True, check=True)
+    assert "calibrate" in done.stdout

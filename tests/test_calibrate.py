@@ -1,0 +1,462 @@
+"""Calibration: the paper's claim in miniature, and a search that finds what is there and can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knn_ssd.atlas import Atlas, CostProfile, Pooling
+from knn_ssd.calibrate.anchors import fit_anchors
+from knn_ssd.calibrate.journal import Journal
+from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, foretold_speedup
+from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
+from knn_ssd.calibrate.pipeline import MIXTURE, Settings, by_domain, calibrate
+from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
+from knn_ssd.engine import Engine
+from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.prompts import Prompt
+from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.resolve import LoadedModel
+from knn_ssd.testing import PlantedModel, planted_tiny_model, tiny_model, tiny_tokenizer
+
+REDUNDANT = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
+BUDGET = 60  # trials per domain, over 2 ** 16 plans
+COST = CostProfile(1.0, 0.05, 0.05, tuple(1.0 + 0.02 * i for i in range(13)))
+
+
+@pytest.fixture(scope="module")
+def planted() -> PlantedModel:
+    return planted_tiny_model(REDUNDANT, seed=3)
+
+
+def prompts_of(planted: PlantedModel, count: int = 8) -> list[Prompt]:
+    return [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in planted.tokens for i in range(count)]
+
+
+def loaded(planted: PlantedModel) -> LoadedModel:
+    return LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
+
+
+def skipped(plan: Plan) -> set[int]:
+    return {2 * i for i in plan.skipped_attention} | {2 * i + 1 for i in plan.skipped_mlp}
+
+
+@pytest.fixture(scope="module", params=["greedy", "bayes", "evolve"])
+def planted_atlas(
+    request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Atlas:
+    out = tmp_path_factory.mktemp("planted") / "atlas"
+    settings = Settings(search=Strategy(request.param), trials=BUDGET, search_prompts=5)
+    return calibrate(loaded(planted), prompts_of(planted), out, settings)
+
+
+def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_with_it(planted_atlas: Atlas) -> None:
+    recovered = 0
+    for name, redundant in REDUNDANT.items():
+        evidence = planted_atlas.labels[name].evidence
+        assert evidence["trials"] <= BUDGET
+        found = skipped(Plan.from_json(evidence["best_skipping"]["plan"]))
+        assert found <= set(redundant), f"harmful in {name}: {found - set(redundant)}"
+        recovered += len(found)
+    assert recovered >= 0.9 * sum(map(len, REDUNDANT.values()))
+
+
+def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
+    engine = Engine(planted.model, tiny_tokenizer(), planted_atlas)
+    seconds = dict.fromkeys(("routed", "single", "plain"), 0.0)
+    for turn in range(3):
+        for name in REDUNDANT:
+            prompt = planted.prompt(name, 12, 100 + turn)
+            options = {"routed": {}, "single": {"plan": planted_atlas.fallback}, "plain": {"plain": True}}
+            results = {way: engine.generate(prompt, max_new_tokens=60, **given) for way, given in options.items()}
+            for way, result in results.items():
+                assert result.token_ids == results["plain"].token_ids
+                seconds[way] += result.stats.decode_sec
+            assert results["routed"].route is not None
+            assert results["routed"].route.label == name
+            assert results["routed"].stats.accepted > 0
+    assert seconds["routed"] < 0.95 * seconds["single"]
+    assert seconds["routed"] < 0.9 * seconds["plain"]
+
+
+def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
+    planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
+    settings = Settings(trials=BUDGET, search_prompts=4)
+    atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
+    for name, redundant in REDUNDANT.items():
+        assert skipped(Plan.from_json(atlas.labels[name].evidence["best_skipping"]["plan"])) <= set(redundant)
+
+
+def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
+    needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
+    atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", Settings(trials=40, search_prompts=4))
+    assert all(label.plan.is_plain for label in atlas.labels.values())
+    assert atlas.fallback.is_plain
+
+
+def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_path: Path) -> None:
+    settings = Settings(search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=8, max_draft=3, threshold=0.5)
+    atlas = calibrate(loaded(planted), prompts_of(planted, 3), tmp_path / "atlas", settings)
+    label = atlas.labels["red"]
+    assert label.evidence["trials"] == 4
+    assert Plan.from_json(label.evidence["best_skipping"]["plan"]).policy == Policy(3, 0.5)
+    assert label.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
+
+
+def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas) -> None:
+    assert planted_atlas.vectors is not None
+    assert len(planted_atlas.vectors) == len(planted_atlas.vector_labels) == 24
+    assert planted_atlas.evidence["routing"]["accuracy"] == 1.0
+    assert {"versions", "created", "settings", "wall_sec", "model"} <= set(planted_atlas.evidence)
+
+
+class Stopping:
+    """A reporter that is interrupted in the middle of a stage."""
+
+    def __init__(self, stage: str, after: int) -> None:
+        self.wanted, self.left, self.name = stage, after, ""
+
+    def stage(self, name: str, total: int | None) -> None:
+        self.name = name
+
+    def advance(self, note: str = "") -> None:
+        if self.wanted in self.name:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+class Counting:
+    """A reporter that counts the trials that are scored anew."""
+
+    def __init__(self) -> None:
+        self.trials = 0
+
+    def stage(self, name: str, total: int | None) -> None:
+        self.searching = name.startswith("searching")
+
+    def advance(self, note: str = "") -> None:
+        self.trials += self.searching and note != ""
+
+
+@pytest.mark.parametrize(("stage", "after"), [("reading", 3), ("searching red", 7), ("searching mixture", 5)])
+def test_an_interrupted_calibration_goes_on_without_repeating_a_trial(
+    planted: PlantedModel, tmp_path: Path, stage: str, after: int
+) -> None:
+    out, prompts, settings = tmp_path / "atlas", prompts_of(planted, 3), Settings(trials=20, search_prompts=2)
+    with pytest.raises(Interrupted, match="--resume"):
+        calibrate(loaded(planted), prompts, out, settings, reporter=Stopping(stage, after))
+    assert not out.exists()
+    with pytest.raises(CalibrationError, match="--resume"):
+        calibrate(loaded(planted), prompts, out, settings)
+    with pytest.raises(CalibrationError, match="new_tokens was 32 and is 16"):
+        calibrate(loaded(planted), prompts, out, Settings(trials=20, search_prompts=2, new_tokens=16), resume=True)
+    counting = Counting()
+    atlas = calibrate(loaded(planted), prompts, out, settings, resume=True, reporter=counting)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["atlas"]
+    searches = [*REDUNDANT, MIXTURE]
+    finished_before = {"reading": 0, "searching red": after, "searching mixture": 20 * 3 + after}[stage]
+    assert counting.trials == 20 * len(searches) - finished_before
+    assert all(label.evidence["trials"] == 20 for label in atlas.labels.values())
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", num_hidden_layers=6).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model_folder: Path, tmp_path: Path) -> list[str]:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"{word} {i}", "domain": word} for word in ("apple", "QUIZ?") for i in range(4)]
+    prompts.write_text("\n".join(json.dumps(line) for line in lines))
+    options = f"--model {model_folder} --prompts {prompts} --out {tmp_path}/out/atlas --search-prompts 2"
+    return [sys.executable, "-m", "knn_ssd", "calibrate", *options.split()]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_calibration_leaves_nothing_half_written_and_can_be_resumed(
+    command: list[str], tmp_path: Path, how: signal.Signals
+) -> None:
+    journal = tmp_path / "out" / "atlas.calibration" / "trials.log"
+    process = start([*command, "--trials", "40"])
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 60):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert not (tmp_path / "out" / "atlas").exists()
+    if how is signal.SIGINT:
+        assert process.returncode == 2
+        assert "--resume" in errors
+        assert "Traceback" not in errors
+    resumed = start([*command, "--trials", "40", "--resume"])
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert output.strip() == str(tmp_path / "out" / "atlas")
+    atlas = Atlas.load(tmp_path / "out" / "atlas")
+    assert [label.evidence["trials"] for label in atlas.labels.values()] == [40, 40]
+    assert os.listdir(tmp_path / "out") == ["atlas"]
+
+
+def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: Path) -> None:
+    process = start([*command, "--trials", "30", "--workers", "2", "--storage", f"sqlite:///{tmp_path}/trials.db"])
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    atlas = Atlas.load(tmp_path / "out" / "atlas")
+    assert all(
+        30 <= label.evidence["trials"] <= 31 for label in atlas.labels.values()
+    )  # two may begin the last at once
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trials", "0"], "--trials"),
+        (["--minutes", "0"], "minutes must be above 0, got 0.0"),
+        (["--domains", "apple,pear"], "no domain 'pear'"),
+        (["--modes", "skip,warp"], "warp"),
+        (["--threshold", "0.5"], "--search paper"),
+        (["--search", "magic"], "magic"),
+        (["--out", "/proc/nowhere/atlas"], "/proc/nowhere"),
+    ],
+)
+def test_a_bad_option_is_told_in_a_sentence_with_exit_code_2(
+    command: list[str], options: list[str], sentence: str
+) -> None:
+    process = start([*command, *options])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert sentence in errors
+    assert "Traceback" not in errors
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_what_was_found_is_kept(
+    planted: PlantedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        calibrate(loaded(planted), prompts_of(planted, 2), tmp_path / "atlas", Settings(trials=2, search_prompts=1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["atlas.calibration"]
+
+
+def test_an_existing_atlas_is_not_written_over(planted: PlantedModel, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="already something"):
+        calibrate(loaded(planted), prompts_of(planted, 2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ([], "no prompts"),
+        ([Prompt("x", None, "a-1")], "'a-1' has no domain"),
+        ([Prompt("x", "lonely")], "'lonely' has one prompt"),
+        ([Prompt("x", MIXTURE), Prompt("y", MIXTURE)], "cannot be called"),
+    ],
+)
+def test_prompts_that_cannot_be_calibrated_on_are_refused(prompts: list[Prompt], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        by_domain(prompts)
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_name(planted: PlantedModel, tmp_path: Path) -> None:
+    prompts = [*prompts_of(planted, 2), Prompt("x" * 300, "red", "too-long")]
+    with pytest.raises(PromptError, match="'too-long' has 300 tokens"):
+        calibrate(loaded(planted), prompts, tmp_path / "atlas", Settings(trials=2))
+
+
+@pytest.mark.parametrize("name", ["trials", "search_prompts", "vector_prompts", "anchors", "workers", "max_draft"])
+def test_settings_refuse_zero(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be 1 or more, got 0"):
+        Settings(**{name: 0})
+
+
+# The foretold speed-up
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=1, max_size=40), st.integers(1, 12), st.floats(0, 1)
+)
+def test_a_foretold_speedup_is_between_all_rejected_and_all_accepted(
+    positions: list[tuple[bool, float]], max_draft: int, threshold: float
+) -> None:
+    plan, policy = Plan.skipping(4, [1], [2]), Policy(max_draft, threshold)
+    record = Record(tuple(agrees for agrees, _ in positions), tuple(sure for _, sure in positions))
+
+    def speedup(agrees: bool) -> float:
+        return foretold_speedup([Record((agrees,) * len(positions), record.sure)], plan, policy, COST)
+
+    assert speedup(False) - 1e-9 <= foretold_speedup([record], plan, policy, COST) <= max_draft + 1
+
+
+def test_a_foretold_speedup_counts_rounds_by_hand() -> None:
+    plan = Plan.skipping(4, [0, 1], [0])  # a draft step costs 1 - 3 * 0.05 = 0.85
+    record = Record((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
+    # Two drafted and accepted: 2 * 0.85 + 1.04 for 3 tokens; one drafted, unsure, accepted: 0.85 + 1.02 for 2.
+    seconds = (2 * 0.85 + 1.04) + (0.85 + 1.02)
+    assert foretold_speedup([record], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)
+
+
+def test_foretold_rounds_are_the_rounds_of_real_decoding(planted: PlantedModel) -> None:
+    """With drafts of one token a record says exactly what decoding does: the same tokens in as many rounds."""
+    target = HuggingFaceTarget(planted.model)
+    ids = [ord(c) for c in planted.prompt("red", 12, 5)]
+    from knn_ssd.atlas import Pooling
+
+    seen = observe(target, "red", "x", ids, 40, Pooling.MEAN, frozenset())
+    plan = Plan.skipping(8, [2], [1], Policy(1, 0.0))
+    with Rehearsals(target, [seen], COST) as rehearsals:
+        score = rehearsals.score(plan, policies=[plan.policy])
+    stats = Engine(planted.model).generate(ids, max_new_tokens=40, plan=plan).stats
+    rounds = stats.rounds - 1  # the prefill's token is not drafted
+    assert score.speedup == pytest.approx(
+        39 / (stats.drafted * 0.9 + stats.drafted * 1.02 + (rounds - stats.drafted)), rel=0.06
+    )
+
+
+# The search
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "bayes", "evolve"])
+def test_a_search_tries_nothing_twice_and_begins_with_every_sublayer_alone(strategy: str) -> None:
+    search = Search(create_study("sqlite://", "x"), Strategy(strategy), COST, num_layers=4)
+    plans = []
+    for _ in range(24):
+        trial = search.ask()
+        if trial is None:
+            break
+        plans.append(skipped(trial.plan))
+        assert strategy != "greedy" or search.known(trial) is None
+        harm = 0.2 * len(plans[-1] - {1, 2, 5})
+        search.tell(trial, Score(trial.plan, 1 + 0.05 * len(plans[-1]) - harm, 1 - harm, 10))
+    assert plans[:9] == [set(), *({i} for i in range(8))]
+    assert max(search.finished(), key=lambda f: f.speedup).skipped == {1, 2, 5}
+
+
+def test_a_greedy_search_ends_when_no_change_is_left() -> None:
+    search = Search(create_study("sqlite://", "x"), Strategy.GREEDY, COST, num_layers=1)
+    while (trial := search.ask()) is not None:
+        search.tell(trial, Score(trial.plan, 1.0, 1.0, 1))
+    assert {f.skipped for f in search.finished()} == {frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 1})}
+
+
+def test_a_search_goes_on_from_another_process_s_trials() -> None:
+    study = create_study("sqlite://", "x")
+    first, second = (Search(study, Strategy.BAYES, COST, num_layers=2) for _ in range(2))
+    one, two = first.ask(), second.ask()
+    assert one is not None
+    assert two is not None
+    assert one.plan != two.plan
+    first.tell(one, Score(one.plan, 1.0, 1.0, 1))
+    assert [f.skipped for f in second.finished()] == [frozenset()]
+    assert second.num_begun() == 2
+
+
+def test_rungs_close_in_on_the_best_number_and_changes_on_the_best_set() -> None:
+    ranked = list(range(12))
+    finished, begun = [], set()
+    while (rung := next_rung(ranked, finished, begun)) is not None:
+        begun.add(rung)
+        finished.append(Finished(rung, 1 - abs(len(rung) - 7) / 10, 1.0, Plan.plain(6)))
+    assert frozenset(range(7)) in begun
+    change = next_change(ranked, finished, begun)
+    assert change is not None
+    assert len(change ^ frozenset(range(7))) == 1
+
+
+def test_trials_of_a_killed_process_are_given_up_and_tried_again() -> None:
+    study = create_study("sqlite://", "x")
+    killed = Search(study, Strategy.GREEDY, COST, num_layers=2).ask()
+    assert killed is not None
+    search = Search(study, Strategy.GREEDY, COST, num_layers=2)
+    search.abandon_running()
+    assert search.num_begun() == 0
+    again = search.ask()
+    assert again is not None
+    assert again.plan == killed.plan
+
+
+# The working folder, observations and anchors
+
+
+def test_half_lines_that_a_kill_left_are_cut_off(tmp_path: Path) -> None:
+    file = ObservationFile(tmp_path / "observations.jsonl")
+    whole = Observation("red", "a", (1, 2), (3,), (0.5, -1.0))
+    file.append(whole)
+    with (tmp_path / "observations.jsonl").open("a") as stream:
+        stream.write('{"label": "re')
+    assert file.read() == [whole]
+    file.append(whole)
+    assert file.read() == [whole, whole]
+
+
+def test_a_folder_that_is_not_a_calibration_s_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "atlas.calibration").mkdir()
+    (tmp_path / "atlas.calibration" / "mine.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="in the way"):
+        Journal(tmp_path / "atlas").begin({}, resume=False)
+
+
+def test_continuations_are_the_target_s_own_and_end_at_eos() -> None:
+    model = tiny_model("llama")
+    plain = Engine(model).generate(list(range(5, 15)), max_new_tokens=12).token_ids
+    seen = observe(HuggingFaceTarget(model), "x", "x", range(5, 15), 12, Pooling.LAST, frozenset([plain[4]]))
+    assert seen.token_ids == plain[: plain.index(plain[4]) + 1]
+    assert len(seen.vector) == 32
+
+
+def test_anchors_route_held_out_vectors_and_reach_as_far_as_their_label() -> None:
+    generator = np.random.default_rng(0)
+    centres = np.eye(3, 16) * 5
+    labels = [f"l{i}" for i in range(3) for _ in range(20)]
+    vectors = np.concatenate([c + generator.normal(0, 0.5, (20, 16)) for c in centres]).astype(np.float32)
+    anchors = fit_anchors(vectors, labels, 4, seed=0)
+    assert anchors.points.shape == (12, 16)
+    assert anchors.accuracy == 1.0
+    assert anchors.held_out == 15
+    assert all(0 < radius < 0.5 for radius in anchors.radii.values())
+
+
+def test_few_and_equal_vectors_make_fewer_anchors() -> None:
+    vectors = np.ones((5, 4), dtype=np.float32)
+    vectors[3:] = -1
+    anchors = fit_anchors(vectors, ["a", "a", "a", "b", "b"], 10, seed=0)
+    assert list(anchors.labels) == ["a", "b"]
+    assert anchors.accuracy is None
+
+
+def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
+    target = HuggingFaceTarget(planted.model)
+    ids = [ord(c) for c in planted.prompt("red", 12, 5)]
+    seen = [observe(target, "red", str(i), ids, 24, Pooling.MEAN, frozenset()) for i in range(2)]
+    everything = Plan.skipping(8, range(8), range(8), Policy(8, 0.0))  # drafts that are never right
+    redundant = REDUNDANT["red"]
+    good = Plan.skipping(
+        8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
+    )
+    slow, fast = Clock(target, seen, frozenset()).speedups([everything, good])
+    assert slow < fast
