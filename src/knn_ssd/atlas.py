@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -75,6 +76,10 @@ class CostProfile:
     attention_sec: float
     mlp_sec: float
     verify_sec: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.verify_sec:
+            raise UsageError("a cost profile needs the seconds of at least one verification, got none")
 
     def draft_step_sec(self, plan: Plan) -> float:
         """One token under a plan."""
@@ -187,7 +192,7 @@ class Atlas:
         path = Path(path)
         with atomic_directory(path) as folder:
             (folder / ANCHORS).write_bytes(self._arrays())
-            (folder / MANIFEST).write_text(json.dumps(self._manifest(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+            (folder / MANIFEST).write_text(_readable_json(self._manifest()), "utf-8")
         return path
 
     @classmethod
@@ -201,21 +206,19 @@ class Atlas:
         manifest = _read_manifest(path)
         arrays = _read_arrays(path, manifest.get("anchors_sha256"))
         try:
+            content = _validate(manifest)
             return cls(
-                fingerprint=Fingerprint(**manifest["fingerprint"]),
-                pooling=Pooling(manifest["pooling"]),
+                fingerprint=content.fingerprint,
+                pooling=content.pooling,
                 anchors=arrays["anchors"],
-                anchor_labels=tuple(manifest["anchor_labels"]),
-                labels={
-                    name: Label(Plan.from_json(entry["plan"]), float(entry["radius"]), entry["evidence"])
-                    for name, entry in manifest["labels"].items()
-                },
-                fallback=Plan.from_json(manifest["fallback"]["plan"]),
-                fallback_evidence=manifest["fallback"]["evidence"],
-                cost=CostProfile(**{**manifest["cost"], "verify_sec": tuple(manifest["cost"]["verify_sec"])}),
-                evidence=manifest["evidence"],
+                anchor_labels=content.anchor_labels,
+                labels={name: entry.label() for name, entry in content.labels.items()},
+                fallback=Plan.from_json(content.fallback.plan),
+                fallback_evidence=content.fallback.evidence,
+                cost=content.cost,
+                evidence=content.evidence,
                 vectors=arrays.get("vectors"),
-                vector_labels=tuple(manifest["vector_labels"]),
+                vector_labels=content.vector_labels,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -244,6 +247,39 @@ class Atlas:
         from safetensors.numpy import save
 
         return save({"anchors": self.anchors} | ({} if self.vectors is None else {"vectors": self.vectors}))
+
+
+def _validate(manifest: dict[str, Any]) -> Any:
+    """The manifest with every value of its kind. Pydantic is imported here: only reading needs it."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.dataclasses import dataclass as validated
+
+    @validated(config=ConfigDict(allow_inf_nan=False))
+    class Entry:
+        plan: dict[str, Any]
+        evidence: dict[str, Any]
+        radius: float = 2.0
+
+        def label(self) -> Label:
+            return Label(Plan.from_json(self.plan), self.radius, self.evidence)
+
+    @validated(config=ConfigDict(allow_inf_nan=False))
+    class Content:
+        fingerprint: Fingerprint
+        pooling: Pooling
+        labels: dict[str, Entry]
+        fallback: Entry
+        cost: CostProfile
+        anchor_labels: tuple[str, ...]
+        vector_labels: tuple[str, ...]
+        evidence: dict[str, Any]
+
+    try:
+        return TypeAdapter(Content).validate_python(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}, got {str(first['input'])[:80]!r}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -284,6 +320,12 @@ def _read_arrays(path: Path, expected_hash: str | None) -> dict[str, np.ndarray[
             f"'{file}' does not belong to the {MANIFEST} beside it", "Calibrate again, or restore the files."
         )
     return arrays
+
+
+def _readable_json(manifest: dict[str, Any]) -> str:
+    """Indented, with lists of plain values on one line each. JSON strings hold no line breaks: none is touched."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text) + "\n"
 
 
 def _require(condition: bool, otherwise: str) -> None:

@@ -36,7 +36,7 @@ class Policy:
     lookup: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_draft < 0:
+        if not isinstance(self.max_draft, int) or self.max_draft < 0:
             raise UsageError(f"max_draft must be 0 or more, got {self.max_draft}")
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"threshold must be in [0, 1], got {self.threshold}")

@@ -40,9 +40,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: `path` exists already, or cannot be written.
     """
-    if path.exists():
-        raise OutputError(f"there is already something at '{path}'", "Choose another place, or remove it first.")
     with writing(path):
+        if path.exists():
+            raise OutputError(f"there is already something at '{path}'", "Choose another place, or remove it first.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
