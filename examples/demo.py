@@ -21,7 +21,7 @@ from knn_ssd.target.resolve import LoadedModel, load_model
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 OUT = Path("out/demo")
-CALIBRATED = 16  # prompts per domain; the ones shown below come after these
+CALIBRATED = 12  # prompts per domain; the ones shown below come after these
 NEW_TOKENS = 48
 console = Console()
 
@@ -33,7 +33,7 @@ def calibrate_the_real_model() -> Path:
         console.print(f"The atlas of an earlier run is at [bold]{path}[/]; remove it to calibrate again.")
         return path
     command = ["calibrate", "--out", str(path), "--dtype", "float32", "--vector-prompts", str(CALIBRATED),
-               "--search-prompts", "2", "--new-tokens", "24", "--minutes", "1", "--resume"]  # fmt: skip
+               "--search-prompts", "2", "--new-tokens", "20", "--minutes", "1.6", "--resume"]  # fmt: skip
     console.print(f"$ knn-ssd {' '.join(command)}")
     if (code := main(command)) != 0:
         sys.exit(code)

@@ -298,11 +298,13 @@ class Engine:
             so_far = torch.tensor([[*context]], device=input_ids.device)
             return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None
 
-        prefill = session.prefill(token_ids)
-        chosen = self._choose_plan(self._route(prefill), plain=False, domain=None, plan=None)
-        for _round in self._rounds(session, context, prefill, chosen, sampler, limit, ends):
-            pass
-        session.close()
+        try:
+            prefill = session.prefill(token_ids)
+            chosen = self._choose_plan(self._route(prefill), plain=False, domain=None, plan=None)
+            for _round in self._rounds(session, context, prefill, chosen, sampler, limit, ends):
+                pass
+        finally:
+            session.close()
         sequences = torch.tensor([context], dtype=input_ids.dtype, device=input_ids.device)
         if not generation_config.return_dict_in_generate:
             return sequences

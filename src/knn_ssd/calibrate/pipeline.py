@@ -40,6 +40,7 @@ MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
 _WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
 _WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock, or plain it is
 _FINALISTS = 3
+_MOST_REPEATS = 50  # a search that suggests only what it knows, this often in a row, has converged
 
 
 class Reporter(Protocol):
@@ -200,7 +201,6 @@ class _Calibration:
         self.reporter = reporter
         self.journal = Journal(out)
         self.started = time.perf_counter()
-        self._search_end: float | None = None
 
     def run(self, resume: bool) -> Atlas:
         prompt_ids = self._encode()
@@ -259,22 +259,12 @@ class _Calibration:
                 Search(study, self.settings.search, cost, num_layers=self.target.num_layers).abandon_running()
         workers = [_start_worker(self, index) for index in range(1, self.settings.workers)]
         try:
-            for place, (label, observations) in enumerate(searches.items()):
-                deadline = self.deadline(len(searches) - place)
-                search_label(self, label, observations, cost, deadline)
+            search_all(self, searches, cost)
             for worker in workers:
                 worker.join()
         finally:
             for worker in workers:
                 worker.terminate()
-
-    def deadline(self, searches_left: int) -> float | None:
-        if self.settings.minutes is None:
-            return None
-        now = time.perf_counter()
-        if self._search_end is None:
-            self._search_end = now + 60 * self.settings.minutes
-        return now + max(0.0, self._search_end - now) / searches_left
 
     def _study_name(self, label: str) -> str:
         return f"{self.fingerprint.weights_hash[:12]}-{self.settings.search}-{label}"
@@ -342,29 +332,34 @@ def _told(finished: Finished) -> dict[str, Any]:
     return {"plan": finished.plan.to_json(), "score": finished.speedup, "agreement": finished.agreement}
 
 
-def search_label(
-    run: _Calibration, label: str, observations: Sequence[Observation], cost: CostProfile, deadline: float | None
-) -> None:
-    """Asks, scores and tells until the trials or the time are used up, or nothing is left to try."""
-    search = run.open_search(label, cost)
+def search_all(run: _Calibration, searches: Mapping[str, Sequence[Observation]], cost: CostProfile) -> None:
+    """All searches in turn; the minutes, where they are what is given, are shared out evenly."""
+    seconds_left = 60 * run.settings.minutes if run.settings.minutes is not None else float("inf")
+    for place, (label, observations) in enumerate(searches.items()):
+        run.reporter.stage(f"searching {label}", run.settings.num_trials(run.target.num_layers))
+        search = run.open_search(label, cost)
+        with _scoring(run, observations, cost) as score:
+            started = time.perf_counter()
+            _search_label(run, search, score, started + seconds_left / (len(searches) - place))
+            seconds_left -= time.perf_counter() - started
+
+
+def _search_label(run: _Calibration, search: Search, score: Callable[[Trial, float], Score], deadline: float) -> None:
+    """Asks, scores and tells until the trials or the time are used up, or nothing new is left to try."""
     total = run.settings.num_trials(run.target.num_layers)
-    run.reporter.stage(f"searching {label}", total)
     for _ in range(search.num_begun()):
         run.reporter.advance()
-    with _scoring(run, observations, cost) as score:
-        repeats = 0
-        while (total is None or search.num_begun() < total) and repeats < 50:
-            if deadline is not None and time.perf_counter() > deadline:
-                return
-            trial = search.ask()
-            if trial is None:
-                return
-            known = search.known(trial)
-            repeats = repeats + 1 if known else 0
-            best = max((f.speedup for f in search.finished()), default=0.0)
-            told = known or score(trial, best)
-            search.tell(trial, told)
-            run.reporter.advance(f"best {max(best, told.speedup):.2f}")
+    repeats = 0
+    while (total is None or search.num_begun() < total) and repeats < _MOST_REPEATS and time.perf_counter() < deadline:
+        trial = search.ask()
+        if trial is None:
+            return
+        known = search.known(trial)
+        repeats = repeats + 1 if known else 0
+        best = max((f.speedup for f in search.finished()), default=0.0)
+        told = known or score(trial, best)
+        search.tell(trial, told)
+        run.reporter.advance(f"best {max(best, told.speedup):.2f}")
 
 
 @contextmanager
@@ -420,5 +415,4 @@ def _work(name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: P
     cost = run.journal.read_cost()
     assert cost is not None, "the first process measures costs before it starts others"
     searches = search_sets(run.journal.observations.read(), settings)
-    for place, (label, observations) in enumerate(searches.items()):
-        search_label(run, label, observations, cost, run.deadline(len(searches) - place))
+    search_all(run, searches, cost)

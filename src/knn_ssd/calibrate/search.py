@@ -152,7 +152,8 @@ class Search:
             for t in self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
             if _SET in t.user_attrs
         } - {f.skipped for f in finished}
-        for first in (frozenset[int](), *(frozenset({i}) for i in range(2 * self._num_layers))):
+        # The last layers first: they are the likeliest to be dispensable, should time be short.
+        for first in (frozenset[int](), *(frozenset({i}) for i in reversed(range(2 * self._num_layers)))):
             if first not in begun:
                 return first
         ranked = self._ranked(finished)
