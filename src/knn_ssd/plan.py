@@ -25,7 +25,8 @@ class Policy:
     Args:
         max_draft: the longest draft in tokens; 0 is plain decoding.
         threshold: drafting stops after a token whose draft's own top probability is under this, in [0, 1].
-        lookup: draft from the longest earlier occurrence of the context's suffix where there is one.
+        lookup: draft from the longest earlier occurrence of the context's suffix where there is one. Not in this
+            version: an engine refuses it.
 
     Raises:
         UsageError: a value outside its range.

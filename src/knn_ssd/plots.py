@@ -21,6 +21,7 @@ import numpy as np
 from knn_ssd.atlas import Atlas
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.projection import Points, count
 from knn_ssd.provenance import writing
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
-_MAX_PROMPTS = 2000  # t-SNE of more takes minutes and shows no more
-_FEWEST = 3  # points that t-SNE can place
-_SEED = 0
 _DPI = 200
 
 # Paul Tol's muted scheme, safe for the colour-blind; labels beyond the ninth change the shape of the mark.
@@ -77,7 +75,7 @@ def atlas_figure(atlas: Atlas) -> Figure:
         UsageError: matplotlib is not installed.
     """
     figure = _new_figure()
-    points = _Points.of(atlas)
+    points = Points.of(atlas)
     page = _Page.of(atlas, points)
     figure.set_size_inches(page.width, page.height)
     canvas = figure.add_axes((0, 0, 1, 1), xlim=(0, page.width), ylim=(0, page.height))
@@ -131,74 +129,6 @@ class _Row:
         return f"drafts up to {policy.max_draft} while p ≥ {policy.threshold:.2f}{lookup}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Points:
-    """The vectors of an atlas in two dimensions."""
-
-    places: np.ndarray[Any, Any]  # (N + A, 2), prompts before anchors, each axis in [0, 1]
-    labels: tuple[str, ...]  # N + A of them
-    num_prompts: int  # N
-    names: tuple[str, ...]  # labels in the order of their styles
-    left_out: int  # prompt vectors that are not drawn
-    kept: bool  # whether the atlas has its prompt vectors
-
-    @classmethod
-    def of(cls, atlas: Atlas) -> _Points:
-        vectors, labels = atlas.vectors, np.array(atlas.vector_labels, dtype=object)
-        if vectors is None:
-            vectors = np.empty((0, atlas.anchors.shape[1]), np.float32)
-        total = len(vectors)
-        if total > _MAX_PROMPTS:
-            chosen = np.linspace(0, total - 1, _MAX_PROMPTS).round().astype(int)
-            vectors, labels = vectors[chosen], labels[chosen]
-        places = _in_two_dimensions(np.concatenate([vectors, atlas.anchors]), len(atlas.labels))
-        return cls(
-            places=places,
-            labels=(*labels, *atlas.anchor_labels),
-            num_prompts=len(vectors),
-            names=tuple(atlas.labels),
-            left_out=total - len(vectors),
-            kept=atlas.vectors is not None,
-        )
-
-    def where(self, name: str, *, anchors: bool) -> np.ndarray[Any, Any]:
-        """The places (n, 2) of a label's anchors or prompts."""
-        some = range(self.num_prompts, len(self.labels)) if anchors else range(self.num_prompts)
-        chosen = [index for index in some if self.labels[index] == name]
-        places: np.ndarray[Any, Any] = self.places[chosen]
-        return places
-
-    @property
-    def title(self) -> str:
-        return "Prompts and anchors" if self.kept else "Anchors alone: the atlas has not kept its prompt vectors"
-
-    @property
-    def caption(self) -> str:
-        total = self.num_prompts + self.left_out
-        prompts = f"{self.num_prompts} of {total} prompt vectors" if self.left_out else _count(total, "prompt vector")
-        anchors = _count(len(self.labels) - self.num_prompts, "anchor") + " (outlined)"
-        drawn = f"{prompts} (dots) and {anchors}" if self.kept else anchors
-        how = "too few for t-SNE" if len(self.labels) < _FEWEST else "by t-SNE on cosine distance"
-        return f"{drawn}, {how}; the axes have no unit"
-
-
-def _in_two_dimensions(vectors: np.ndarray[Any, Any], num_labels: int) -> np.ndarray[Any, Any]:
-    """t-SNE by cosine distance, (N, D) to (N, 2), each axis scaled to [0, 1]; fewer than three points on a line."""
-    if len(vectors) < _FEWEST:
-        places = np.column_stack([np.arange(len(vectors)), np.zeros(len(vectors))])
-    else:
-        from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-        perplexity = min(30.0, max(len(vectors) / (3 * num_labels), 2.0), (len(vectors) - 1) / 3)
-        init = "pca" if np.count_nonzero(np.ptp(vectors, axis=0)) > 1 else "random"
-        with threadpool_limits(1):  # more threads only wait for each other on so few points
-            reduction = TSNE(metric="cosine", perplexity=perplexity, init=init, random_state=_SEED)
-            places = reduction.fit_transform(vectors)
-    low, high = places.min(axis=0), places.max(axis=0)
-    return np.where(high > low, (places - low) / np.where(high > low, high - low, 1.0), 0.5)
-
-
 def _rows(atlas: Atlas) -> tuple[_Row, ...]:
     labels = [_Row(name, label.plan, _Style.number(index)) for index, (name, label) in enumerate(atlas.labels.items())]
     return (*labels, _Row("fallback", atlas.fallback, None))
@@ -220,7 +150,7 @@ class _Page:
     legend: float
 
     @classmethod
-    def of(cls, atlas: Atlas, points: _Points) -> _Page:
+    def of(cls, atlas: Atlas, points: Points) -> _Page:
         rows = _rows(atlas)
         num_layers = atlas.fingerprint.num_layers
         names = max(_width(_shortened(row.name), 10) for row in rows)
@@ -297,9 +227,9 @@ def _width(text: str, size: float, weight: str = "normal") -> float:
 def _draw_header(canvas: Axes, page: _Page, atlas: Atlas) -> None:
     model = atlas.fingerprint
     facts = (
-        _count(model.num_layers, "layer"),
-        _count(len(atlas.labels), "domain"),
-        _count(len(atlas.anchors), "anchor"),
+        count(model.num_layers, "layer"),
+        count(len(atlas.labels), "domain"),
+        count(len(atlas.anchors), "anchor"),
         f"prompt vectors of {model.hidden_size} dimensions, {atlas.pooling.value}-pooled",
     )
     _text(canvas, _MARGIN, page.height - 0.5, _title(atlas), size=15, weight="bold")
@@ -310,7 +240,7 @@ def _title(atlas: Atlas) -> str:
     return f"Atlas of {atlas.fingerprint.architecture}"
 
 
-def _draw_map(canvas: Axes, page: _Page, points: _Points) -> None:
+def _draw_map(canvas: Axes, page: _Page, points: Points) -> None:
     _panel_title(canvas, page.map_top, points.title, points.caption)
     axes = _axes(canvas, _MARGIN, page.map_bottom, page.map_width, page.map_height)
     axes.set(xticks=[], yticks=[], xlim=(-0.04, 1.04), ylim=(-0.06, 1.06))
@@ -331,7 +261,7 @@ def _marks(axes: Axes, places: np.ndarray[Any, Any], style: _Style, *, anchors: 
     axes.scatter(places[:, 0], places[:, 1], marker=style.shape, c=style.colour, **look)
 
 
-def _draw_legend(canvas: Axes, page: _Page, points: _Points) -> None:
+def _draw_legend(canvas: Axes, page: _Page, points: Points) -> None:
     left = page.width - _MARGIN - page.legend + 0.3
     prompts, anchors = (
         Counter(points.labels[: points.num_prompts]),
@@ -342,9 +272,9 @@ def _draw_legend(canvas: Axes, page: _Page, points: _Points) -> None:
         top = page.map_top - 0.12 - index * pitch
         _mark(canvas, left, top, _Style.number(index))
         _text(canvas, left + 0.2, top, _shortened(name), size=10, va="center_baseline")
-        counts = [_count(anchors[name], "anchor")]
+        counts = [count(anchors[name], "anchor")]
         if points.kept:
-            counts.insert(0, _count(prompts[name], "prompt"))
+            counts.insert(0, count(prompts[name], "prompt"))
         _text(canvas, left + 0.2, top - 0.165, ", ".join(counts), size=7.5, color=_GREY, va="center_baseline")
 
 
@@ -464,7 +394,3 @@ def _shortened(name: str) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

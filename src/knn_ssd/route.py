@@ -10,6 +10,9 @@ import torch
 from knn_ssd.errors import UsageError
 
 
+_ROUNDING = 1e-6  # of a cosine in float32
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """What was chosen for one prompt.
@@ -78,4 +81,4 @@ class Router:
             votes[label] = votes.get(label, 0.0) + 2 - distance  # in [0, 2], larger is nearer
             nearest.setdefault(label, distance)
         label = max(votes, key=lambda name: votes[name])
-        return Route(label, nearest[label], nearest[label] > self.radii_.get(label, float("inf")))
+        return Route(label, nearest[label], nearest[label] > self.radii_.get(label, float("inf")) + _ROUNDING)

@@ -50,6 +50,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k must be 0 or more", self.top_k)
         _require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
+        _require(self.seed is None or 0 <= self.seed < 2**64, "seed must be in [0, 2**64)", self.seed or 0)
         _require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
 
     @property

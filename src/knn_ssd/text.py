@@ -36,7 +36,9 @@ class TextStream:
         extended = self._decode(self._window, len(self._token_ids))
         if not extended.endswith(_UNFINISHED):
             self._append(extended[len(settled) :])
-            self._window, self._settled = self._settled, len(self._token_ids)
+            if extended != settled:  # a special token leaves no text, and is no left context for what follows
+                self._window = self._settled
+            self._settled = len(self._token_ids)
         return self.stopped
 
     def take(self) -> str:

@@ -52,10 +52,10 @@ def encode(
 def _encode_text(
     tokenizer: PreTrainedTokenizerBase | None, prompt: str | Messages, chat: bool, the_prompt: str
 ) -> list[int]:
-    if tokenizer is None:
-        raise PromptError(f"the model came without a tokenizer, and {the_prompt} is text", "Give token ids.")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
+    if tokenizer is None:
+        raise PromptError(f"the model came without a tokenizer, and {the_prompt} is text", "Give token ids.")
     if isinstance(prompt, str):
         if not chat or not tokenizer.chat_template:
             return _token_ids(tokenizer, prompt, the_prompt)
@@ -63,6 +63,10 @@ def _encode_text(
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer has no chat template, and {the_prompt} is a conversation", "Give plain text.")
     messages = [dict(message) for message in prompt]
+    for place, message in enumerate(messages):
+        missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
+        if missing:
+            raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return _token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False)
 
@@ -80,8 +84,6 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, *
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end an output, as `transformers.generate` has them."""
     given = getattr(model.generation_config, "eos_token_id", None)
-    if given is None:
-        given = model.config.get_text_config().eos_token_id
     if given is None:
         return frozenset()
     return frozenset([given] if isinstance(given, int) else given)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -201,11 +202,15 @@ class _Calibration:
         self.reporter = reporter
         self.journal = Journal(out)
         self.started = time.perf_counter()
+        self.identity: dict[str, Any] = {
+            "fingerprint": self.fingerprint.weights_hash,
+            "prompts": _digest([(p.id, p.domain, p.prompt) for prompts in grouped.values() for p in prompts]),
+            **settings.identity(),
+        }
 
     def run(self, resume: bool) -> Atlas:
         prompt_ids = self._encode()
-        self.journal.begin({"fingerprint": self.fingerprint.weights_hash, "prompts": _digest(self.grouped),
-                            **self.settings.identity()}, resume)  # fmt: skip
+        self.journal.begin(self.identity, resume)
         observations = self._observe(prompt_ids)
         cost = self._measure_cost()
         searches = search_sets(observations, self.settings)
@@ -262,12 +267,19 @@ class _Calibration:
             search_all(self, searches, cost)
             for worker in workers:
                 worker.join()
+                if worker.exitcode:
+                    warnings.warn(
+                        f"a worker process failed with exit code {worker.exitcode}; its trials were done by the others",
+                        stacklevel=2,
+                    )
         finally:
             for worker in workers:
                 worker.terminate()
 
     def _study_name(self, label: str) -> str:
-        return f"{self.fingerprint.weights_hash[:12]}-{self.settings.search}-{label}"
+        """Calibrations that ask the same share their trials in one storage; others there do not mix with them."""
+        asked = {name: value for name, value in self.identity.items() if name != "seed"}  # each worker has its own
+        return f"{_digest(asked)}-{label}"
 
     def open_search(self, label: str, cost: CostProfile) -> Search:
         study = create_study(self.journal.storage(self.settings.storage), self._study_name(label))
@@ -394,16 +406,21 @@ def search_sets(observations: Sequence[Observation], settings: Settings) -> dict
     return {**continued, MIXTURE: mixed[: max(settings.search_prompts, len(continued))]}
 
 
-def _digest(grouped: Mapping[str, Sequence[Prompt]]) -> str:
-    texts = [(label, prompt.id, prompt.prompt) for label, prompts in grouped.items() for prompt in prompts]
-    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _start_worker(run: _Calibration, index: int) -> multiprocessing.process.BaseProcess:
     """Another process that loads the same model and works on the same studies."""
     context = multiprocessing.get_context("spawn")
     dtype = run.fingerprint.dtype
-    arguments = (run.loaded.name, dtype, run.grouped, run.out, replace(run.settings, seed=run.settings.seed + index))
+    arguments = (
+        str(run.loaded.directory or run.loaded.name),
+        dtype,
+        run.grouped,
+        run.out,
+        replace(run.settings, seed=run.settings.seed + index),
+    )
     worker = context.Process(target=_work, args=arguments, daemon=True)
     worker.start()
     return worker

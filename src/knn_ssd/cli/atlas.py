@@ -31,7 +31,11 @@ def add_parser(subparsers: Any) -> None:
     push.add_argument("--private", action="store_true", help="if the repository is new, let nobody else see it")
     push.add_argument("--revision", metavar="R", help="the branch to upload to (default: main)")
 
-    pull = commands.add_parser("pull", help="download an atlas from the Hugging Face Hub")
+    pull = commands.add_parser(
+        "pull",
+        help="download an atlas from the Hugging Face Hub",
+        description="Downloads an atlas from the Hugging Face Hub.",
+    )
     pull.add_argument("repo", metavar="REPO", type=options.filled, help="owner/name of the repository on the Hub")
     pull.add_argument("--out", metavar="DIR", required=True, type=options.filled, help="where the atlas goes")
     pull.add_argument("--revision", metavar="R", help="a branch, tag or commit (default: main)")
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(commands: Any, name: str, line: str, run_command: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=line, description=f"{line.capitalize()}.")
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
     parser.add_argument("atlas", metavar="ATLAS", help="the folder of an atlas")
     parser.set_defaults(atlas_run=run_command)
     return parser

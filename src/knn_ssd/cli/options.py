@@ -138,8 +138,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         "--repetition-penalty",
         metavar="R",
         type=number,
-        default=1.0,
-        help="above 1 makes tokens that were there before less likely",
+        help="above 1 makes tokens that were there before less likely (default: what the model was published with)",
     )
     group.add_argument(
         "--seed", metavar="S", type=whole_number(0), help="of the random numbers; the same gives the same"
@@ -194,7 +193,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     params = {
         name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     }
-    SamplingParams(**params)
+    SamplingParams(**{name: value for name, value in params.items() if value is not None})
     idle = [name for name, no_choice in _SAMPLING_ONLY.items() if params[name] != no_choice]
     if idle and args.temperature == 0:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)

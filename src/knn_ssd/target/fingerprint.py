@@ -31,9 +31,9 @@ def _weights_hash(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.float32)
+        sample = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.bfloat16)  # the same from float32 and bfloat16
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -4,7 +4,7 @@ A skipped sublayer contributes zero to the residual stream, which is right for p
 residuals alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in
 `finally`; plan, cache and pointer live on the session, so sessions of one model never see each other and an abandoned
 one leaves nothing.
-Passes of one target exclude each other by a lock.
+Passes over one model exclude each other by a lock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ from knn_ssd.target.contract import Exactness, Prefill
 from knn_ssd.target.exactness import probe
 from knn_ssd.target.kv import StaticCache
 from knn_ssd.target.structure import Structure, find_structure
+
+# Targets of one model exclude each other too: a pass of one must not see what another has skipped.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 # Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -46,7 +50,7 @@ class HuggingFaceTarget:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.structure = find_structure(model)
-        self.lock = threading.RLock()
+        self.lock = _LOCKS.setdefault(model, threading.RLock())
         config = model.config.get_text_config()
         self.num_layers = len(self.structure.layers)
         self.hidden_size = int(config.hidden_size)
@@ -96,16 +100,21 @@ class HuggingFaceTarget:
         return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
 
     def rehearsal_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask of a rehearsal; for models with two kinds of attention layers, one of each kind."""
+        """The mask of a rehearsal; for models with several kinds of attention layers, one of each kind."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        full, sliding = (
-            _rehearsal_mask(length, count, run_length, size).to(self.device, self.model.dtype)
-            for size in (None, window)
-        )
-        if getattr(config, "layer_types", None) and window:
-            return {"full_attention": full, "sliding_attention": sliding}
-        return sliding
+        chunk = getattr(config, "attention_chunk_size", None)
+
+        def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+            return _rehearsal_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
+
+        if getattr(config, "layer_types", None) and (window or chunk):
+            return {
+                "full_attention": mask(),
+                "sliding_attention": mask(window=window),
+                "chunked_attention": mask(chunk=chunk),
+            }
+        return mask(window=window)
 
     def _silenced(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
         if plan is None:
@@ -184,15 +193,18 @@ class HuggingFaceSession:
         self._cache.release()
 
 
-def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None) -> torch.Tensor:
+def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
     """Additive mask (1, 1, n, length + 2n): keys of the full model first, then the draft's own."""
     row = torch.arange(count)[:, None]
     run_start = row - row % run_length
     full = torch.arange(length + count)[None]  # the key's position in the text
     own = torch.arange(count)[None]
     visible = torch.cat([full < length + run_start, (own >= run_start) & (own <= row)], dim=1)
+    position = torch.cat([full, length + own], dim=1)
     if window is not None:
-        visible &= torch.cat([full, length + own], dim=1) > length + row - window
+        visible &= position > length + row - window
+    if chunk is not None:
+        visible &= position // chunk == (length + row) // chunk
     return torch.where(visible, 0.0, torch.finfo(torch.float16).min)[None, None]
 
 

@@ -6,6 +6,7 @@ sublayer really contributes nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 _EXCEPTIONS: dict[str, tuple[str, str]] = {}
 
 _RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
-_RECURRENT_WORDS = ("mamba", "recurrent", "rwkv", "gateddelta", "ssm", "rglru", "shortconv")
+_RECURRENT_CLASS = re.compile(r"Mamba|Recurrent|R[Ww][Kk][Vv]|GatedDelta|SSM|R[Gg]L[Rr][Uu]|ShortConv")
 _HINT = "Decoders whose layers have one attention and one MLP module each can be used"
 
 
@@ -80,8 +81,7 @@ def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return any(word in name for word in _RECURRENT_WORDS)
+    return _RECURRENT_CLASS.search(type(module).__name__) is not None
 
 
 def _find_layers(model: PreTrainedModel, num_layers: int) -> list[tuple[int, nn.Module]]:
