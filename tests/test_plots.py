@@ -15,13 +15,13 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from knn_ssd import plots
+from knn_ssd import plots, projection
 from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
 from knn_ssd.errors import OutputError, UsageError
 from knn_ssd.plan import Mode, Plan, Policy
 
 WIDTH = 16
-in_two_dimensions = plots._in_two_dimensions  # the real one: t-SNE, which most tests here do without
+in_two_dimensions = projection._in_two_dimensions  # the real one: t-SNE, which most tests here do without
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_two(vectors: np.ndarray[Any, Any], num_labels: int) -> np.ndarray[Any, Any]:
         return np.abs(vectors[:, :2]) / np.abs(vectors[:, :2]).max()
 
-    monkeypatch.setattr(plots, "_in_two_dimensions", first_two)
+    monkeypatch.setattr(projection, "_in_two_dimensions", first_two)
     monkeypatch.setattr(plots, "_DPI", 50)
 
 
@@ -171,7 +171,7 @@ def test_the_title_says_when_there_are_anchors_alone() -> None:
 
 
 def test_left_out_vectors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_MAX_PROMPTS", 10)
+    monkeypatch.setattr(projection, "_MAX_PROMPTS", 10)
     written = words(plots.atlas_figure(CASES["five domains, 30 layers"]))
     assert any(text.startswith("10 of 40 prompt vectors (dots) and 15 anchors") for text in written)
 

@@ -9,7 +9,6 @@ import torch
 
 from knn_ssd.errors import UsageError
 
-
 _ROUNDING = 1e-6  # of a cosine in float32
 
 
