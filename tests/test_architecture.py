@@ -24,7 +24,7 @@ ROWS = (
     ("engine", "calibrate", "plots", "hub", "doctor"),
     ("decode",),
     ("text", "draft", "controller"),
-    ("sampling", "route", "tokens", "embed"),
+    ("sampling", "route", "tokens", "projection"),
     ("target",),
     ("prompts", "atlas", "data"),
     ("plan", "provenance"),
