@@ -401,15 +401,11 @@ class Engine:
     def _choose_plan(self, route: Route | None, plain: bool, domain: str | None, plan: Plan | None) -> Plan:
         if domain is not None and self.atlas is None:
             raise UsageError(f"a domain needs an atlas that knows it, got '{domain}' and no atlas")
+        routed = domain if domain is not None else route.plan_label if route is not None else None
+        from_atlas = self.atlas.plan_for(routed) if self.atlas is not None else None
         if plain:
             return Plan.plain(self.target.num_layers)
-        if plan is not None:
-            return plan
-        if self.atlas is None:
-            return Plan.plain(self.target.num_layers)
-        if domain is not None:
-            return self.atlas.plan_for(domain)
-        return self.atlas.plan_for(route.plan_label if route is not None else None)
+        return plan or from_atlas or Plan.plain(self.target.num_layers)
 
     def _check_custom(
         self,

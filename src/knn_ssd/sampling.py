@@ -79,8 +79,8 @@ class Sampler:
     """One request's way of choosing tokens, with its own random numbers.
 
     Args:
-        processors: applied to the logits of target and draft alike; each must be a function of context and logits
-        alone. greedy: choose the most likely token instead of drawing one.
+        processors: applied to the logits of target and draft alike; each a function of context and logits alone.
+        greedy: choose the most likely token instead of drawing one.
         generator: the random numbers; None takes torch's global ones.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, cast
 
 from knn_ssd.errors import PromptError
@@ -35,8 +36,10 @@ def encode(
         PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
     """
     the_prompt = f"prompt '{name}'" if name else "the prompt"
-    if not isinstance(prompt, str) and prompt and all(isinstance(item, int) for item in prompt):
-        token_ids = list(cast("Sequence[int]", prompt))
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        prompt = cast("Sequence[int]", prompt.tolist())
+    if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
+        token_ids = [int(item) for item in cast("Sequence[int]", prompt)]
     else:
         token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt)
     if not token_ids:
