@@ -11,8 +11,8 @@ import torch
 
 from knn_ssd.route import Router
 
-_HELD_OUT = 4  # every fourth vector is held out to measure routing, before the anchors are fitted on all
-_RADIUS_SLACK = 1.5  # the radius over the farthest held-out prompt of a label: a little beyond what was seen
+_FOLDS = 4  # each vector is routed once by anchors fitted on the other three quarters of its label
+_RADIUS_SLACK = 1.5  # the radius over the farthest such vector of a label: a little beyond what was seen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,29 +23,33 @@ class Anchors:
         points: (A, D) float32.
         labels: A of them.
         radii: by label, cosine distance.
-        held_out: how many vectors were held out.
-        accuracy: share of the held-out vectors routed to their own label; None if there were none.
+        held_out: how many vectors were routed by anchors that they had no part in: all of them, fold by fold.
+        accuracy: share of them routed to their own label.
     """
 
     points: np.ndarray[Any, Any]
     labels: tuple[str, ...]
     radii: dict[str, float]
     held_out: int
-    accuracy: float | None
+    accuracy: float
 
 
 def fit_anchors(vectors: np.ndarray[Any, Any], labels: Sequence[str], per_label: int, seed: int) -> Anchors:
-    """Clusters vectors (N, D) label by label into at most `per_label` anchors each."""
-    held = np.array([_rank(labels, i) % _HELD_OUT == _HELD_OUT - 1 for i in range(len(labels))])
+    """Clusters vectors (N, D) label by label into at most `per_label` anchors each; every label has two or more."""
     names = list(dict.fromkeys(labels))
     own = np.array(labels)
-    points, point_labels = _cluster(vectors[~held], own[~held], names, per_label, seed)
-    router = Router().fit(torch.from_numpy(points), point_labels)
-    routes = [router.predict(torch.from_numpy(vector)) for vector in vectors[held]]
-    hits = [route.label == label for route, label in zip(routes, own[held], strict=True)]
-    radii = {name: _radius(router, vectors[own == name], points, point_labels, name) for name in names}
+    fold = np.array([_rank(labels, i) % _FOLDS for i in range(len(labels))])
+    hits: list[bool] = []
+    farthest = dict.fromkeys(names, 0.0)
+    for held in (fold == number for number in range(_FOLDS)):
+        points, point_labels = _cluster(vectors[~held], own[~held], names, per_label, seed)
+        router = Router().fit(torch.from_numpy(points), point_labels)
+        for vector, label in zip(vectors[held], own[held], strict=True):
+            hits.append(router.predict(torch.from_numpy(vector)).label == label)
+            farthest[label] = max(farthest[label], _distance(vector, points[np.array(point_labels) == label]))
     points, point_labels = _cluster(vectors, own, names, per_label, seed)
-    return Anchors(points, tuple(point_labels), radii, len(hits), float(np.mean(hits)) if hits else None)
+    radii = {name: min(2.0, _RADIUS_SLACK * distance) for name, distance in farthest.items()}
+    return Anchors(points, tuple(point_labels), radii, len(hits), float(np.mean(hits)))
 
 
 def _cluster(
@@ -63,14 +67,9 @@ def _cluster(
     return np.concatenate(points), point_labels
 
 
-def _radius(
-    router: Router, members: np.ndarray[Any, Any], points: np.ndarray[Any, Any], point_labels: list[str], name: str
-) -> float:
-    """The farthest that a prompt of the label lies from the label's anchors, with slack."""
-    mine = [label == name for label in point_labels]
-    own_router = Router().fit(torch.from_numpy(points[mine]), [name] * sum(mine))
-    farthest = max(own_router.predict(torch.from_numpy(vector)).distance for vector in members)
-    return min(2.0, _RADIUS_SLACK * farthest)
+def _distance(vector: np.ndarray[Any, Any], points: np.ndarray[Any, Any]) -> float:
+    """Cosine distance to the nearest of some points."""
+    return Router().fit(torch.from_numpy(points), ["own"] * len(points)).predict(torch.from_numpy(vector)).distance
 
 
 def _rank(labels: Sequence[str], index: int) -> int:

@@ -234,11 +234,11 @@ class _Calibration:
     def _observe(self, wanted: Sequence[tuple[str, int, Prompt, list[int]]]) -> list[Observation]:
         """The observations of all prompts, those of an interrupted run included."""
         settings = self.settings
-        done = {(o.label, o.id, len(o.prompt_ids)): o for o in self.journal.observations.read()}
+        done = {(o.label, o.id, o.prompt_ids): o for o in self.journal.observations.read()}
         self.reporter.stage("reading prompts", len(wanted))
         observations = []
         for label, index, prompt, prompt_ids in wanted:
-            observation = done.get((label, prompt.id, len(prompt_ids)))
+            observation = done.get((label, prompt.id, tuple(prompt_ids)))
             if observation is None:
                 new_tokens = settings.new_tokens if index < settings.search_prompts else 0
                 eos = eos_token_ids(self.loaded.model)
@@ -316,11 +316,10 @@ class _Calibration:
         vectors = np.array([o.vector for o in observations], dtype=np.float32)
         labels = [o.label for o in observations]
         anchors = fit_anchors(vectors, labels, self.settings.anchors, self.settings.seed)
+        name = Path(self.loaded.name).name if self.loaded.directory else self.loaded.name  # an atlas names no folders
         evidence = {
             **provenance(),
-            "model": Path(self.loaded.name).name
-            if self.loaded.directory
-            else self.loaded.name,  # no path of this machine
+            "model": name,
             "settings": {**self.settings.identity(), "trials": self.settings.trials, "minutes": self.settings.minutes},
             "wall_sec": round(time.perf_counter() - self.started, 1),
             "routing": {"held_out": anchors.held_out, "accuracy": anchors.accuracy},
