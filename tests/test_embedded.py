@@ -20,7 +20,7 @@ from knn_ssd.target.resolve import load_model
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
