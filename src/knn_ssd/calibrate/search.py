@@ -146,12 +146,10 @@ class Search:
         if self._strategy is Strategy.PAPER:
             return None
         finished = self.finished()
-        begun = {frozenset(t.user_attrs[_SET]) for t in self._study.get_trials(deepcopy=False) if _SET in t.user_attrs}
-        begun -= {
-            frozenset(t.user_attrs[_SET])
-            for t in self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-            if _SET in t.user_attrs
-        } - {f.skipped for f in finished}
+        trials = self._study.get_trials(deepcopy=False)
+        begun = {
+            frozenset(t.user_attrs[_SET]) for t in trials if t.state is not TrialState.FAIL and _SET in t.user_attrs
+        }
         # The last layers first: they are the likeliest to be dispensable, should time be short.
         for first in (frozenset[int](), *(frozenset({i}) for i in reversed(range(2 * self._num_layers)))):
             if first not in begun:
