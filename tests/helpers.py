@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from knn_ssd.engine import Engine
 from knn_ssd.plan import Plan, Policy
+from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.testing import VOCAB_SIZE, tiny_model
 
 NUM_LAYERS = 4  # of the tiny models
@@ -22,6 +23,12 @@ PROMPT = [5, 17, 99, 42, 63, 8, 120, 31]
 def tiny_engine(family: str = "llama") -> Engine:
     """One per family for all tests: what a test changes on a model needs a model of its own."""
     return Engine(tiny_model(family))
+
+
+@cache
+def general_target(family: str = "llama") -> HuggingFaceTarget:
+    """The general target, also of families that would run on the lean one."""
+    return HuggingFaceTarget(tiny_model(family))
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, foreto
 from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
 from knn_ssd.calibrate.pipeline import MIXTURE, Settings, by_domain, calibrate
 from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
+from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
 from knn_ssd.plan import Plan, Policy
@@ -52,7 +53,11 @@ def skipped(plan: Plan) -> set[int]:
     return {2 * i for i in plan.skipped_attention} | {2 * i + 1 for i in plan.skipped_mlp}
 
 
-@pytest.fixture(scope="module", params=["greedy", "bayes", "evolve"])
+# A group is run in one process, which makes the atlas once.
+SEARCHES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("greedy", "bayes", "evolve")]
+
+
+@pytest.fixture(scope="module", params=SEARCHES)
 def planted_atlas(
     request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Atlas:
@@ -74,7 +79,7 @@ def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_w
 
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
     engine = Engine(planted.model, tiny_tokenizer(), planted_atlas)
-    seconds = dict.fromkeys(("routed", "single", "plain"), 0.0)
+    fastest = {way: dict.fromkeys(REDUNDANT, float("inf")) for way in ("routed", "single", "plain")}  # of the turns
     for turn in range(3):
         for name in REDUNDANT:
             prompt = planted.prompt(name, 12, 100 + turn)
@@ -82,10 +87,11 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
             results = {way: engine.generate(prompt, max_new_tokens=60, **given) for way, given in options.items()}
             for way, result in results.items():
                 assert result.token_ids == results["plain"].token_ids
-                seconds[way] += result.stats.decode_sec
+                fastest[way][name] = min(fastest[way][name], result.stats.decode_sec)
             assert results["routed"].route is not None
             assert results["routed"].route.label == name
             assert results["routed"].stats.accepted > 0
+    seconds = {way: sum(by_name.values()) for way, by_name in fastest.items()}
     assert seconds["routed"] < 0.95 * seconds["single"]
     assert seconds["routed"] < 0.9 * seconds["plain"]
 
@@ -243,11 +249,10 @@ def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: P
     ],
 )
 def test_a_bad_option_is_told_in_a_sentence_with_exit_code_2(
-    command: list[str], options: list[str], sentence: str
+    command: list[str], options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = start([*command, *options])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert main([*command[3:], *options]) == 2
+    errors = capsys.readouterr().err
     assert sentence in errors
     assert "Traceback" not in errors
 
@@ -459,5 +464,5 @@ def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
     good = Plan.skipping(
         8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
     )
-    slow, fast = Clock(target, seen, frozenset()).speedups([everything, good])
-    assert slow < fast
+    slow, fast = Clock(target, seen, frozenset()).compare([everything, good])
+    assert slow.speedup < fast.speedup

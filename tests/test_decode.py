@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import LogitsProcessorList
 
 from knn_ssd.decode import FinishReason, Round, Verdict, accept, decode
-from knn_ssd.draft.contract import Draft
+from knn_ssd.draft.contract import Draft, Outcome
 from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
@@ -33,7 +33,7 @@ class Scripted(Sampler):
         super().__init__(LogitsProcessorList(), greedy=False)
         self._uniforms = list(uniforms)
 
-    def uniform(self, count: int, device: torch.device) -> list[float]:
+    def uniform(self, count: int) -> list[float]:
         return [self._uniforms.pop(0) for _ in range(count)]
 
     def pick(self, probs: torch.Tensor) -> int:
@@ -150,6 +150,20 @@ def test_a_seed_reproduces_and_another_one_differs() -> None:
     assert run(1) != run(2)
 
 
+def test_tokens_beyond_the_drawn_ones_were_determined() -> None:
+    """As where look-up goes on after a self-draft."""
+    target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), looked_up=1)
+    assert accept(target, draft, Scripted(0.99, 0.39)) == Verdict(2, 0)
+    assert accept(target, draft, Scripted(0.99, 0.41)) == Verdict(1, 1)
+    assert draft.sources == ("none", "lookup")
+
+
+def test_the_source_hears_what_became_of_its_draft() -> None:
+    source, session = ScriptedSource([(2, 3, 0), (5,)]), counting_session(1)
+    list(decode(session, [0], session.target[0], source, GREEDY, 7, lambda _token: None))
+    assert source.outcomes == [((2, 3, 0), 2), ((5,), 1), ((), 0)]
+
+
 # --- Decoding, with a target whose next token is the last one plus one
 
 
@@ -159,11 +173,15 @@ class ScriptedSource:
     def __init__(self, drafts: Sequence[Sequence[int]]) -> None:
         self._drafts = list(drafts)
         self.limits: list[int] = []
+        self.outcomes: list[tuple[tuple[int, ...], int]] = []
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         self.limits.append(limit)
         draft = self._drafts.pop(0)[:limit] if self._drafts else ()
         return Draft(tuple(draft), source="script")
+
+    def learn(self, outcome: Outcome) -> None:
+        self.outcomes.append((outcome.draft.tokens, outcome.accepted))
 
 
 def counting_session(length: int) -> TableSession:
@@ -191,13 +209,13 @@ def run(
 
 def test_rounds_say_what_was_drafted_and_accepted() -> None:
     rounds, *_ = run([(2, 3, 4), (), (2, 0)], max_new_tokens=9)
-    assert [(r.tokens, r.drafted, r.accepted, r.source) for r in rounds] == [
-        ((1,), 0, 0, "none"),  # the prompt's own
-        ((2, 3, 4, 5), 3, 3, "script"),  # all accepted, and the bonus
-        ((0,), 0, 0, "script"),  # nothing drafted
-        ((1,), 2, 0, "script"),  # the first rejected
-        ((2,), 0, 0, "script"),
-        ((3,), 0, 0, "none"),  # one token left: nobody is asked
+    assert [(r.tokens, r.drafted, r.accepted, r.sources) for r in rounds] == [
+        ((1,), 0, 0, ()),  # the prompt's own
+        ((2, 3, 4, 5), 3, 3, ("script",) * 3),  # all accepted, and the bonus
+        ((0,), 0, 0, ()),  # nothing drafted
+        ((1,), 2, 0, ("script",) * 2),  # the first rejected
+        ((2,), 0, 0, ()),
+        ((3,), 0, 0, ()),  # one token left: nobody is asked
     ]
     assert [r.finish_reason for r in rounds] == [None] * 5 + [FinishReason.LENGTH]
 

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import transformers_output
 
 from knn_ssd.engine import Engine
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.prompts import BUILTIN_DOMAINS, builtin_prompts
-from knn_ssd.target.resolve import load_model
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MAX_NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    """The embedded model, on all cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    loaded = load_model(None, dtype="float32", device="cpu")
-    yield Engine(loaded.model, loaded.tokenizer)
-    torch.set_num_threads(threads)
 
 
 def plan_for(engine: Engine, index: int) -> Plan:
@@ -56,15 +42,15 @@ def assert_lossless(engine: Engine, prompts: list[str]) -> None:
     assert 0 < accepted < drafted, "some drafts were right and some were not"
 
 
-def test_on_built_in_prompts_it_says_what_transformers_says(engine: Engine) -> None:
+def test_on_built_in_prompts_it_says_what_transformers_says(embedded_engine: Engine) -> None:
     shortest = [min(builtin_prompts([domain]), key=lambda p: len(p.prompt)) for domain in BUILTIN_DOMAINS]
-    assert_lossless(engine, [prompt.prompt for prompt in shortest])
+    assert_lossless(embedded_engine, [prompt.prompt for prompt in shortest])
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="shared/data, with real prompts, is not beside this checkout")
-def test_on_real_prompts_it_says_what_transformers_says(engine: Engine) -> None:
+def test_on_real_prompts_it_says_what_transformers_says(embedded_engine: Engine) -> None:
     files = sorted(DATA.glob("*.jsonl"))
     columns = [[json.loads(line)["prompt"] for line in file.read_text("utf-8").split("\n", 5)[:5]] for file in files]
     prompts = [prompt for row in zip_longest(*columns) for prompt in row if prompt]
     assert len(prompts) >= 25
-    assert_lossless(engine, prompts)
+    assert_lossless(embedded_engine, prompts)

@@ -19,6 +19,7 @@ from knn_ssd.engine import Engine, Generation
 from knn_ssd.errors import AtlasMismatchError, PromptError, UsageError
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 DOMAINS = {"story": "once upon a time", "math": "3 + 4 * 12 = 51"}
@@ -131,8 +132,9 @@ def test_a_conversation_needs_a_chat_template(engine: Engine) -> None:
 def test_an_option_out_of_its_range_is_refused_with_the_value(
     engine: Engine, options: dict[str, Any], fact: str
 ) -> None:
+    general = Engine(engine.model, engine.tokenizer, target=HuggingFaceTarget(engine.model))
     with pytest.raises(UsageError, match=fact):
-        engine.generate("hi", **options)
+        general.generate("hi", **options)
 
 
 def test_stop_strings_need_a_tokenizer(engine: Engine) -> None:
@@ -164,10 +166,19 @@ def test_a_penalty_changes_greedy_output_too(engine: Engine) -> None:
 # --- Plans and routes
 
 
-def test_without_an_atlas_decoding_is_plain(engine: Engine) -> None:
-    generation = engine.generate("hi", max_new_tokens=6)
+def test_without_an_atlas_a_general_plan_drafts(engine: Engine) -> None:
+    general = Engine(engine.model, engine.tokenizer, target=HuggingFaceTarget(engine.model))
+    for each, cheapens in ((engine, Mode.LOW in engine.target.modes), (general, False)):
+        generation = each.generate("hi", max_new_tokens=6)
+        assert generation.route is None
+        assert generation.plan.policy.lookup
+        assert generation.plan.cheapens == cheapens
+    assert engine.generate("hi", max_new_tokens=20, adaptive=False).stats.drafted > 0
+
+
+def test_plain_decoding_drafts_nothing(engine: Engine) -> None:
+    generation = engine.generate("hi", max_new_tokens=6, plain=True)
     assert generation.plan.is_plain
-    assert generation.route is None
     assert generation.stats.drafted == 0
     assert generation.stats.acceptance_rate is None
     assert generation.stats.rounds == 6
@@ -176,7 +187,7 @@ def test_without_an_atlas_decoding_is_plain(engine: Engine) -> None:
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_nearest_anchor_names_the_plan(engine: Engine, pooling: Pooling, domain: str) -> None:
-    generation = with_atlas(engine, pooling=pooling).generate(DOMAINS[domain], max_new_tokens=6)
+    generation = with_atlas(engine, pooling=pooling).generate(DOMAINS[domain], max_new_tokens=6, adaptive=False)
     assert generation.route is not None
     assert generation.route.label == domain
     assert generation.route.distance == pytest.approx(0, abs=1e-5)
@@ -235,17 +246,17 @@ def test_an_atlas_calibrated_in_another_dtype_is_taken(engine: Engine) -> None:
 def test_custom_generate_routes_as_the_engine_does(engine: Engine) -> None:
     routed = with_atlas(engine)
     token_ids = routed.encode(DOMAINS["story"])
-    drafts: list[Plan | None] = []
-    forward = type(routed.target).skipping
+    drafts: list[Plan] = []
+    prepare = routed.target.prepare
 
-    def noted(self: Any, plan: Plan | None) -> Any:
+    def noted(plan: Plan) -> None:
         drafts.append(plan)
-        return forward(self, plan)
+        prepare(plan)
 
-    routed.target.skipping = noted.__get__(routed.target)
+    routed.target.prepare = noted
     output = transformers_output(engine.model, token_ids, 8, custom_generate=routed.custom_generate)
     assert output == transformers_output(engine.model, token_ids, 8)
-    assert PLANS["story"] in drafts
+    assert drafts == [PLANS["story"]]
 
 
 @pytest.mark.parametrize(

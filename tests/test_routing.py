@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,12 @@ from knn_ssd.calibrate.onpolicy import observe
 from knn_ssd.engine import Engine
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts, read_prompts
 from knn_ssd.route import Router
-from knn_ssd.target.resolve import load_model
 from knn_ssd.tokens import encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FITTED, HELD_OUT = 16, 14  # prompts per domain
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    loaded = load_model(None, dtype="float32")
-    yield Engine(loaded.model, loaded.tokenizer)
-    torch.set_num_threads(before)
 
 
 def shared_prompts() -> Mapping[str, list[Prompt]]:
@@ -47,13 +37,13 @@ def built_in_prompts() -> Mapping[str, list[Prompt]]:
 
 @pytest.mark.parametrize("prompts_of", [shared_prompts, built_in_prompts])
 def test_held_out_prompts_go_to_their_own_domain(
-    engine: Engine, prompts_of: Callable[[], Mapping[str, list[Prompt]]]
+    embedded_engine: Engine, prompts_of: Callable[[], Mapping[str, list[Prompt]]]
 ) -> None:
     vectors, labels, held, held_labels = [], [], [], []
     for label, prompts in prompts_of().items():
         for index, prompt in enumerate(prompts[: FITTED + HELD_OUT]):
-            ids = encode(engine.tokenizer, prompt.prompt, engine.target.context_length)
-            vector = observe(engine.target, label, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
+            ids = encode(embedded_engine.tokenizer, prompt.prompt, embedded_engine.target.context_length)
+            vector = observe(embedded_engine.target, label, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
             (vectors if index < FITTED else held).append(vector)
             (labels if index < FITTED else held_labels).append(label)
     anchors = fit_anchors(np.array(vectors, dtype=np.float32), labels, 10, seed=0)
@@ -67,13 +57,13 @@ def test_held_out_prompts_go_to_their_own_domain(
     print(f"routed {sum(hits)} of {len(hits)}, fallback {sum(route.fallback for route in routes)}")
 
 
-def test_routing_costs_less_than_a_hundredth_of_a_short_request(engine: Engine) -> None:
-    router = Router().fit(torch.randn(50, engine.target.hidden_size), [str(i % 5) for i in range(50)])
-    vector = torch.randn(engine.target.hidden_size)
+def test_routing_costs_less_than_a_hundredth_of_a_short_request(embedded_engine: Engine) -> None:
+    router = Router().fit(torch.randn(50, embedded_engine.target.hidden_size), [str(i % 5) for i in range(50)])
+    vector = torch.randn(embedded_engine.target.hidden_size)
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
         router.predict(vector)
         seconds.append(time.perf_counter() - started)
-    stats = engine.generate("Say yes.", max_new_tokens=8).stats
+    stats = embedded_engine.generate("Say yes.", max_new_tokens=8).stats
     assert statistics.median(seconds) < 0.01 * (stats.prefill_sec + stats.decode_sec)

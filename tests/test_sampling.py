@@ -28,7 +28,7 @@ from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.sampling import Certain, Sampler, SamplingParams
 from knn_ssd.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -282,7 +282,9 @@ def test_every_row_follows_the_tokens_before_it() -> None:
 
 def test_greedy_draws_from_the_most_likely_token_alone() -> None:
     probs = Sampler.from_params(SamplingParams(), CPU).probs(torch.tensor([[0.1, 2.0, 1.0], [5.0, 1.0, 2.0]]), [0], [1])
-    assert probs.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert [[row[token] for token in range(3)] for row in (probs[0], probs[1])] == [[0, 1, 0], [1, 0, 0]]
+    penalised = Sampler.from_params(SamplingParams(repetition_penalty=9.0), CPU)
+    assert penalised.probs(torch.tensor([[0.1, 2.0, 1.0], [5.0, 1.0, 2.0]]), [1], [0]) == Certain((2, 2))
 
 
 # --- Seeds

@@ -14,6 +14,7 @@ from helpers import (
     NUM_LAYERS,
     PROMPT,
     endless,
+    general_target,
     keep_everything,
     plans,
     skip_everything,
@@ -58,7 +59,7 @@ def leftovers(model: nn.Module) -> list[str]:
 
 @every_family
 def test_a_session_computes_what_the_model_computes(family: str) -> None:
-    target = tiny_engine(family).target
+    target = general_target(family)
     session = target.open(len(LONG))
     prefill = session.prefill(LONG[:20])
     rows = [prefill.logits, *session.forward(LONG[20:])]
@@ -67,7 +68,7 @@ def test_a_session_computes_what_the_model_computes(family: str) -> None:
 
 @every_family
 def test_prompt_vectors_are_the_last_hidden_states_after_the_final_norm(family: str) -> None:
-    target = tiny_engine(family).target
+    target = general_target(family)
     prefill = target.open(len(LONG)).prefill(LONG)
     with torch.no_grad():
         output = target.model(torch.tensor([LONG]), output_hidden_states=True, use_cache=False)
@@ -79,7 +80,7 @@ def test_prompt_vectors_are_the_last_hidden_states_after_the_final_norm(family: 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2"])
 def test_with_everything_skipped_only_embedding_norm_and_head_are_left(family: str) -> None:
-    target = tiny_engine(family).target
+    target = general_target(family)
     session = target.open(len(LONG))
     session.prefill(LONG[:4])
     drafted = session.forward(LONG[4:], skip_everything())
@@ -90,7 +91,7 @@ def test_with_everything_skipped_only_embedding_norm_and_head_are_left(family: s
 
 @every_family
 def test_every_sublayer_counts_by_itself(family: str) -> None:
-    target = tiny_engine(family).target
+    target = general_target(family)
     session = target.open(16)
     session.prefill(PROMPT)
     one_each = [Plan.skipping(NUM_LAYERS, [i], []) for i in range(NUM_LAYERS)]
@@ -102,7 +103,7 @@ def test_every_sublayer_counts_by_itself(family: str) -> None:
 
 
 def test_a_plan_that_keeps_everything_is_the_model_bit_for_bit() -> None:
-    session = tiny_engine().target.open(16)
+    session = general_target().open(16)
     session.prefill(PROMPT)
     assert torch.equal(session.forward([7, 8], keep_everything()), session.forward([7, 8]))
 
@@ -121,7 +122,7 @@ def test_after_a_draft_a_rewind_and_a_verification_the_cache_is_that_of_a_fresh_
     family: str, plan: Plan, drafted: int, accepted: int
 ) -> None:
     accepted = min(accepted, drafted)
-    target = tiny_engine(family).target
+    target = general_target(family)
     session = target.open(40)
     session.prefill(LONG[:18])
     for token in LONG[18 : 18 + drafted]:
@@ -142,7 +143,7 @@ def test_after_a_draft_a_rewind_and_a_verification_the_cache_is_that_of_a_fresh_
 
 
 def test_a_forward_that_is_not_committed_leaves_no_trace() -> None:
-    session = tiny_engine().target.open(40)
+    session = general_target().open(40)
     session.prefill(PROMPT)
     expected = session.forward([9, 4])
     session.forward([100, 101, 102, 103], skip_something())
@@ -152,7 +153,7 @@ def test_a_forward_that_is_not_committed_leaves_no_trace() -> None:
 
 
 def test_a_session_is_full_at_its_capacity_and_not_before() -> None:
-    session = tiny_engine().target.open(len(PROMPT) + 2)
+    session = general_target().open(len(PROMPT) + 2)
     session.prefill(PROMPT)
     session.forward([5, 6])
     session.commit(1)
@@ -160,11 +161,11 @@ def test_a_session_is_full_at_its_capacity_and_not_before() -> None:
         session.forward([7, 8])
     assert session.forward([7]).shape == (1, 128), "it can be used after the error"
     with pytest.raises(UsageError, match="opened for 3 tokens was given 8"):
-        tiny_engine().target.open(3).prefill(PROMPT)
+        general_target().open(3).prefill(PROMPT)
 
 
 def test_only_what_was_run_can_be_committed() -> None:
-    session = tiny_engine().target.open(20)
+    session = general_target().open(20)
     session.prefill(PROMPT)
     session.forward([5, 6])
     session.commit(1)
@@ -179,7 +180,7 @@ def test_only_what_was_run_can_be_committed() -> None:
 
 @pytest.mark.parametrize("second", [None, skip_everything(), keep_everything()])
 def test_another_plan_within_a_drafting_run_is_refused(second: Plan | None) -> None:
-    session = tiny_engine().target.open(20)
+    session = general_target().open(20)
     session.prefill(PROMPT)
     session.forward([5], skip_something())
     session.commit(1)
@@ -190,14 +191,14 @@ def test_another_plan_within_a_drafting_run_is_refused(second: Plan | None) -> N
 
 
 def test_a_prompt_goes_into_an_empty_session() -> None:
-    session = tiny_engine().target.open(20)
+    session = general_target().open(20)
     session.prefill(PROMPT)
     with pytest.raises(AssertionError, match="empty session"):
         session.prefill(PROMPT)
 
 
 def test_a_closed_session_gives_its_memory_back() -> None:
-    session = tiny_engine().target.open(20)
+    session = general_target().open(20)
     session.prefill(PROMPT)
     keys = weakref.ref(session._cache.layers[0].keys)
     session.close()
@@ -212,7 +213,7 @@ def test_a_closed_session_gives_its_memory_back() -> None:
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(plan: Plan, fact: str) -> None:
-    session = tiny_engine().target.open(20)
+    session = general_target().open(20)
     session.prefill(PROMPT)
     with pytest.raises(UsageError, match=fact):
         session.forward([5], plan)
@@ -253,7 +254,7 @@ def rehearsed(target: HuggingFaceTarget, start: int, plan: Plan, run_length: int
 @every_family
 @pytest.mark.parametrize("run_length", [1, 4, 50])
 def test_a_rehearsal_gives_what_drafting_in_runs_gives(family: str, run_length: int) -> None:
-    target = tiny_engine(family).target
+    target = general_target(family)
     expected = drafted_in_runs(target, 14, skip_something(), run_length)
     torch.testing.assert_close(rehearsed(target, 14, skip_something(), run_length), expected, rtol=1e-4, atol=1e-4)
 
@@ -261,7 +262,7 @@ def test_a_rehearsal_gives_what_drafting_in_runs_gives(family: str, run_length: 
 @settings(max_examples=6)
 @given(plan=plans(), run_length=st.integers(1, 8), start=st.integers(1, 25))
 def test_a_rehearsal_gives_what_drafting_gives_under_any_plan(plan: Plan, run_length: int, start: int) -> None:
-    target = tiny_engine("gemma2").target
+    target = general_target("gemma2")
     expected = drafted_in_runs(target, start, plan, run_length)
     torch.testing.assert_close(rehearsed(target, start, plan, run_length), expected, rtol=1e-4, atol=1e-4)
 
@@ -283,7 +284,7 @@ def test_a_rehearsal_respects_chunked_attention_or_is_refused() -> None:
 def test_after_an_exception_the_model_gives_bit_for_bit_what_it_gave(failing_call: int) -> None:
     model = tiny_model()
     before = logits_of(model, LONG)
-    engine = Engine(model)
+    engine = Engine(model, target=HuggingFaceTarget(model))
     mlp = model.model.layers[3].mlp  # which the plan keeps
     stream = engine.stream(PROMPT, plan=skip_something(), max_new_tokens=20)
     calls = count(1)
@@ -308,7 +309,7 @@ def test_after_an_exception_the_model_gives_bit_for_bit_what_it_gave(failing_cal
 def test_after_an_abandoned_stream_the_model_gives_bit_for_bit_what_it_gave(chunks: int, leave: str) -> None:
     model = tiny_model()
     before = logits_of(model, LONG)
-    engine = Engine(model)
+    engine = Engine(model, target=HuggingFaceTarget(model))
     stream = engine.stream(PROMPT, plan=skip_something(), max_new_tokens=20)
     for _ in range(chunks):
         next(stream)
@@ -327,7 +328,7 @@ def test_making_a_target_leaves_the_model_as_it_is() -> None:
     model = tiny_model()
     before = logits_of(model, LONG)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    Engine(model).generate(PROMPT, plan=skip_something(), max_new_tokens=6)
+    Engine(model, target=HuggingFaceTarget(model)).generate(PROMPT, plan=skip_something(), max_new_tokens=6)
     assert leftovers(model) == []
     assert torch.equal(logits_of(model, LONG), before)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())

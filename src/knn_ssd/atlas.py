@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.errors import AtlasError, AtlasMismatchError, UsageError
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 from knn_ssd.provenance import atomic_directory
 
 if TYPE_CHECKING:
@@ -70,12 +70,17 @@ class CostProfile:
         attention_sec: saved by skipping one attention sublayer.
         mlp_sec: saved by skipping one MLP sublayer.
         verify_sec: a pass over 1, 2, 3, … tokens.
+        low_attention_sec, low_mlp_sec, low_head_sec: saved by running one of them on low-bit weights; 0 where the
+            target has none.
     """
 
     step_sec: float
     attention_sec: float
     mlp_sec: float
     verify_sec: tuple[float, ...]
+    low_attention_sec: float = 0.0
+    low_mlp_sec: float = 0.0
+    low_head_sec: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.verify_sec:
@@ -84,6 +89,8 @@ class CostProfile:
     def draft_step_sec(self, plan: Plan) -> float:
         """One token under a plan."""
         saved = len(plan.skipped_attention) * self.attention_sec + len(plan.skipped_mlp) * self.mlp_sec
+        saved += plan.attention.count(Mode.LOW) * self.low_attention_sec + plan.mlp.count(Mode.LOW) * self.low_mlp_sec
+        saved += self.low_head_sec if plan.head is Mode.LOW else 0.0
         return max(self.step_sec - saved, 0.0)
 
     def verification_sec(self, rows: int) -> float:
@@ -173,6 +180,10 @@ class Atlas:
             raise UsageError(f"the atlas has no domain '{label}'", f"It has {', '.join(sorted(self.labels))}.")
         return self.labels[label].plan
 
+    def evidence_of(self, label: str | None) -> Mapping[str, Any]:
+        """What the search for a label's plan found; None is the fallback's."""
+        return self.fallback_evidence if label is None else self.labels[label].evidence
+
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises AtlasMismatchError, listing the differences, if the atlas belongs to another model."""
         differences = self.fingerprint.differences(fingerprint)
@@ -236,7 +247,7 @@ class Atlas:
                 for name, label in self.labels.items()
             },
             "fallback": {"plan": self.fallback.to_json(), "evidence": dict(self.fallback_evidence)},
-            "cost": asdict(self.cost),
+            "cost": {name: value for name, value in asdict(self.cost).items() if value or not name.startswith("low_")},
             "anchor_labels": list(self.anchor_labels),
             "anchors_sha256": hashlib.sha256(self._arrays()).hexdigest(),
             "vector_labels": list(self.vector_labels),

@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-import torch
-
-from knn_ssd.draft.contract import Draft, DraftSource
-from knn_ssd.sampling import Sampler
+from knn_ssd.draft.contract import Draft, DraftSource, Outcome
+from knn_ssd.sampling import CertainRow, Probs, Row, Sampler
 from knn_ssd.target.contract import Session
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FinishReason(StrEnum):
@@ -39,7 +41,7 @@ class Round:
         tokens: what was emitted, at least one token. The first round is the prefill's one token.
         drafted: how many tokens were drafted.
         accepted: how many of the drafted ones are among `tokens`.
-        source: who drafted them.
+        sources: who drafted each of them: `drafted` names.
         draft_sec: seconds spent drafting.
         verify_sec: seconds spent verifying and accepting.
         finish_reason: why the output ends with this round, None where it goes on.
@@ -48,7 +50,7 @@ class Round:
     tokens: tuple[int, ...]
     drafted: int = 0
     accepted: int = 0
-    source: str = "none"
+    sources: tuple[str, ...] = ()
     draft_sec: float = 0.0
     verify_sec: float = 0.0
     finish_reason: FinishReason | None = None
@@ -67,13 +69,13 @@ class Verdict:
     token: int
 
 
-def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> torch.Tensor:
+def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Probs:
     """The target's distributions (k + 1, V) at the k drafted positions and after them, in one pass."""
     logits = session.forward([context[-1], *draft.tokens])  # (k + 1, V)
     return sampler.probs(logits, context, draft.tokens)
 
 
-def accept(target_probs: torch.Tensor, draft: Draft, sampler: Sampler) -> Verdict:
+def accept(target_probs: Probs, draft: Draft, sampler: Sampler) -> Verdict:
     """The rejection rule of arXiv 2211.17192, algorithm 1: what is emitted is distributed as the target's own.
 
     A drafted token x is kept with probability min(1, p(x) / q(x)); at the first that is not, the token comes from the
@@ -85,18 +87,19 @@ def accept(target_probs: torch.Tensor, draft: Draft, sampler: Sampler) -> Verdic
         draft: k tokens.
         sampler: draws, and gives the random numbers.
     """
-    chances = sampler.uniform(len(draft.tokens), target_probs.device)
+    chances = sampler.uniform(len(draft.tokens))
     for index, token in enumerate(draft.tokens):
         p = target_probs[index]  # (V,)
-        q_token = 1.0 if draft.probs is None else float(draft.probs[index, token])
-        if chances[index] * q_token >= float(p[token]):
+        if chances[index] * draft.chance(index) >= float(p[token]):
             return Verdict(index, sampler.pick(_residual(p, draft, index)))
     return Verdict(len(draft.tokens), sampler.pick(target_probs[-1]))
 
 
-def _residual(p: torch.Tensor, draft: Draft, index: int) -> torch.Tensor:
+def _residual(p: Row, draft: Draft, index: int) -> Row:
     """max(0, p - q), (V,), not normalised; p itself where rounding alone rejected and nothing is left."""
-    if draft.probs is not None:
+    if isinstance(p, CertainRow):
+        return p  # of another token, or it would not have been rejected
+    if draft.probs is not None and index < len(draft.probs):
         rest = (p - draft.probs[index]).clamp_(min=0)
     else:
         rest = p.clone()
@@ -145,8 +148,10 @@ def decode(
         started = time.perf_counter()
         verdict = accept(verify(session, context, draft, sampler), draft, sampler)
         session.commit(verdict.accepted + 1)
+        if source is not None:
+            source.learn(Outcome(draft, verdict.accepted, draft_sec, time.perf_counter() - started))
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
-        shape = Round((), len(draft.tokens), verdict.accepted, draft.source, draft_sec)
+        shape = Round((), len(draft.tokens), verdict.accepted, draft.sources, draft_sec)
         current = _emit(context, tokens, left, ending, shape, started)
 
 
@@ -171,7 +176,7 @@ def _emit(
         tuple(emitted),
         shape.drafted,
         min(shape.accepted, len(emitted)),
-        shape.source,
+        shape.sources,
         shape.draft_sec,
         time.perf_counter() - started,
         reason,

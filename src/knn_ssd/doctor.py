@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knn_ssd.errors import UnsupportedModelError
-from knn_ssd.target.contract import Exactness
-from knn_ssd.target.huggingface import HuggingFaceTarget
-from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, cache_directory, find_embedded, load_model
+from knn_ssd.provenance import cache_directory
+from knn_ssd.target.contract import Exactness, Target
+from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
+from knn_ssd.target.select import target_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,7 +199,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         floor_sec_per_token=read_bytes / read_bandwidth_bytes_per_sec,
     )
     try:
-        target = HuggingFaceTarget(model)
+        target = target_of(model)
     except UnsupportedModelError as error:
         return replace(report, supported=False, unsupported_because=str(error))
     return replace(
@@ -216,7 +217,7 @@ def measure_bandwidth(device: torch.device) -> float:
     return _BANDWIDTH_BYTES / min(_time(lambda: values.sum().item()) for _ in range(_BANDWIDTH_REPEATS))
 
 
-def measure_step(target: HuggingFaceTarget) -> float:
+def measure_step(target: Target) -> float:
     """Seconds of one token of plain decoding, the median of a few."""
     session = target.open(_PROMPT_LENGTH + _STEPS + 1)
     try:

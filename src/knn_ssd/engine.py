@@ -13,14 +13,14 @@ import torch
 from knn_ssd.atlas import Atlas
 from knn_ssd.decode import FinishReason, Round, decode
 from knn_ssd.draft.contract import DraftSource
-from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.drafting import Drafting, general_plan
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.plan import Plan
 from knn_ssd.route import Route, Router
 from knn_ssd.sampling import Sampler, SamplingParams
-from knn_ssd.target.contract import Exactness, Prefill, Session
+from knn_ssd.target.contract import Exactness, Prefill, Session, Target
 from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.select import target_of
 from knn_ssd.text import TextStream
 from knn_ssd.tokens import PromptLike, encode, eos_token_ids
 
@@ -149,8 +149,10 @@ class Engine:
     Args:
         model: a decoder of transformers.
         tokenizer: its tokenizer; None if prompts come as token ids and output is wanted as such.
-        atlas: which plan for which prompts; without one, decoding is plain.
+        atlas: which plan for which prompts; without one, all use a general plan: everything low-bit where the target
+            can, and look-up.
         neighbours: how many anchors vote on a route.
+        target: what the model runs on; None takes the lean target where it can, else the general one.
 
     Raises:
         UnsupportedModelError: a model that cannot draft for itself.
@@ -164,12 +166,14 @@ class Engine:
         atlas: Atlas | None = None,
         *,
         neighbours: int = 1,
+        target: Target | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.atlas = atlas
-        self.target = HuggingFaceTarget(model)
+        self.target: Target = target or target_of(model)
         self.exactness = self.target.exactness
+        self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None)
         self._router: Router | None = None
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
@@ -239,6 +243,7 @@ class Engine:
         plain: bool = False,
         domain: str | None = None,
         plan: Plan | None = None,
+        adaptive: bool | None = None,
         chat: bool = True,
     ) -> Stream:
         """Runs the prompt, routes it, and gives the output round by round.
@@ -252,6 +257,9 @@ class Engine:
             plain: decode without drafts.
             domain: use this label's plan, whatever the route.
             plan: use this plan, whatever the route.
+            adaptive: within the plan's policy, choose each round who drafts and how far by expected tokens per second;
+                else follow the policy to the letter. Which random numbers are used up depends on what was drafted, and
+                that on the clock: so None is adaptive unless `plan` or, for sampling, a `seed` is given.
             chat: put text through the tokenizer's chat template if it has one.
 
         Raises:
@@ -277,8 +285,12 @@ class Engine:
         route = self._route(prefill)
         chosen = self._choose_plan(route, plain, domain, plan)
         route_sec = time.perf_counter() - started
+        if adaptive is None:
+            adaptive = plan is None and (params.greedy or seed is None)
+        source = self._source(session, chosen, sampler, domain, route, adaptive)
         at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
-        rounds = self._rounds(session, token_ids, prefill, chosen, sampler, limit, self._ending(text), at_limit)
+        ends = self._ending(text)
+        rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit)
         steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec)
         return Stream(route, chosen, steps)
 
@@ -311,8 +323,10 @@ class Engine:
 
         try:
             prefill = session.prefill(token_ids)
-            chosen = self._choose_plan(self._route(prefill), plain=False, domain=None, plan=None)
-            for _round in self._rounds(session, context, prefill, chosen, sampler, limit, ends):
+            route = self._route(prefill)
+            chosen = self._choose_plan(route, plain=False, domain=None, plan=None)
+            source = self._source(session, chosen, sampler, None, route, adaptive=sampler.greedy)
+            for _round in decode(session, context, prefill.logits, source, sampler, limit, ends):
                 pass
         finally:
             session.close()
@@ -323,21 +337,21 @@ class Engine:
 
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
 
-    def _rounds(
+    def _source(
         self,
         session: Session,
-        context: list[int],
-        prefill: Prefill,
         plan: Plan,
         sampler: Sampler,
-        limit: int,
-        ends: Callable[[int], FinishReason | None],
-        at_limit: FinishReason = FinishReason.LENGTH,
-    ) -> Iterator[Round]:
-        if plan.policy.lookup:
-            raise UsageError("the plan asks for look-up drafts, which this version does not have")
-        source: DraftSource | None = None if plan.is_plain else SelfDraft(session, plan, sampler)
-        return decode(session, context, prefill.logits, source, sampler, limit, ends, at_limit)
+        domain: str | None,
+        route: Route | None,
+        adaptive: bool,
+    ) -> DraftSource | None:
+        self.target.prepare(plan)
+        label = domain or (route.plan_label if route is not None else None)
+        agreement = None
+        if self.atlas is not None and plan == self.atlas.plan_for(label):
+            agreement = self.atlas.evidence_of(label).get("agreement")
+        return self._drafting.source(session, plan, sampler, label=label, agreement=agreement, adaptive=adaptive)
 
     def _steps(
         self,
@@ -405,7 +419,7 @@ class Engine:
         from_atlas = self.atlas.plan_for(routed) if self.atlas is not None else None
         if plain:
             return Plan.plain(self.target.num_layers)
-        return plan or from_atlas or Plan.plain(self.target.num_layers)
+        return plan or from_atlas or general_plan(self.target)
 
     def _check_custom(
         self,

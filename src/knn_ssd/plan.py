@@ -24,9 +24,9 @@ class Policy:
 
     Args:
         max_draft: the longest draft in tokens; 0 is plain decoding.
-        threshold: drafting stops after a token whose draft's own top probability is under this, in [0, 1].
-        lookup: draft from the longest earlier occurrence of the context's suffix where there is one. Not in this
-            version: an engine refuses it.
+        threshold: drafting stops after a token whose draft's own top probability is under this, in [0, 1]. A controller
+            finds its own.
+        lookup: draft from the longest earlier occurrence of the context's suffix too, where there is one.
 
     Raises:
         UsageError: a value outside its range.
@@ -87,6 +87,12 @@ class Plan:
         )
 
     @classmethod
+    def low(cls, num_layers: int, policy: Policy | None = None) -> Plan:
+        """The plan that runs everything, the head too, on low-bit weights."""
+        every = (Mode.LOW,) * num_layers
+        return cls(every, every, Mode.LOW, policy or Policy())
+
+    @classmethod
     def plain(cls, num_layers: int) -> Plan:
         """The plan that never drafts."""
         return cls.skipping(num_layers, policy=Policy(max_draft=0))
@@ -118,6 +124,11 @@ class Plan:
         return self.policy.max_draft == 0
 
     @property
+    def cheapens(self) -> bool:
+        """Whether its passes cost less than the full model's."""
+        return self.num_skipped > 0 or self.uses_low
+
+    @property
     def uses_low(self) -> bool:
         return Mode.LOW in self.attention or Mode.LOW in self.mlp or self.head is Mode.LOW
 
@@ -136,6 +147,8 @@ class Plan:
         ]
         if self.head is Mode.LOW:
             parts.append("low head")
+        if self == Plan.low(self.num_layers, self.policy):
+            parts = ["all low"]
         sublayers = ", ".join(parts) or "skip nothing"
         lookup = ", look-up" if self.policy.lookup else ""
         return f"{sublayers}; draft up to {self.policy.max_draft} while p >= {self.policy.threshold:.2f}{lookup}"

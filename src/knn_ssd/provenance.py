@@ -79,3 +79,10 @@ def write_whole(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def cache_directory() -> Path:
+    """Where converted models and compiled kernels are kept: $KNN_SSD_CACHE, else the user's cache directory."""
+    if own := os.environ.get("KNN_SSD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"

@@ -75,6 +75,33 @@ class SamplingParams:
         return processors
 
 
+@dataclass(frozen=True, slots=True)
+class Certain:
+    """Distributions with one possible token each, as greedy decoding has them; indexed like probabilities (n, V)."""
+
+    tokens: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> CertainRow:
+        return CertainRow(self.tokens[index])
+
+
+@dataclass(frozen=True, slots=True)
+class CertainRow:
+    """One of them; indexed like probabilities (V,)."""
+
+    token: int
+
+    def __getitem__(self, token: int) -> float:
+        return float(token == self.token)
+
+
+Probs = torch.Tensor | Certain  # (n, V)
+Row = torch.Tensor | CertainRow  # (V,)
+
+
 class Sampler:
     """One request's way of choosing tokens, with its own random numbers.
 
@@ -100,7 +127,7 @@ class Sampler:
             generator.manual_seed(params.seed)
         return cls(params.processors(), greedy=False, generator=generator)
 
-    def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> torch.Tensor:
+    def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> Probs:
         """What the next token is drawn from, (n, V) float32; greedy decoding draws from the most likely token alone.
 
         Args:
@@ -108,21 +135,24 @@ class Sampler:
             context: the tokens that row 0 follows.
             tokens: at least n - 1 of them.
         """
+        if self.greedy and not self.processors:
+            return Certain(tuple(logits.argmax(dim=-1).tolist()))
         scores = self._process(logits.to(torch.float32, copy=True), context, tokens)
-        if not self.greedy:
-            return scores.softmax(dim=-1)
-        return torch.zeros_like(scores).scatter_(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
+        return Certain(tuple(scores.argmax(dim=-1).tolist())) if self.greedy else scores.softmax(dim=-1)
 
-    def pick(self, probs: torch.Tensor) -> int:
+    def pick(self, probs: Row) -> int:
         """A token drawn from probs (V,), which need not sum to one."""
+        if isinstance(probs, CertainRow):
+            return probs.token
         if self.greedy:
             return int(probs.argmax())
         return int(torch.multinomial(probs, 1, generator=self.generator))
 
-    def uniform(self, count: int, device: torch.device) -> list[float]:
+    def uniform(self, count: int) -> list[float]:
         """Random numbers in [0, 1); greedy decoding needs none and uses none up."""
         if self.greedy:
             return [0.0] * count
+        device = self.generator.device if self.generator is not None else None
         return torch.rand(count, generator=self.generator, device=device).tolist()
 
     def _process(self, scores: torch.Tensor, context: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:

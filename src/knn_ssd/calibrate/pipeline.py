@@ -25,7 +25,7 @@ from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import Clock, Rehearsals, Score
+from knn_ssd.calibrate.objective import Clock, Rehearsals, Score, Timing
 from knn_ssd.calibrate.onpolicy import Observation, observe
 from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
 from knn_ssd.errors import Interrupted, OutputError, UsageError
@@ -33,8 +33,8 @@ from knn_ssd.plan import Plan, Policy
 from knn_ssd.prompts import Prompt
 from knn_ssd.provenance import provenance
 from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.target.resolve import LoadedModel, load_model
+from knn_ssd.target.select import target_of
 from knn_ssd.tokens import encode, eos_token_ids
 
 MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
@@ -194,7 +194,7 @@ class _Calibration:
         reporter: Reporter,
     ) -> None:
         self.loaded = loaded
-        self.target = HuggingFaceTarget(loaded.model)
+        self.target = target_of(loaded.model)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out
@@ -291,18 +291,21 @@ class _Calibration:
         ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
         drafting = [f for f in ranked if f.skipped]
         finalists = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f)]
-        timed: list[float] = []
+        timed: list[Timing] = []
         if finalists:
             self.reporter.stage(f"timing {label}", None)
-            timed = Clock(self.target, observations, eos_token_ids(self.loaded.model)).speedups(finalists)
-        best = max(range(len(timed)), key=timed.__getitem__, default=None)
-        wins = best is not None and timed[best] >= _WORTH_HAVING
-        plan = finalists[best] if wins and best is not None else Plan.plain(self.target.num_layers)
+            timed = Clock(self.target, observations, eos_token_ids(self.loaded.model)).compare(finalists)
+        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= _WORTH_HAVING]
+        best = max(winners, key=lambda i: timed[i].speedup, default=None)
+        plan = Plan.plain(self.target.num_layers) if best is None else finalists[best]
         evidence = {
             "trials": len(finished),
             "prompts": len(observations),
             "best_score": ranked[0].speedup if ranked else None,
-            "timed": [{"plan": p.to_json(), "speedup": s} for p, s in zip(finalists, timed, strict=True)],
+            "timed": [
+                {"plan": p.to_json(), "speedup": t.speedup, "pairs": t.pairs, "won": t.won}
+                for p, t in zip(finalists, timed, strict=True)
+            ],
             "best_skipping": _told(drafting[0]) if drafting else None,
         }
         return Label(plan, 2.0, evidence)

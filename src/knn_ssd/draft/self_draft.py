@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from knn_ssd.draft.contract import Draft
+from knn_ssd.draft.contract import Draft, Outcome
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import Sampler
 from knn_ssd.target.contract import Session
@@ -26,29 +26,40 @@ class SelfDraft:
         self._plan = plan
         self._sampler = sampler
 
-    def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """Drafts until `limit`, the policy's longest draft, or a token whose own top probability is under the
-        threshold.
+    def propose(self, context: Sequence[int], limit: int, go_on: Callable[[float], bool] | None = None) -> Draft:
+        """Drafts until `limit`, the policy's longest draft, or a token after which to stop.
 
         That last token stays in the draft: it is paid for, and often right.
+
+        Args:
+            context: prompt and output so far.
+            limit: the most tokens.
+            go_on: told the draft's own top probability at each token, says whether to draft another one; None goes on
+                while it is not under the policy's threshold.
         """
         start = self._session.length
         tokens: list[int] = []
-        probs: list[torch.Tensor] = []  # (V,) each
+        probs: list[torch.Tensor] = []  # (V,) each, of drawn tokens
+        sure: list[float] = []
         policy = self._plan.policy
+        go_on = go_on or (lambda top: top >= policy.threshold)
         try:
             while len(tokens) < min(limit, policy.max_draft):
                 logits = self._session.forward([tokens[-1] if tokens else context[-1]], self._plan)  # (1, V)
                 self._session.commit(1)
                 row = self._sampler.probs(logits, [*context, *tokens])[0]
                 tokens.append(self._sampler.pick(row))
-                probs.append(row)
-                if top_probability(logits)[0] < policy.threshold:
+                if isinstance(row, torch.Tensor):
+                    probs.append(row)
+                sure.append(float(top_probability(logits)[0]))
+                if not go_on(sure[-1]):
                     break
         finally:
             self._session.rewind(start)
-        drawn = torch.stack(probs) if probs and not self._sampler.greedy else None
-        return Draft(tuple(tokens), drawn, "self")
+        return Draft(tuple(tokens), torch.stack(probs) if probs else None, "self", sure=tuple(sure))
+
+    def learn(self, outcome: Outcome) -> None:
+        """A fixed policy learns nothing."""
 
 
 def top_probability(logits: torch.Tensor) -> torch.Tensor:

@@ -106,5 +106,8 @@ class Target(Protocol):
     @property
     def exactness(self) -> Exactness: ...
 
+    def prepare(self, plan: Plan) -> None:
+        """Makes what a plan needs before its first pass, once; else that pass does."""
+
     def open(self, capacity: int) -> Session:
         """A new session for at most `capacity` tokens."""

@@ -67,6 +67,9 @@ class HuggingFaceTarget:
             self._exactness = probe(self)
         return self._exactness
 
+    def prepare(self, plan: Plan) -> None:
+        """Nothing: a plan needs no more than the model has."""
+
     def open(self, capacity: int) -> HuggingFaceSession:
         return HuggingFaceSession(self, capacity)
 

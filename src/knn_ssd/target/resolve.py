@@ -27,8 +27,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from knn_ssd.errors import ModelError, UnsupportedModelError, UsageError
+from knn_ssd.provenance import cache_directory
 from knn_ssd.target.download import WEIGHTS, download
+from knn_ssd.target.fused import LEAN_FAMILIES
 from knn_ssd.target.gguf import converted
+from knn_ssd.target.native import why_unavailable
 from knn_ssd.target.pretrained import check_causal, load_complete, quiet_transformers, reason
 
 if TYPE_CHECKING:
@@ -131,13 +134,6 @@ def find_embedded() -> Path | None:
     locations = spec.submodule_search_locations if spec is not None else None
     files = (Path(location) / _EMBEDDED_FILE for location in locations or ())
     return next((file for file in files if file.is_file()), None)
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $KNN_SSD_CACHE, else the user's cache directory."""
-    if own := os.environ.get("KNN_SSD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
 
 
 def _find(name: str | Path) -> Path | None:
@@ -263,11 +259,11 @@ def _load_weights(
 
     own = getattr(config, "dtype", None)
     if wanted is None and own is not None:
-        wanted = default_dtype(own, device)
+        wanted = default_dtype(own, device, config.model_type)
     model = load(wanted or "auto")
     # A config that names no dtype: the weights tell, once loaded. Casting them would also cast buffers that
     # have to stay in float32 (rotary frequencies), hence a second reading.
-    if wanted is None and (native := default_dtype(model.dtype, device)) != model.dtype:
+    if wanted is None and (native := default_dtype(model.dtype, device, config.model_type)) != model.dtype:
         model = load(native)
     if own is not None and model.dtype != own:
         logger.info("weights stored in %s run in %s on %s", own, model.dtype, device)
@@ -292,10 +288,11 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 # ---- In which dtype, on which device
 
 
-def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype where the device computes it natively, else float32."""
+def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device, model_type: str = "") -> torch.dtype:
+    """The checkpoint's own dtype where the device or the lean target's kernels compute it natively, else float32."""
     if checkpoint_dtype == torch.bfloat16:
-        native = _has_bfloat16(device)
+        lean = device.type == "cpu" and model_type in LEAN_FAMILIES and why_unavailable() is None
+        native = lean or _has_bfloat16(device)
     else:
         native = checkpoint_dtype == torch.float16 and device.type != "cpu"
     return checkpoint_dtype if native else torch.float32

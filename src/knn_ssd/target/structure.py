@@ -21,6 +21,9 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 # Architectures whose children have other names: model_type -> (attention, MLP).
 _EXCEPTIONS: dict[str, tuple[str, str]] = {}
 
+# Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
 _RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 _RECURRENT_CLASS = re.compile(r"Mamba|Recurrent|R[Ww][Kk][Vv]|GatedDelta|SSM|R[Gg]L[Rr][Uu]|ShortConv")
 _HINT = "Decoders whose layers have one attention and one MLP module each can be used"
@@ -117,3 +120,12 @@ def _child(
         f"a child named {' or '.join(names)} was looked for, and there are {', '.join(children) or 'none'}",
         _HINT + ".",
     )
+
+
+def context_length(config: Any) -> int:
+    """The most tokens a model was made for, where its rotary embedding does not change on the way."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
+        return int(original)
+    return int(config.max_position_embeddings)

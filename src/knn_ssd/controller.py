@@ -1,0 +1,299 @@
+"""Chooses each round who drafts and how far, by expected tokens per second; nobody, where that is slower than plain.
+
+What a round costs comes from the cost profile, corrected by every round that is run. What it brings comes from the
+acceptance seen so far, kept per label and source, from a prior until there is enough of it. A self-draft of k tokens
+whose tokens are accepted with probability a each brings 1 + a + … + aᵏ tokens (arXiv 2211.17192, equation 1) and takes
+k draft steps and one verification of k + 1 rows; the best k of each source is compared. While a self-draft runs, it
+goes on as long as the next token's chance of being accepted, by the draft's own top probabilities so far, is worth more
+time than it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.draft.contract import Draft, Outcome
+from knn_ssd.draft.lookup import LookupDraft
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.plan import Plan
+
+_GAIN = 0.98  # a draft must be foretold to take this share of plain decoding's time per token, or less
+_LONGEST_LOOKUP = 15
+_PATIENCE = 32  # rounds without a source before it is tried again; doubled each time in vain
+_MOST_PATIENCE = 1024
+_RATE = 0.1  # of the corrections of costs; the first of a kind go faster
+_MOST_RATIO = 4.0  # one observation counts as no more than this much off
+_MEMORY = 0.985  # what is left of an observation's weight at the next one
+_SURE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+_MATCH_EDGES = (3, 4, 6, 9, 17)
+_MATCH_PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
+_PRIOR_LOW, _PRIOR_SKIP = 0.85, 0.6  # acceptance of drafts whose plan has no evidence
+
+
+class Costs:
+    """Seconds of passes: a profile's shape, corrected by what is seen. Shared by all requests of an engine."""
+
+    def __init__(self, profile: CostProfile) -> None:
+        self._profile = profile
+        self._level: float | None = None  # of the whole profile on this machine now
+        self._corrections: dict[object, tuple[float, int]] = {}  # by rows or modes: the factor, and how often seen
+
+    def verification(self, rows: int) -> float:
+        return self._profile.verification_sec(rows) * self._factor(rows)
+
+    def step(self, plan: Plan) -> float:
+        return self._profile.draft_step_sec(plan) * self._factor(plan.modes)
+
+    def saw_verification(self, rows: int, seconds: float) -> None:
+        self._correct(rows, seconds / max(self.verification(rows), 1e-9))
+
+    def saw_steps(self, plan: Plan, count: int, seconds: float) -> None:
+        self._correct(plan.modes, seconds / max(count * self.step(plan), 1e-9))
+
+    def _factor(self, key: object) -> float:
+        return self._corrections.get(key, (1.0, 0))[0] * (self._level or 1.0)
+
+    def _correct(self, key: object, ratio: float) -> None:
+        if self._level is None:
+            self._level = ratio
+            return
+        factor, seen = self._corrections.get(key, (1.0, 0))
+        ratio = min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO)
+        self._level *= ratio ** (_RATE / 2)
+        self._corrections[key] = (factor * ratio ** max(_RATE / 2, 0.5 / (seen + 1)), seen + 1)
+
+
+def typical_profile(num_layers: int) -> CostProfile:
+    """What passes cost relative to one plain token where nothing was measured: two cores, weights read from memory."""
+    attention, mlp, head = 0.2 / num_layers, 0.6 / num_layers, 0.2
+    return CostProfile(
+        step_sec=1.0,
+        attention_sec=attention,
+        mlp_sec=mlp,
+        verify_sec=(1.0, 1.05, 1.1, 1.15, 1.25, 1.4, 1.5, 1.65, 1.9, 2.1, 2.3, 2.5, 2.7),
+        low_attention_sec=0.65 * attention,
+        low_mlp_sec=0.65 * mlp,
+        low_head_sec=0.65 * head,
+    )
+
+
+class Chance:
+    """How often something was accepted: a prior, and observations that fade."""
+
+    def __init__(self, prior: float, strength: float = 6.0) -> None:
+        self._prior, self._strength = prior, strength
+        self._hits = self._trials = 0.0
+
+    @property
+    def mean(self) -> float:
+        return (self._hits + self._prior * self._strength) / (self._trials + self._strength)
+
+    def saw(self, accepted: bool) -> None:
+        self._hits = self._hits * _MEMORY + accepted
+        self._trials = self._trials * _MEMORY + 1.0
+
+
+@dataclass
+class Trying:
+    """When a source that is not worth it was tried last, and how long to wait until the next time."""
+
+    waited: int = 0
+    patience: int = _PATIENCE
+
+    def is_due(self) -> bool:
+        self.waited += 1
+        if self.waited < self.patience:
+            return False
+        self.waited, self.patience = 0, min(2 * self.patience, _MOST_PATIENCE)
+        return True
+
+
+@dataclass
+class Experience:
+    """The acceptance of a label's drafts so far. Shared by all its requests.
+
+    Args:
+        prior: acceptance of a self-draft's token before any was seen.
+    """
+
+    prior: float
+    own: Chance = field(init=False)
+    by_sure: list[Chance] = field(init=False)
+    by_match: list[Chance] = field(init=False)
+    self_trying: Trying = field(default_factory=Trying)
+    lookup_trying: Trying = field(default_factory=Trying)
+
+    def __post_init__(self) -> None:
+        self.own = Chance(self.prior)
+        middles = [(low + high) / 2 for low, high in zip((0.0, *_SURE_EDGES), (*_SURE_EDGES, 1.0), strict=True)]
+        self.by_sure = [Chance(middle) for middle in middles]
+        self.by_match = [Chance(prior) for prior in _MATCH_PRIORS]
+
+    def sure(self, probability: float) -> Chance:
+        return self.by_sure[sum(probability >= edge for edge in _SURE_EDGES)]
+
+    def match(self, length: int) -> Chance:
+        return self.by_match[sum(length >= edge for edge in _MATCH_EDGES)]
+
+
+def new_experience(plan: Plan, agreement: float | None = None) -> Experience:
+    """Before anything was seen; `agreement` is what calibration measured of the plan's drafts."""
+    if agreement is None:
+        agreement = _PRIOR_SKIP if plan.num_skipped else _PRIOR_LOW
+    return Experience(agreement)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to run a round.
+
+    Args:
+        length: tokens to draft.
+        sec_per_token: expected seconds over expected tokens.
+    """
+
+    length: int
+    sec_per_token: float
+
+
+class Controller:
+    """A source of drafts that chooses among others.
+
+    Args:
+        plan: its policy bounds what may be done: the longest self-draft, and whether to look up.
+        costs: of the machine, now.
+        experience: of the label.
+        self_draft: None where the plan cheapens nothing.
+        lookup: None where the policy has none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        costs: Costs,
+        experience: Experience,
+        self_draft: SelfDraft | None,
+        lookup: LookupDraft | None,
+    ) -> None:
+        self._plan = plan
+        self._costs = costs
+        self._experience = experience
+        self._self_draft = self_draft
+        self._lookup = lookup
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """The best source's draft; an empty one where plain decoding is best."""
+        plain = self._costs.verification(1)
+        looked = self._look_up_option(context, limit)
+        drafted = self._self_option(limit)
+        if looked is not None and looked.sec_per_token < min(
+            _GAIN * plain, drafted.sec_per_token if drafted else plain
+        ):
+            assert self._lookup is not None
+            return self._lookup.propose(context, looked.length)
+        if drafted is not None and drafted.sec_per_token < _GAIN * plain:
+            return self._draft(context, limit, drafted.sec_per_token)
+        if looked is not None and self._experience.lookup_trying.is_due():
+            assert self._lookup is not None
+            return self._lookup.propose(context, min(2, limit))
+        if drafted is not None and self._experience.self_trying.is_due():
+            return self._draft(context, 1, plain)
+        return Draft()
+
+    def learn(self, outcome: Outcome) -> None:
+        """Corrects costs and acceptance."""
+        draft, experience = outcome.draft, self._experience
+        self._costs.saw_verification(len(draft.tokens) + 1, outcome.verify_sec)
+        own = len(draft.sure)
+        if own:
+            self._costs.saw_steps(self._plan, own, outcome.draft_sec)
+        for index in range(min(outcome.accepted + 1, len(draft.tokens))):
+            kept = index < outcome.accepted
+            if index < own:
+                experience.own.saw(kept)
+                experience.sure(draft.sure[index]).saw(kept)
+            else:
+                experience.match(draft.match).saw(kept)
+
+    def _draft(self, context: Sequence[int], limit: int, sec_per_token: float) -> Draft:
+        assert self._self_draft is not None
+        costs, survival, length = self._costs, 1.0, 0
+        step, next_chance = costs.step(self._plan), self._experience.own.mean
+
+        def go_on(sure: float) -> bool:
+            nonlocal survival, length
+            survival *= self._experience.sure(sure).mean
+            length += 1
+            extra = step + costs.verification(length + 2) - costs.verification(length + 1)
+            return survival * next_chance * sec_per_token > extra
+
+        draft = self._self_draft.propose(context, limit, go_on)
+        return self._extend(draft, context, limit, survival, sec_per_token)
+
+    def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
+        """What look-up finds after a self-draft, as far as verifying it too is worth the time."""
+        match = self._lookup.match(context, draft.tokens) if self._lookup is not None else None
+        if match is None or self._lookup is None:
+            return draft
+        own, chance, length = len(draft.tokens), self._experience.match(match.length).mean, 0
+        while own + length < limit and length < _LONGEST_LOOKUP:
+            survival *= chance
+            rows = own + length + 1
+            if survival * sec_per_token <= self._costs.verification(rows + 1) - self._costs.verification(rows):
+                break
+            length += 1
+        more = self._lookup.propose(context, length, draft.tokens).tokens
+        return replace(draft, tokens=draft.tokens + more, looked_up=len(more), match=match.length)
+
+    def _self_option(self, limit: int) -> Option | None:
+        if self._self_draft is None or limit < 1:
+            return None
+        longest = min(limit, self._plan.policy.max_draft)
+        return self._best(self._experience.own.mean, longest, self._costs.step(self._plan))
+
+    def _look_up_option(self, context: Sequence[int], limit: int) -> Option | None:
+        if self._lookup is None or limit < 1:
+            return None
+        match = self._lookup.match(context)
+        if match is None:
+            return None
+        return self._best(self._experience.match(match.length).mean, min(limit, _LONGEST_LOOKUP), 0.0)
+
+    def _best(self, chance: float, longest: int, step: float) -> Option:
+        """The best length of a draft whose tokens are accepted with this chance each."""
+        best = Option(0, float("inf"))
+        tokens = power = 1.0
+        for length in range(1, longest + 1):
+            power *= chance
+            tokens += power
+            sec_per_token = (length * step + self._costs.verification(length + 1)) / tokens
+            if sec_per_token >= best.sec_per_token:
+                break
+            best = Option(length, sec_per_token)
+        return best
+
+
+class FixedPolicy:
+    """Drafts as a plan's policy says, without regard to what it costs: look-up where its match is long, else a
+    self-draft.
+    """
+
+    _LONG_MATCH = 4
+
+    def __init__(self, plan: Plan, self_draft: SelfDraft | None, lookup: LookupDraft | None) -> None:
+        self._plan = plan
+        self._self_draft = self_draft
+        self._lookup = lookup
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        if self._lookup is not None:
+            match = self._lookup.match(context)
+            shortest = self._LONG_MATCH if self._self_draft is not None else 1
+            if match is not None and match.length >= shortest:
+                return self._lookup.propose(context, min(limit, self._plan.policy.max_draft))
+        return self._self_draft.propose(context, limit) if self._self_draft is not None else Draft()
+
+    def learn(self, outcome: Outcome) -> None:
+        """A fixed policy learns nothing."""

@@ -1,0 +1,67 @@
+"""What the requests of one engine share to draft with: costs, experience by label, and what was said before."""
+
+from __future__ import annotations
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.controller import Controller, Costs, Experience, FixedPolicy, new_experience, typical_profile
+from knn_ssd.draft.contract import DraftSource
+from knn_ssd.draft.lookup import LookupDraft
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.sampling import Sampler
+from knn_ssd.target.contract import Session, Target
+
+_GENERAL_POLICY = Policy(max_draft=12, threshold=0.7, lookup=True)
+
+
+class Drafting:
+    """Makes the source of drafts for each request.
+
+    Args:
+        target: the model.
+        cost: what passes cost, in any unit; None is what is typical.
+    """
+
+    def __init__(self, target: Target, cost: CostProfile | None = None) -> None:
+        self._target = target
+        self._costs = Costs(cost or typical_profile(target.num_layers))
+        self._experience: dict[object, Experience] = {}
+
+    def source(
+        self,
+        session: Session,
+        plan: Plan,
+        sampler: Sampler,
+        *,
+        label: str | None = None,
+        agreement: float | None = None,
+        adaptive: bool = True,
+    ) -> DraftSource | None:
+        """Who drafts for a request; None is plain decoding.
+
+        Args:
+            session: of the request.
+            plan: how to draft.
+            sampler: of the request.
+            label: whose requests share what acceptance was seen.
+            agreement: what calibration measured of the plan's drafts.
+            adaptive: choose length, source and stop by expected tokens per second, within the policy's bounds; else
+                the policy to the letter.
+        """
+        if plan.is_plain:
+            return None
+        lookup = LookupDraft() if plan.policy.lookup else None
+        if not adaptive:
+            drafts = plan.cheapens or lookup is None
+            return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
+        self_draft = SelfDraft(session, plan, sampler) if plan.cheapens else None
+        key = (label, plan.modes, plan.head, sampler.greedy)
+        experience = self._experience.setdefault(key, new_experience(plan, agreement))
+        return Controller(plan, self._costs, experience, self_draft, lookup)
+
+
+def general_plan(target: Target) -> Plan:
+    """A good plan where nothing was calibrated: everything low-bit where the target can, and look-up."""
+    if Mode.LOW in target.modes:
+        return Plan.low(target.num_layers, _GENERAL_POLICY)
+    return Plan.skipping(target.num_layers, policy=_GENERAL_POLICY)

@@ -1,0 +1,93 @@
+"""Weights as the kernels read them: the checkpoint's own where they lie, and 4-bit copies for drafting.
+
+A low-bit copy has 4 bits a weight and, for each group of 64 columns, a scale and a zero in bfloat16: 4.5 bits, 28 % of
+bfloat16. Groups of 32 are never used: checkpoints that were published in 4-bit blocks of 32 would be copied almost
+exactly on that grid, which shows nothing of other models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from knn_ssd.target.native import BFLOAT16, FLOAT32, GROUP, INT4, Attention, Matrix, Mlp, address, kernels
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_Made = TypeVar("_Made", Attention, Mlp, Matrix)
+_TRIES = 8  # ranges tried for each group, each refitted by least squares
+
+
+@dataclass
+class Keeper:
+    """Holds the tensors whose addresses the kernels were given."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    def keep(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is not None:
+            self.tensors.append(tensor)
+        return address(tensor)
+
+
+def matrix_of(linear: nn.Linear, keeper: Keeper) -> Matrix:
+    """A linear's own weight, not copied; a bias becomes float32."""
+    weight = linear.weight.detach()
+    bias = linear.bias.detach().float().contiguous() if linear.bias is not None else None
+    rows, cols = weight.shape
+    return Matrix(keeper.keep(weight), None, keeper.keep(bias), rows, cols, KINDS[weight.dtype])
+
+
+class LowBit:
+    """The 4-bit copies of a model's sublayers and head, each made at first use and shared by all plans and sessions.
+
+    Args:
+        attentions, mlps: the sublayers as they are.
+        head: the LM head as it is.
+    """
+
+    def __init__(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
+        self._attentions, self._mlps, self._head = attentions, mlps, head
+        self._made: dict[tuple[str, int], Any] = {}
+        self._keeper = Keeper()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all copies made so far."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._keeper.tensors)
+
+    def attention(self, layer: int) -> Attention:
+        return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], "qkvo"))
+
+    def mlp(self, layer: int) -> Mlp:
+        return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], ("gate", "up", "down")))
+
+    def head(self) -> Matrix:
+        return self._once(("head", 0), lambda: self._round(self._head))
+
+    def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            made: _Made = self._made[key]
+            return made
+
+    def _copy(self, sublayer: _Made, names: Sequence[str]) -> _Made:
+        copy = type(sublayer).from_buffer_copy(sublayer)
+        for name in names:
+            setattr(copy, name, self._round(getattr(sublayer, name)))
+        return copy
+
+    def _round(self, matrix: Matrix) -> Matrix:
+        groups = -(-matrix.cols // GROUP)
+        data = torch.empty(matrix.rows, groups, GROUP // 2, dtype=torch.uint8)
+        scales = torch.empty(matrix.rows, groups, 2, dtype=torch.bfloat16)
+        importance = torch.ones(matrix.cols)
+        kernels().knn_ssd_round(ctypes.byref(matrix), address(importance), _TRIES, address(data), address(scales))
+        return Matrix(self._keeper.keep(data), self._keeper.keep(scales), matrix.bias, matrix.rows, matrix.cols, INT4)

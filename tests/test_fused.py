@@ -1,0 +1,260 @@
+"""The lean target is the general one, only faster: the same tokens, the same logits up to rounding, the same rules."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import PreTrainedModel
+
+from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.plan import Mode, Plan
+from knn_ssd.target import native
+from knn_ssd.target.contract import Exactness
+from knn_ssd.target.fused import LEAN_FAMILIES, FusedTarget, why_not
+from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.select import target_of
+from knn_ssd.testing import tiny_model
+
+WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
+DTYPES = (torch.float32, torch.bfloat16)
+ALL_LOW = Plan((Mode.LOW,) * 4, (Mode.LOW,) * 4, Mode.LOW)
+
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="no kernels here")
+
+
+def wide_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    return tiny_model(family, dtype=dtype, **{**WIDE, **overrides})
+
+
+def random_plan(chooser: random.Random) -> Plan:
+    modes = [tuple(chooser.choice(list(Mode)) for _ in range(4)) for _ in range(2)]
+    return Plan(*modes, chooser.choice([Mode.KEEP, Mode.LOW]))
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randrange(3, 128) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", LEAN_FAMILIES)
+def test_it_gives_what_the_general_target_gives_in_float64(family: str, dtype: torch.dtype) -> None:
+    lean = FusedTarget(wide_model(family, dtype)).open(160)
+    general = HuggingFaceTarget(wide_model(family, dtype).double()).open(160)
+
+    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=2e-4)
+
+    text = tokens(130)
+    ours, theirs = lean.prefill(text[:100]), general.prefill(text[:100])
+    for name in ("logits", "mean", "last"):
+        same(getattr(ours, name), getattr(theirs, name))
+    for plan in (None, Plan.skipping(4, attention=[0, 2], mlp=[1])):
+        same(*(session.forward(text[100:], plan).clone() for session in (lean, general)))
+    plan = Plan.skipping(4, attention=[3], mlp=[0, 1])
+    for session in (lean, general):
+        session.forward(text[100:])
+    same(lean.rehearse(text[100:], plan, 8), general.rehearse(text[100:], plan, 8))
+
+
+def test_biases_tied_heads_and_grouped_queries() -> None:
+    sizes = {"attention_bias": True, "tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = wide_model("llama", **sizes)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    ours, theirs = (
+        FusedTarget(model).open(40).prefill(tokens(40)),
+        HuggingFaceTarget(model).open(40).prefill(tokens(40)),
+    )
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", LEAN_FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_row_is_the_same_bits_in_any_block(family: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    target = FusedTarget(wide_model(family, dtype, intermediate_size=608))  # wider than a stretch of the kernels
+    text = tokens(90, data.draw(st.integers(0, 1000)))
+    one_by_one, blocks = target.open(90), target.open(90)
+    start = data.draw(st.integers(1, 60))
+    one_by_one.prefill(text[:start])
+    blocks.prefill(text[:start])
+    expected = []
+    for token in text[start:]:
+        expected.append(one_by_one.forward([token])[0].clone())
+        one_by_one.commit(1)
+    at = start
+    while at < 90:
+        count = data.draw(st.integers(1, 30))
+        kept = data.draw(st.integers(1, count))
+        block = [*text[at : at + kept], *tokens(count - kept, at)][: 90 - at]
+        logits = blocks.forward(block)
+        kept = min(kept, len(block))
+        for row in range(kept):
+            assert torch.equal(logits[row], expected[at + row - start])
+        blocks.commit(kept)
+        at += kept
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    target, results = FusedTarget(wide_model("llama", torch.bfloat16)), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(target.open(80).prefill(tokens(80)).logits)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drafts_leave_no_trace(dtype: torch.dtype) -> None:
+    target, chooser = FusedTarget(wide_model("qwen3", dtype)), random.Random(0)
+    plain, drafting = target.open(100), target.open(100)
+    plain.prefill(tokens(20))
+    drafting.prefill(tokens(20))
+    for token in tokens(60, seed=5):
+        plan = chooser.choice([ALL_LOW, random_plan(chooser)])
+        start = drafting.length
+        for drafted in tokens(chooser.randrange(1, 6), seed=token):
+            drafting.forward([drafted], plan)
+            drafting.commit(1)
+        drafting.rewind(start)
+        assert torch.equal(plain.forward([token]), drafting.forward([token]))
+        plain.commit(1)
+        drafting.commit(1)
+
+
+def test_low_bit_copies_are_near_small_and_made_once() -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "initializer_range": 0.1}
+    model = wide_model("qwen3", torch.bfloat16, **sizes)
+    target = FusedTarget(model)
+    assert target.low.bytes == 0
+    session = target.open(60)
+    session.prefill(tokens(30))
+    full = session.forward(tokens(30, 1)).clone()
+    low = session.forward(tokens(30, 1), ALL_LOW).clone()
+    likeness = torch.cosine_similarity(full, low)
+    assert 0.9 < likeness.mean() < 0.999  # a copy that errs, but not by much
+    weights = sum(w.numel() * 2 for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name)
+    assert target.low.bytes <= 0.3 * weights
+    made = target.low.bytes
+    session.forward(tokens(30, 1), Plan((Mode.LOW,) * 4, (Mode.SKIP,) * 4, Mode.KEEP))
+    target.open(60).prefill(tokens(3))
+    assert target.low.bytes == made
+
+
+def test_one_low_sublayer_makes_one_copy() -> None:
+    target = FusedTarget(wide_model("llama"))
+    session = target.open(10)
+    session.prefill(tokens(5))
+    session.forward([4], Plan((Mode.LOW, *[Mode.KEEP] * 3), (Mode.KEEP,) * 4))
+    attention = target.attentions[0]
+    weights = sum(m.rows * m.cols for m in (attention.q, attention.k, attention.v, attention.o))
+    assert 0 < target.low.bytes <= weights * (0.5 + 4 / 64) * 128 / 96  # 96 columns fill two groups of 64
+
+
+def test_rounding_is_as_good_as_a_fit_can_be() -> None:
+    """On Gaussian weights, groups of 64 in 4 bits: plain rounding between the extremes errs by about 0.10."""
+    target = FusedTarget(wide_model("llama"))
+    torch.manual_seed(0)
+    linear = nn.Linear(640, 64, bias=False)
+    from knn_ssd.target.linear import Keeper, matrix_of
+
+    weight = nn.init.normal_(linear.weight).detach()
+    keeper = Keeper()
+    low = target.low._round(matrix_of(linear, keeper))
+    codes = target.low._keeper.tensors[-2].to(torch.int32)  # (rows, groups, 32)
+    scales = target.low._keeper.tensors[-1].float()  # (rows, groups, 2)
+    levels = torch.cat([codes & 15, codes >> 4], dim=-1)
+    decoded = (levels * scales[..., :1] + scales[..., 1:]).reshape(64, 640)
+    assert (low.rows, low.cols) == (64, 640)
+    assert ((decoded - weight).norm() / weight.norm()).item() < 0.095
+    extremes = weight.view(64, 10, 64)
+    least, most = extremes.amin(-1, keepdim=True), extremes.amax(-1, keepdim=True)
+    step = (most - least) / 15
+    rounded = ((extremes - least) / step).round() * step + least
+    assert (decoded - weight).norm() < (rounded.view(64, 640) - weight).norm()
+
+
+def test_it_is_bitwise_by_probe_and_chosen_by_itself() -> None:
+    target = target_of(wide_model("llama", torch.bfloat16))
+    assert isinstance(target, FusedTarget)
+    assert target.exactness is Exactness.BITWISE
+
+
+def changed(model: PreTrainedModel, how: str) -> PreTrainedModel:
+    layer: Any = model.model.layers[1]
+    if how == "wrapped":
+        layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
+    elif how == "hooked":
+        layer.self_attn.register_forward_hook(lambda *_: None)
+    elif how == "replaced":
+        layer.mlp.forward = lambda hidden: hidden
+    elif how == "half":
+        layer.mlp.up_proj.half()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("wrapped", "Sequential"), ("hooked", "hooked"), ("replaced", "hooked"), ("half", "float16")],
+)
+def test_a_model_that_was_changed_goes_to_the_general_target(how: str, reason: str) -> None:
+    model = changed(wide_model("llama"), how)
+    assert reason in (why_not(model) or "")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        FusedTarget(model)
+    if how != "half":
+        assert isinstance(target_of(model), HuggingFaceTarget)
+
+
+def test_other_families_and_sizes_go_to_the_general_target() -> None:
+    assert "gpt2" in (why_not(tiny_model("gpt2")) or "")
+    assert "activation" in (why_not(wide_model("llama", hidden_act="gelu")) or "")
+    assert "multiple" in (why_not(wide_model("llama", intermediate_size=90)) or "")
+
+
+def test_a_plan_of_another_depth_and_a_full_session_are_refused() -> None:
+    session = FusedTarget(wide_model("llama")).open(8)
+    session.prefill(tokens(8))
+    with pytest.raises(UsageError, match="8 tokens was given 9"):
+        session.forward([3])
+    session.rewind(4)
+    with pytest.raises(UsageError, match="plan for 2 layers"):
+        session.forward([3], Plan.skipping(2))
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"KNN_SSD_KERNELS": "off"}, "KNN_SSD_KERNELS=off"),
+        ({"CC": "no-such-compiler"}, "no-such-compiler"),
+        ({"CC": "false"}, "exit code 1"),
+    ],
+)
+def test_without_kernels_the_general_target_takes_over(
+    variables: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    native.kernels.cache_clear()
+    try:
+        assert reason in (native.why_unavailable() or "")
+        assert isinstance(target_of(wide_model("llama")), HuggingFaceTarget)
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        monkeypatch.undo()
+        native.kernels.cache_clear()

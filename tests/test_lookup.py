@@ -1,0 +1,497 @@
+"""Looked-up drafts against a search by brute force for the longest suffix that occurred earlier."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from helpers import TableSession
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation.logits_process import LogitsProcessorList
+
+from knn_ssd.decode import FinishReason, decode
+from knn_ssd.draft import lookup
+from knn_ssd.draft.lookup import SEPARATOR, Follower, LookupDraft, Match, Memory, SuffixAutomaton
+from knn_ssd.sampling import Sampler
+
+
+def words(alphabet: int, longest: int = 40) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, alphabet - 1), max_size=longest)
+
+
+def repetitive() -> st.SearchStrategy[list[int]]:
+    """Texts of few tokens, and texts that repeat a part of themselves, in which matches are long and many."""
+    repeated = st.tuples(words(3, 8), words(3, 5), words(3, 8)).map(lambda p: p[0] + p[1] * 3 + p[2] + p[0] + p[1])
+    return st.one_of(words(1), words(2), words(3), repeated)
+
+
+def ends_of(part: Sequence[int], text: Sequence[int]) -> list[int]:
+    """The index after every occurrence of `part`."""
+    size = len(part)
+    return [start + size for start in range(len(text) - size + 1) if list(text[start : start + size]) == list(part)]
+
+
+def longest_suffix(read: Sequence[int], text: Sequence[int], before: int | None = None) -> tuple[int, list[int]]:
+    """The longest suffix of `read` that occurs in `text`, ending before an index; its length and all its ends."""
+    for size in range(len(read), 0, -1):
+        ends = [end for end in ends_of(read[-size:], text) if before is None or end < before]
+        if ends:
+            return size, ends
+    return 0, [0]
+
+
+def periodic(text: Sequence[int], end: int, limit: int) -> list[int]:
+    """What follows index `end` if the text goes on with a copy of what follows index `end`."""
+    grown = list(text)
+    for index in range(limit):
+        grown.append(grown[end + index])
+    return grown[len(text) :]
+
+
+# The automaton
+
+
+@given(repetitive())
+def test_the_match_is_the_longest_suffix_that_ended_earlier(text: list[int]) -> None:
+    automaton = SuffixAutomaton()
+    for index, token in enumerate(text):
+        automaton.extend(token)
+        length, ends = longest_suffix(text[: index + 1], text[: index + 1], before=index + 1)
+        assert automaton.match_length == length
+        assert automaton.match_end in ends
+
+
+@given(repetitive())
+def test_without_a_bound_on_hops_the_occurrence_is_always_the_most_recent(text: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "_HOPS", sys.maxsize)
+        for index in range(len(text)):
+            automaton = SuffixAutomaton(text[: index + 1])
+            length, ends = longest_suffix(text[: index + 1], text[: index + 1], before=index + 1)
+            assert automaton.match_end == (ends[-1] if length else 0)
+
+
+def test_of_several_occurrences_the_most_recent_is_given() -> None:
+    assert SuffixAutomaton([1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2]).match_end == 8
+
+
+def test_an_automaton_of_nothing_matches_nothing() -> None:
+    automaton = SuffixAutomaton()
+    assert (len(automaton), automaton.states, automaton.match_length, automaton.match_end) == (0, 1, 0, 0)
+    assert Follower(automaton).continued() == (0, 0)
+
+
+@pytest.mark.parametrize("token", [-2, -49_152])
+def test_what_is_no_token_is_refused(token: int) -> None:
+    with pytest.raises(AssertionError, match="not negative"):
+        SuffixAutomaton([1, token])
+
+
+# Following
+
+
+@given(repetitive(), words(4))
+def test_a_follower_holds_the_longest_suffix_that_occurs_in_the_text(text: list[int], read: list[int]) -> None:
+    """Token 3 is in no text."""
+    follower = Follower(SuffixAutomaton(text))
+    for index, token in enumerate(read):
+        follower.extend(token)
+        length, ends = longest_suffix(read[: index + 1], text)
+        assert follower.length == length
+        assert follower.end in ends
+        length, ends = longest_suffix(read[: index + 1], text, before=len(text))
+        assert follower.continued()[0] == length
+        assert follower.continued()[1] in ends if length else follower.continued() == (0, 0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=60))
+def test_a_follower_stays_right_while_the_automaton_grows(steps: list[tuple[bool, int]]) -> None:
+    automaton = SuffixAutomaton()
+    follower = Follower(automaton)
+    held: list[int] = []  # the match
+    for grows, token in steps:
+        if grows:
+            automaton.extend(token)
+        else:
+            follower.extend(token)
+            length, _ = longest_suffix([*held, token], automaton.tokens)
+            held = [*held, token][len(held) + 1 - length :]
+        assert follower.length == len(held)
+        assert follower.end in (ends_of(held, automaton.tokens) if held else [0])
+
+
+@given(repetitive(), words(2, 8), words(2, 8))
+def test_a_copy_of_a_follower_reads_on_by_itself(text: list[int], read: list[int], more: list[int]) -> None:
+    follower = Follower(SuffixAutomaton(text))
+    for token in read:
+        follower.extend(token)
+    before = (follower.length, follower.end)
+    ahead = follower.copy()
+    for token in more:
+        ahead.extend(token)
+    assert ahead.length == longest_suffix(read + more, text)[0]
+    assert (follower.length, follower.end) == before
+
+
+# Drafts from the context
+
+
+@given(repetitive(), st.lists(st.integers(1, 7), max_size=12), st.integers(0, 12), st.integers(1, 4))
+def test_a_draft_copies_what_followed_the_longest_match(
+    text: list[int], pieces: list[int], limit: int, min_match: int
+) -> None:
+    """However the context grows between calls."""
+    source = LookupDraft(min_match=min_match)
+    lengths = [sum(pieces[: count + 1]) for count in range(len(pieces))]
+    for length in [*(n for n in lengths if n < len(text)), len(text), len(text)]:
+        context = text[:length]
+        size, ends = longest_suffix(context, context, before=length)
+        match, draft = source.match(context), source.propose(context, limit)
+        if size < min_match:
+            assert match is None
+            assert draft.tokens == ()
+            continue
+        assert match is not None
+        assert (match.length, match.text) == (size, "context")
+        assert match.end in ends
+        assert list(draft.tokens) == periodic(context, match.end, limit)
+        assert draft.probs is None
+        if limit:
+            assert (draft.source, draft.match) == ("lookup", size)
+
+
+@given(repetitive(), words(3, 8), st.integers(0, 12), st.integers(0, 3))
+def test_tokens_of_another_source_are_matched_and_forgotten(
+    text: list[int], drafted: list[int], limit: int, others: int
+) -> None:
+    source, fresh = LookupDraft(min_match=1), LookupDraft(min_match=1)
+    source.propose(text, limit)
+    for count in range(others + 1):
+        ahead = drafted[: len(drafted) - count]
+        size, ends = longest_suffix(text + ahead, text, before=None if ahead else len(text))
+        match = source.match(text, ahead)
+        assert (match.length if match else 0) == size
+        if match:
+            assert match.end in ends
+            assert list(source.propose(text, limit, ahead).tokens) == periodic(text + ahead, match.end, limit)
+    for length in range(len(text), len(text) + 3):
+        context = text + [0, 1, 0][: length - len(text)]
+        assert source.match(context) == fresh.match(context)
+
+
+def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
+    source = LookupDraft()
+    assert source.propose([5, 1, 2, 3, 1, 2, 3], 8).tokens == (1, 2, 3, 1, 2, 3, 1, 2)
+    assert source.propose([5, 1, 2, 3, 1, 2, 3], 2, drafted=[1, 2]).tokens == (3, 1)
+    assert LookupDraft().propose([7, 7, 7], 4).tokens == (7, 7, 7, 7)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_room_is_no_draft(limit: int) -> None:
+    assert LookupDraft().propose([1, 2, 1, 2, 1, 2], limit).tokens == ()
+    assert LookupDraft().propose([1, 2, 1, 2], limit, drafted=[1, 2]).tokens == ()
+
+
+def test_a_match_that_is_too_short_is_no_match() -> None:
+    context = [1, 2, 3, 9, 1, 2]
+    assert LookupDraft(min_match=3).match(context) is None
+    assert LookupDraft(min_match=2).match(context) == Match(2, "context", 2)
+    assert LookupDraft().match([1, 9, 1]) is None
+    with pytest.raises(ValueError, match="min_match=0"):
+        LookupDraft(min_match=0)
+
+
+@pytest.mark.parametrize("context", [[1, 2, 3], [], [1, 2, 3, 5], [9, 2, 3, 4], [1, 9, 3, 4, 5]])
+def test_a_context_that_did_not_grow_from_the_last_one_is_refused(context: list[int]) -> None:
+    source = LookupDraft()
+    source.propose([1, 2, 3, 4], 4)
+    with pytest.raises(AssertionError, match="the context"):
+        source.propose(context, 4)
+
+
+def test_decoding_by_look_up_says_what_decoding_without_says_in_fewer_rounds() -> None:
+    table = torch.roll(torch.eye(6), 1, dims=1)  # row t: certain of t + 1
+
+    def decoded(source: LookupDraft | None) -> tuple[list[int], int]:
+        context: list[int] = [0]
+
+        def never(token: int) -> FinishReason | None:
+            return None
+
+        greedy = Sampler(LogitsProcessorList(), greedy=True)
+        rounds = list(decode(TableSession(table, table, 1), context, table[0], source, greedy, 30, never))
+        return context, len(rounds)
+
+    plain, with_lookup = decoded(None), decoded(LookupDraft())
+    assert with_lookup[0] == plain[0]
+    assert with_lookup[1] < plain[1] / 2
+
+
+# The memory
+
+
+@pytest.mark.parametrize("hops", [lookup._HOPS, sys.maxsize])
+@given(texts=st.lists(words(3, 12), max_size=6), context=words(4, 12), limit=st.integers(1, 8))
+def test_the_longer_match_of_context_and_memory_is_copied(
+    hops: int, texts: list[list[int]], context: list[int], limit: int
+) -> None:
+    """The longest that goes on, if looking for it is not cut short; else one that goes on."""
+    memory = Memory()
+    source = LookupDraft(memory, min_match=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "_HOPS", hops)
+        for text in texts:
+            memory.add(text)
+        match, draft = source.match(context), source.propose(context, limit)
+    own, _ = longest_suffix(context, context, before=len(context))
+    best = max([longest_suffix(context, text, before=len(text))[0] for text in texts], default=0)
+    length = match.length if match else 0
+    assert own <= length <= max(own, best)
+    assert length == max(own, best) or hops != sys.maxsize
+    if match is not None and match.text == "memory":
+        assert length > own
+        ends = [(text, end) for text in texts for end in ends_of(context[len(context) - length :], text)]
+        copies = [tuple(text[end : end + limit]) for text, end in ends if end < len(text)]
+        assert draft.tokens in copies
+        assert draft.tokens == copies[-1] or hops != sys.maxsize
+
+
+def test_a_context_as_long_a_match_as_the_memory_has_goes_first() -> None:
+    memory = Memory()
+    memory.add([1, 2, 8, 8])
+    assert LookupDraft(memory).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
+    assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (8, 8)
+    memory.add([3, 1, 2, 9])
+    assert LookupDraft(memory).match([1, 2, 5, 3, 1, 2]) == Match(3, "memory", 8)
+    assert LookupDraft(memory).propose([1, 2, 5, 3, 1, 2], 2).tokens == (9,)
+
+
+def test_tokens_of_another_source_are_matched_in_the_memory_and_forgotten() -> None:
+    memory = Memory()
+    memory.add([1, 2, 3, 4, 5, 6])
+    source = LookupDraft(memory)
+    assert source.propose([9, 1, 2], 2, drafted=[3, 4]).tokens == (5, 6)
+    assert source.propose([9, 1, 2], 2, drafted=[7]).tokens == ()
+    assert source.propose([9, 1, 2], 2).tokens == (3, 4)
+
+
+def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> None:
+    memory = Memory()
+    for text in ([1, 2, 3], [9, 1, 2], [8, 1, 2]):
+        memory.add(text)
+    assert LookupDraft(memory).propose([7, 1, 2], 5).tokens == (3,)
+    assert LookupDraft(memory).propose([8, 1, 2], 5).tokens == (3,)  # of which nothing longer goes on
+
+
+def test_no_match_crosses_from_text_to_text() -> None:
+    memory = Memory()
+    memory.add([1, 2])
+    memory.add([3, 4])
+    assert LookupDraft(memory).propose([1, 2], 5).tokens == ()
+    assert LookupDraft(memory, min_match=3).match([2, 3, 4]) is None
+
+
+def test_what_is_added_during_a_request_is_matched_from_then_on() -> None:
+    memory = Memory()
+    source = LookupDraft(memory)
+    assert source.propose([1, 2], 3).tokens == ()
+    memory.add([1, 2, 3, 4, 5, 6])
+    assert source.propose([1, 2, 3], 3).tokens == ()  # only the 3 was read since
+    assert source.propose([1, 2, 3, 4], 3).tokens == (5, 6)
+
+
+@given(st.integers(4, 40), st.lists(words(3, 30), min_size=1, max_size=20))
+def test_a_memory_keeps_its_bound_and_the_latest_texts(capacity: int, texts: list[list[int]]) -> None:
+    memory = Memory(capacity)
+    watcher = LookupDraft(memory)
+    for index, text in enumerate(texts):
+        memory.add(text)
+        watcher.propose([0] * (index + 1), 3)
+        assert len(memory) <= capacity
+        assert sum(len(part) for part in memory._texts) == len(memory)
+        newest = text[-(capacity // 2 - 1) :]
+        follower = Follower(memory._texts[0])
+        for token in newest:
+            follower.extend(token)
+        assert follower.length == len(newest)
+    held = [token for part in memory._texts[::-1] for token in part.tokens]
+    everything = [token for text in texts if text for token in (*text[-(capacity // 2 - 1) :], SEPARATOR)]
+    assert held == everything[len(everything) - len(held) :]
+    assert held == everything or len(held) > capacity // 2
+
+
+def test_half_of_a_memory_stays_when_the_oldest_goes() -> None:
+    memory = Memory(200)
+    for first in range(0, 1000, 10):
+        memory.add(range(first, first + 10))
+    assert 100 < len(memory) <= 200
+    assert LookupDraft(memory).propose([990, 991], 3).tokens == (992, 993, 994)
+    assert LookupDraft(memory).propose([920, 921], 3).tokens == (922, 923, 924)
+    assert LookupDraft(memory).propose([0, 1], 3).tokens == ()
+
+
+def test_a_request_goes_on_through_forgetting() -> None:
+    memory = Memory(40)
+    memory.add([1, 2, 3, 4, 5, 6])
+    source = LookupDraft(memory)
+    assert source.propose([1, 2], 2).tokens == (3, 4)
+    memory.add(range(20, 34))  # a new half begins: the match is kept
+    assert source.propose([1, 2, 3], 2).tokens == (4, 5)
+    memory.add(range(40, 55))  # the half that had it goes
+    assert source.propose([1, 2, 3, 4], 2).tokens == ()
+    assert source.propose([1, 2, 3, 4, 40, 41], 2).tokens == (42, 43)
+
+
+def test_a_memory_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
+        Memory(3)
+    memory = Memory(4)
+    with pytest.raises(ValueError, match="got -1"):
+        memory.add([SEPARATOR])
+    memory.add([])
+    assert len(memory) == 0
+    memory.add([1, 2, 3])
+    assert memory._texts[0].tokens.tolist() == [3, SEPARATOR]
+
+
+def test_threads_share_a_memory() -> None:
+    """Every text counts upwards from some number, so every copy must count upwards from its context."""
+    memory, wrong, drafts = Memory(600), list[Any](), list[int]()
+
+    def request(seed: int) -> None:
+        try:
+            for number in range(60):
+                start = (seed * 37 + number * 11) % 150
+                source, context = LookupDraft(memory), [1000 + seed]
+                for token in range(start, start + 40, 2):
+                    context += [token, token + 1]
+                    draft = source.propose(context, 5)
+                    drafts.append(len(draft.tokens))
+                    wrong.extend(pair for pair in pairwise([token + 1, *draft.tokens]) if pair[0] + 1 != pair[1])
+                memory.add(context[1:])
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=request, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert sum(drafts) > 1000
+    assert len(memory) <= 600
+
+
+# Costs
+
+
+def steps(function: Callable[[], object]) -> int:
+    """How many lines of the module run during a call."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != lookup.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def fibonacci(length: int) -> list[int]:
+    shorter, longer = [0], [0, 1]
+    while len(longer) < length:
+        shorter, longer = longer, longer + shorter
+    return longer[:length]
+
+
+def scrambled(length: int, alphabet: int) -> list[int]:
+    state, text = 1, []
+    for _ in range(length):
+        state = state * 48_271 % 2_147_483_647
+        text.append(state % alphabet)
+    return text
+
+
+SIZE = 3000
+TEXTS = {
+    "one token": [0] * SIZE,
+    "one token, then another": [0] * (SIZE // 2) + [1] * (SIZE // 2),
+    "almost one token": ([0] * 99 + [1]) * (SIZE // 100),
+    "periodic": [0, 1, 2] * (SIZE // 3),
+    "all different": list(range(SIZE)),
+    "fibonacci": fibonacci(SIZE),
+    "two tokens": scrambled(SIZE, 2),
+    "a hundred tokens": scrambled(SIZE, 100),
+    "one token before each of many": [
+        token for pair in zip([0] * SIZE, range(1, SIZE), strict=False) for token in pair
+    ],
+}
+every_text = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+MAX_STEPS = 90  # lines of Python for a token, over a whole text
+
+
+@every_text
+def test_reading_a_token_takes_constant_steps_over_a_text(text: list[int]) -> None:
+    assert steps(lambda: SuffixAutomaton(text)) < MAX_STEPS * len(text)
+    assert SuffixAutomaton(text).states <= 2 * len(text)
+
+
+@every_text
+@pytest.mark.parametrize("other", ["one token", "fibonacci", "two tokens"])
+def test_following_a_token_takes_constant_steps_over_a_text(text: list[int], other: str) -> None:
+    follower = Follower(SuffixAutomaton(TEXTS[other]))
+
+    def follow() -> None:
+        for token in text:
+            follower.extend(token)
+            follower.continued()
+
+    assert steps(follow) < MAX_STEPS * len(text)
+
+
+@every_text
+def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None:
+    memory = Memory()
+    memory.add(TEXTS["fibonacci"])
+    source = LookupDraft(memory)
+    rounds = range(10, len(text), 10)
+    context: list[int] = []
+
+    def propose() -> None:
+        for length in rounds:
+            context.extend(text[len(context) : length])
+            source.propose(context, 8)
+
+    assert steps(propose) < 2 * MAX_STEPS * len(text)
+
+
+def test_reading_beside_a_memory_takes_as_many_steps_with_many_texts_as_with_few() -> None:
+    context = scrambled(500, 3)
+
+    def cost(texts: int) -> int:
+        memory = Memory()
+        for number in range(texts):
+            memory.add(scrambled(4000 // texts + number % 2, 3))
+        return steps(lambda: LookupDraft(memory).propose(context, 4))
+
+    assert cost(100) < 1.5 * cost(2)
