@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from knn_ssd import Atlas, Engine, Generation, Plan
-from knn_ssd.calibrate.pipeline import Settings, calibrate
+from knn_ssd.calibrate.pipeline import calibrate
+from knn_ssd.calibrate.settings import Settings
 from knn_ssd.cli import main
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
 from knn_ssd.target.resolve import LoadedModel, load_model

@@ -20,8 +20,9 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, foretold_speedup
 from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
-from knn_ssd.calibrate.pipeline import MIXTURE, Settings, by_domain, calibrate
+from knn_ssd.calibrate.pipeline import by_domain, calibrate
 from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
+from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
@@ -359,14 +360,14 @@ def test_a_search_tries_nothing_twice_and_begins_with_every_sublayer_alone(strat
         harm = 0.2 * len(plans[-1] - {1, 2, 5})
         search.tell(trial, Score(trial.plan, 1 + 0.05 * len(plans[-1]) - harm, 1 - harm, 10))
     assert plans[:9] == [set(), *({i} for i in reversed(range(8)))]
-    assert max(search.finished(), key=lambda f: f.speedup).skipped == {1, 2, 5}
+    assert max(search.finished(), key=lambda f: f.speedup).changes == {1, 2, 5}
 
 
 def test_a_greedy_search_ends_when_no_change_is_left() -> None:
     search = Search(create_study("sqlite://", "x"), Strategy.GREEDY, COST, num_layers=1)
     while (trial := search.ask()) is not None:
         search.tell(trial, Score(trial.plan, 1.0, 1.0, 1))
-    assert {f.skipped for f in search.finished()} == {frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 1})}
+    assert {f.changes for f in search.finished()} == {frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 1})}
 
 
 def test_a_search_goes_on_from_another_process_s_trials() -> None:
@@ -377,7 +378,7 @@ def test_a_search_goes_on_from_another_process_s_trials() -> None:
     assert two is not None
     assert one.plan != two.plan
     first.tell(one, Score(one.plan, 1.0, 1.0, 1))
-    assert [f.skipped for f in second.finished()] == [frozenset()]
+    assert [f.changes for f in second.finished()] == [frozenset()]
     assert second.num_begun() == 2
 
 

@@ -21,7 +21,7 @@ import transformers
 import knn_ssd
 from knn_ssd import errors
 from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
-from knn_ssd.calibrate.pipeline import Settings
+from knn_ssd.calibrate.settings import Settings
 from knn_ssd.cli import _parser
 from knn_ssd.cli.results import generation_json
 from knn_ssd.engine import Engine, Generation, Stats

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from knn_ssd import doctor
+from knn_ssd.target.contract import Exactness
 from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.native import why_unavailable
 from knn_ssd.target.resolve import EMBEDDED_MODEL
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -50,10 +52,22 @@ def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_are_looked_for_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_KERNELS", {"aten": ("linear", "no_such_operator"), "no_such_space": ("x",)})
     monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 2**20)
-    kernels = doctor.examine_machine().kernels
-    assert kernels == {"aten.linear": True, "aten.no_such_operator": False, "no_such_space.x": False}
+    monkeypatch.setattr(doctor, "why_unavailable", lambda: "no C compiler was found")
+    assert doctor.examine_machine().kernels == "no C compiler was found"
+    monkeypatch.setattr(doctor, "why_unavailable", lambda: None)
+    assert doctor.examine_machine().kernels == "ready"
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+def test_a_report_of_a_lean_model(tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
+    report = doctor.examine(str(tmp_path)).model
+    assert report is not None
+    assert (report.target, report.general_because, report.exactness) == ("lean", None, Exactness.BITWISE)
+    assert report.draft_step_sec is not None
+    assert report.low_bit_bytes is not None
+    assert 0 < report.low_bit_bytes < report.weight_bytes / 6  # of float32
 
 
 @pytest.mark.parametrize(
@@ -90,6 +104,9 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
     assert (report.dtype, report.context_length, report.model_dir) == ("bfloat16", 256, str(tmp_path))
     assert report.weight_bytes == 2 * sum(weight.numel() for weight in model.parameters())
     assert report.exactness is not None
+    assert report.target == "general"
+    assert report.general_because is not None
+    assert "gpt2" in report.general_because
     assert report.step_sec is not None
     assert report.floor_sec_per_token is not None
     assert report.step_sec > report.floor_sec_per_token > 0

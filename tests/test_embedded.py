@@ -1,7 +1,10 @@
-"""A real language model in float32 says with drafts what `model.generate` says, on prompts of five domains."""
+"""A real language model says with drafts what it says without, on prompts of five domains. In float32 that is what
+`model.generate` says; in bfloat16 its own plain decoding, and so what float32 arithmetic makes of its weights.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import zip_longest
 from pathlib import Path
@@ -10,8 +13,10 @@ import pytest
 from helpers import transformers_output
 
 from knn_ssd.engine import Engine
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import BUILTIN_DOMAINS, builtin_prompts
+from knn_ssd.target.contract import Exactness
+from knn_ssd.target.native import why_unavailable
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -54,3 +59,52 @@ def test_on_real_prompts_it_says_what_transformers_says(embedded_engine: Engine)
     prompts = [prompt for row in zip_longest(*columns) for prompt in row if prompt]
     assert len(prompts) >= 25
     assert_lossless(embedded_engine, prompts)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_engine() -> Engine:
+    return Engine.from_pretrained(dtype="bfloat16", device="cpu")
+
+
+def real_prompts() -> list[tuple[str, str]]:
+    """A few of every domain, with the domain."""
+    if DATA.is_dir():
+        found = [json.loads(line) for file in sorted(DATA.glob("*.jsonl")) for line in _head(file, 3)]
+        return [(item["domain"], item["prompt"]) for item in found]
+    return [(domain, builtin_prompts([domain])[i].prompt) for domain in BUILTIN_DOMAINS for i in range(3)]
+
+
+def _head(file: Path, count: int) -> list[str]:
+    return file.read_text("utf-8").split("\n", count)[:count]
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+def test_in_bfloat16_every_way_of_drafting_says_what_plain_decoding_says(bfloat16_engine: Engine) -> None:
+    engine, drafted, looked_up = bfloat16_engine, 0, 0
+    layers = engine.target.num_layers
+    assert engine.exactness is Exactness.BITWISE
+    for index, (_domain, prompt) in enumerate(real_prompts()):
+        plain = engine.generate(prompt, plain=True, max_new_tokens=40)
+        mixed = [Mode(("keep", "low", "low", "skip")[(index + i) % 4]) for i in range(2 * layers)]
+        ways = [
+            {},  # the general plan under the controller
+            {"plan": Plan.low(layers, Policy(2 + index % 7, 0.1 * (index % 8), lookup=index % 2 == 0))},
+            {"plan": Plan(tuple(mixed[::2]), tuple(mixed[1::2]), Mode.LOW, Policy(3, 0.2))},
+            {"plan": plan_for(engine, index), "adaptive": True},
+        ]
+        for options in ways:
+            generation = engine.generate(prompt, max_new_tokens=40, **options)
+            assert generation.token_ids == plain.token_ids, (prompt, options)
+            drafted += generation.stats.drafted
+            looked_up += generation.plan.policy.lookup
+    assert drafted > 500
+    assert looked_up > 10
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+def test_bfloat16_weights_give_what_float32_arithmetic_makes_of_them(bfloat16_engine: Engine) -> None:
+    reference = copy.deepcopy(bfloat16_engine.model).float()
+    for _domain, prompt in real_prompts()[::3]:
+        token_ids = bfloat16_engine.encode(prompt)
+        said = bfloat16_engine.generate(token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids
+        assert list(said) == transformers_output(reference, token_ids, MAX_NEW_TOKENS)

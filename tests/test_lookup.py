@@ -47,6 +47,19 @@ def longest_suffix(read: Sequence[int], text: Sequence[int], before: int | None 
     return 0, [0]
 
 
+def suffix_of_length(text: Any, length: int) -> Any:
+    return text[len(text) - length :]
+
+
+def scrambled(length: int, alphabet: int, seed: int = 1) -> list[int]:
+    """A text without order, the same on every run."""
+    state, text = seed, []
+    for _ in range(length):
+        state = state * 48_271 % 2_147_483_647
+        text.append((state >> 8) % alphabet)
+    return text
+
+
 def periodic(text: Sequence[int], end: int, limit: int) -> list[int]:
     """What follows index `end` if the text goes on with a copy of what follows index `end`."""
     grown = list(text)
@@ -66,6 +79,19 @@ def test_the_match_is_the_longest_suffix_that_ended_earlier(text: list[int]) -> 
         length, ends = longest_suffix(text[: index + 1], text[: index + 1], before=index + 1)
         assert automaton.match_length == length
         assert automaton.match_end in ends
+
+
+@pytest.mark.parametrize("alphabet", [2, 3, 4, 6, 9])
+def test_the_match_is_the_longest_in_longer_texts_too(alphabet: int) -> None:
+    for seed in range(1, 30):
+        text = bytes(scrambled(300, alphabet, seed))
+        automaton = SuffixAutomaton()
+        for size, token in enumerate(text, start=1):
+            automaton.extend(token)
+            length, read = automaton.match_length, text[:size]
+            assert read[automaton.match_end - length : automaton.match_end] == suffix_of_length(read, length)
+            assert automaton.match_end < size
+            assert read.find(suffix_of_length(read, length + 1)) == size - length - 1  # nothing longer is earlier
 
 
 @given(repetitive())
@@ -111,33 +137,30 @@ def test_a_follower_holds_the_longest_suffix_that_occurs_in_the_text(text: list[
         assert follower.continued()[1] in ends if length else follower.continued() == (0, 0)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=60))
-def test_a_follower_stays_right_while_the_automaton_grows(steps: list[tuple[bool, int]]) -> None:
-    automaton = SuffixAutomaton()
-    follower = Follower(automaton)
-    held: list[int] = []  # the match
-    for grows, token in steps:
-        if grows:
-            automaton.extend(token)
-        else:
-            follower.extend(token)
-            length, _ = longest_suffix([*held, token], automaton.tokens)
-            held = [*held, token][len(held) + 1 - length :]
-        assert follower.length == len(held)
-        assert follower.end in (ends_of(held, automaton.tokens) if held else [0])
+@pytest.mark.parametrize("alphabet", [2, 3, 5])
+def test_a_follower_stays_right_while_the_automaton_grows(alphabet: int) -> None:
+    """What was added is found from the next token on; what it made longer in hindsight is not."""
+    for seed in range(1, 60):
+        steps = scrambled(120, 2 * alphabet, seed)
+        automaton = SuffixAutomaton()
+        follower = Follower(automaton)
+        held: list[int] = []  # the match
+        for grows, token in (divmod(step, alphabet) for step in steps):
+            if grows:
+                automaton.extend(token)
+            else:
+                follower.extend(token)
+                held = suffix_of_length([*held, token], longest_suffix([*held, token], automaton.tokens)[0])
+            assert follower.length == len(held)
+            assert follower.end in (ends_of(held, automaton.tokens) if held else [0])
 
 
-@given(repetitive(), words(2, 8), words(2, 8))
-def test_a_copy_of_a_follower_reads_on_by_itself(text: list[int], read: list[int], more: list[int]) -> None:
-    follower = Follower(SuffixAutomaton(text))
-    for token in read:
-        follower.extend(token)
-    before = (follower.length, follower.end)
-    ahead = follower.copy()
-    for token in more:
-        ahead.extend(token)
-    assert ahead.length == longest_suffix(read + more, text)[0]
-    assert (follower.length, follower.end) == before
+def test_a_follower_knows_of_later_occurrences() -> None:
+    follower = Follower(SuffixAutomaton([0, 1]))
+    follower.extend(1)
+    for token in (2, 1, 3):
+        follower.automaton.extend(token)
+    assert follower.end == 4
 
 
 # Drafts from the context
@@ -195,6 +218,9 @@ def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_no_room_is_no_draft(limit: int) -> None:
+    memory = Memory()
+    memory.add([1, 2, 3, 4, 5])
+    assert LookupDraft(memory).propose([1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2, 1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2], limit, drafted=[1, 2]).tokens == ()
 
@@ -212,7 +238,7 @@ def test_a_match_that_is_too_short_is_no_match() -> None:
 def test_a_context_that_did_not_grow_from_the_last_one_is_refused(context: list[int]) -> None:
     source = LookupDraft()
     source.propose([1, 2, 3, 4], 4)
-    with pytest.raises(AssertionError, match="the context"):
+    with pytest.raises(AssertionError, match="was changed" if len(context) > 3 else "had 4 tokens and now has"):
         source.propose(context, 4)
 
 
@@ -269,6 +295,7 @@ def test_a_context_as_long_a_match_as_the_memory_has_goes_first() -> None:
     assert LookupDraft(memory).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
     assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (8, 8)
     memory.add([3, 1, 2, 9])
+    assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (9,)  # the most recent
     assert LookupDraft(memory).match([1, 2, 5, 3, 1, 2]) == Match(3, "memory", 8)
     assert LookupDraft(memory).propose([1, 2, 5, 3, 1, 2], 2).tokens == (9,)
 
@@ -288,6 +315,15 @@ def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> Non
         memory.add(text)
     assert LookupDraft(memory).propose([7, 1, 2], 5).tokens == (3,)
     assert LookupDraft(memory).propose([8, 1, 2], 5).tokens == (3,)  # of which nothing longer goes on
+
+
+def test_looking_for_an_occurrence_that_goes_on_is_given_up_after_a_few() -> None:
+    memory = Memory()
+    memory.add([5, 6])
+    for first in (5, 4, 3, 2, 1, 0):
+        memory.add(range(first, 6))
+    assert LookupDraft(memory, min_match=1).propose([3, 4, 5], 2).tokens == (6,)
+    assert LookupDraft(memory, min_match=1).match([0, 1, 2, 3, 4, 5]) is None
 
 
 def test_no_match_crosses_from_text_to_text() -> None:
@@ -334,6 +370,8 @@ def test_half_of_a_memory_stays_when_the_oldest_goes() -> None:
     assert 100 < len(memory) <= 200
     assert LookupDraft(memory).propose([990, 991], 3).tokens == (992, 993, 994)
     assert LookupDraft(memory).propose([920, 921], 3).tokens == (922, 923, 924)
+    memory.add([7, 920, 921, 5])
+    assert LookupDraft(memory).propose([920, 921], 3).tokens == (5,)  # the newer half's, of two equal ones
     assert LookupDraft(memory).propose([0, 1], 3).tokens == ()
 
 
@@ -394,6 +432,28 @@ def test_threads_share_a_memory() -> None:
     assert len(memory) <= 600
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SuffixAutomaton, "extend"), (Follower, "extend"), (Follower, "continued")]
+)
+def test_a_memory_is_locked_whenever_it_is_read_or_written(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    memory, seen = Memory(), list[bool]()
+    original = getattr(owner, name)
+
+    def watched(self: Any, *arguments: int) -> object:
+        if getattr(self, "automaton", self) in memory._texts:
+            seen.append(memory._lock.locked())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, watched)
+    memory.add([1, 2, 3])
+    LookupDraft(memory).propose([1, 2], 3, drafted=[3])
+    assert seen
+    assert all(seen)
+    assert not memory._lock.locked()
+
+
 # Costs
 
 
@@ -422,14 +482,6 @@ def fibonacci(length: int) -> list[int]:
     while len(longer) < length:
         shorter, longer = longer, longer + shorter
     return longer[:length]
-
-
-def scrambled(length: int, alphabet: int) -> list[int]:
-    state, text = 1, []
-    for _ in range(length):
-        state = state * 48_271 % 2_147_483_647
-        text.append(state % alphabet)
-    return text
 
 
 SIZE = 3000

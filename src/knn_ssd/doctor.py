@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knn_ssd.errors import UnsupportedModelError
+from knn_ssd.plan import Plan
 from knn_ssd.provenance import cache_directory
 from knn_ssd.target.contract import Exactness, Target
+from knn_ssd.target.fused import FusedTarget, why_not
+from knn_ssd.target.native import why_unavailable
 from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.target.select import target_of
 
@@ -40,17 +43,6 @@ _CPU_FLAGS = (
     "sve",
 )
 
-# Operators that drafts and verification can use, where they exist: packed weights and low-bit weights.
-_KERNELS = {
-    "mkldnn": ("_linear_pointwise", "_reorder_linear_weight"),
-    "aten": (
-        "_weight_int4pack_mm_for_cpu",
-        "_convert_weight_to_int4pack_for_cpu",
-        "_weight_int4pack_mm",
-        "_weight_int8pack_mm",
-        "_dyn_quant_matmul_4bit",
-    ),
-}
 _BANDWIDTH_BYTES = 256 * 2**20
 _BANDWIDTH_REPEATS = 5
 _PROMPT_LENGTH = 16
@@ -68,7 +60,7 @@ class Machine:
         threads: that torch uses.
         cpu_flags: the instructions that matter here, and whether the processor has them.
         devices: that torch can use.
-        kernels: operators of torch by name, and whether this build has them.
+        kernels: "ready", or why the lean target and low-bit drafts are not to be had here.
         read_bandwidth_bytes_per_sec: of the device a model would run on, measured.
         memory_bytes: of the machine.
         available_memory_bytes: of that, not in use. Both are None where the system does not say.
@@ -82,7 +74,7 @@ class Machine:
     threads: int
     cpu_flags: dict[str, bool]
     devices: tuple[str, ...]
-    kernels: dict[str, bool]
+    kernels: str
     read_bandwidth_bytes_per_sec: float
     memory_bytes: int | None
     available_memory_bytes: int | None
@@ -103,8 +95,12 @@ class ModelReport:
         weight_bytes: all weights.
         read_bytes_per_token: those that one token's pass reads.
         floor_sec_per_token: the time that reading them takes: no plain step is faster.
+        target: which one it runs on, "lean" or "general".
+        general_because: why not on the lean one.
         exactness: what its passes promise.
         step_sec: one token of plain decoding, the median of a few.
+        draft_step_sec: one token of a draft with everything low-bit; None where the target has no low-bit weights.
+        low_bit_bytes: memory of the low-bit copies that such drafts need.
     """
 
     model: str
@@ -120,8 +116,12 @@ class ModelReport:
     weight_bytes: int | None = None
     read_bytes_per_token: int | None = None
     floor_sec_per_token: float | None = None
+    target: str | None = None
+    general_because: str | None = None
     exactness: Exactness | None = None
     step_sec: float | None = None
+    draft_step_sec: float | None = None
+    low_bit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         threads=torch.get_num_threads(),
         cpu_flags=_cpu_flags(),
         devices=_devices(),
-        kernels={f"{space}.{name}": _has_kernel(space, name) for space, names in _KERNELS.items() for name in names},
+        kernels=why_unavailable() or "ready",
         read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
         memory_bytes=_memory(),
         available_memory_bytes=_available_memory(),
@@ -202,12 +202,18 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         target = target_of(model)
     except UnsupportedModelError as error:
         return replace(report, supported=False, unsupported_because=str(error))
-    return replace(
+    report = replace(
         report,
         context_length=target.context_length,
+        target="lean" if isinstance(target, FusedTarget) else "general",
+        general_because=why_not(model),
         exactness=target.exactness,
         step_sec=measure_step(target),
     )
+    if isinstance(target, FusedTarget):
+        low = Plan.low(target.num_layers)
+        report = replace(report, draft_step_sec=measure_step(target, low), low_bit_bytes=target.low.bytes)
+    return report
 
 
 def measure_bandwidth(device: torch.device) -> float:
@@ -217,15 +223,17 @@ def measure_bandwidth(device: torch.device) -> float:
     return _BANDWIDTH_BYTES / min(_time(lambda: values.sum().item()) for _ in range(_BANDWIDTH_REPEATS))
 
 
-def measure_step(target: Target) -> float:
-    """Seconds of one token of plain decoding, the median of a few."""
+def measure_step(target: Target, plan: Plan | None = None) -> float:
+    """Seconds of one token of plain decoding, or of a draft, the median of a few."""
+    if plan is not None:
+        target.prepare(plan)
     session = target.open(_PROMPT_LENGTH + _STEPS + 1)
     try:
         token = int(session.prefill([0] * _PROMPT_LENGTH).logits.argmax())
 
         def step() -> None:
             nonlocal token
-            token = int(session.forward([token])[-1].argmax())
+            token = int(session.forward([token], plan)[-1].argmax())
             session.commit(1)
 
         step()
@@ -297,10 +305,6 @@ def _devices() -> tuple[str, ...]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return tuple(found)
-
-
-def _has_kernel(space: str, name: str) -> bool:
-    return hasattr(getattr(torch.ops, space), name)
 
 
 def _memory() -> int | None:

@@ -7,21 +7,36 @@ import time
 from collections.abc import Callable
 
 from knn_ssd.atlas import CostProfile
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 from knn_ssd.target.contract import Session, Target
 
 _CONTEXT = 64  # tokens in the cache while measuring
 _MEASURED_ROWS = (1, 2, 3, 5, 9, 13)
 
 
-def measure_cost(target: Target, repeats: int = 7) -> CostProfile:
-    """The cost profile of a target: single steps under three plans, and verifications of 1 to 13 tokens."""
+def measure_cost(target: Target, low: bool = False, repeats: int = 7) -> CostProfile:
+    """The cost profile of a target: single steps under a few plans, and verifications of 1 to 13 tokens.
+
+    Args:
+        target: the model.
+        low: measure what low-bit weights save, too.
+        repeats: of each pass.
+    """
     layers = range(target.num_layers)
+    kept, lowered = (Mode.KEEP,) * target.num_layers, (Mode.LOW,) * target.num_layers
     plans = {
         "all": Plan.skipping(target.num_layers),
         "attention": Plan.skipping(target.num_layers, attention=layers),
         "mlp": Plan.skipping(target.num_layers, mlp=layers),
     }
+    if low:
+        plans |= {
+            "low attention": Plan(lowered, kept),
+            "low mlp": Plan(kept, lowered),
+            "low head": Plan(kept, kept, Mode.LOW),
+        }
+        for plan in plans.values():
+            target.prepare(plan)
     context = min(_CONTEXT, target.context_length - max(_MEASURED_ROWS))
     session = target.open(context + max(_MEASURED_ROWS))
     try:
@@ -34,11 +49,18 @@ def measure_cost(target: Target, repeats: int = 7) -> CostProfile:
     finally:
         session.close()
     step = seconds["all"]
+
+    def saved(name: str) -> float:
+        return max(0.0, step - seconds[name]) if name in seconds else 0.0
+
     return CostProfile(
         step_sec=step,
-        attention_sec=max(0.0, (step - seconds["attention"]) / target.num_layers),
-        mlp_sec=max(0.0, (step - seconds["mlp"]) / target.num_layers),
+        attention_sec=saved("attention") / target.num_layers,
+        mlp_sec=saved("mlp") / target.num_layers,
         verify_sec=_every_row(seconds),
+        low_attention_sec=saved("low attention") / target.num_layers,
+        low_mlp_sec=saved("low mlp") / target.num_layers,
+        low_head_sec=saved("low head"),
     )
 
 

@@ -8,6 +8,8 @@ Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, again
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ from itertools import product
 from knn_ssd.atlas import CostProfile
 from knn_ssd.calibrate.onpolicy import Observation, ending
 from knn_ssd.decode import decode
-from knn_ssd.draft.self_draft import SelfDraft, top_probability
+from knn_ssd.draft.self_draft import top_probability
+from knn_ssd.drafting import Drafting
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.target.contract import Session, Target
@@ -24,9 +27,9 @@ from knn_ssd.target.contract import Session, Target
 RUN_LENGTH = 8  # drafts are rehearsed in runs of this many tokens
 POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)))
 _HOPELESS = 0.1  # a plan this far under the best one so far is not looked at further
-# A pair won counts 1 and a pair lost -2. A plan as fast as plain decoding wins every other pair and gets to 12 three
-# times in a thousand, by chance; one that wins nine pairs in ten gets there after about 17.
-_PROVEN, _BEATEN, _MOST_PAIRS = 12, -8, 24
+_FEWEST_PAIRS, _MOST_PAIRS = 6, 12  # of decodings, until the clock says that a plan is faster or gives it up
+_STANDARD_ERRORS = 5  # above 0, of the mean logarithm: plans no faster get there in about 4 of 1000 cases, by chance
+_BEATEN = 3  # a plan that lost so many pairs more than it won is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +150,21 @@ def _play_round(record: Record, start: int, policy: Policy) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Timing:
-    """A plan against plain decoding by the clock.
+    """A plan against plain decoding by the clock, in pairs of decodings of the same prompt.
 
     Args:
-        pairs: how often both decoded the same prompt.
-        won: in how many of them the plan was faster.
+        gains: of each pair, the logarithm of the plan's speed over plain decoding's.
         fastest: by prompt, the fastest seconds of plain decoding and of the plan.
     """
 
-    pairs: int = 0
-    won: int = 0
+    gains: list[float] = field(default_factory=list)
     fastest: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, prompt: int, plain_sec: float, plan_sec: float) -> None:
         """One more pair."""
         known_plain, known_plan = self.fastest.get(prompt, (plain_sec, plan_sec))
         self.fastest[prompt] = (min(known_plain, plain_sec), min(known_plan, plan_sec))
-        self.pairs += 1
-        self.won += plan_sec < plain_sec
+        self.gains.append(math.log(plain_sec / plan_sec))
 
     @property
     def speedup(self) -> float:
@@ -174,17 +174,17 @@ class Timing:
 
     @property
     def proven(self) -> bool:
-        """Whether it won so many pairs that it is not by chance."""
-        return self._lead >= _PROVEN
+        """Whether it is faster by more than chance explains."""
+        count = len(self.gains)
+        if count < _FEWEST_PAIRS:
+            return False
+        return statistics.mean(self.gains) > _STANDARD_ERRORS * statistics.stdev(self.gains) / math.sqrt(count)
 
     @property
-    def decided(self) -> bool:
-        """Whether more pairs would be a waste."""
-        return self.proven or self._lead <= _BEATEN
-
-    @property
-    def _lead(self) -> int:
-        return self.won - 2 * (self.pairs - self.won)
+    def beaten(self) -> bool:
+        """Whether it lost so often that more pairs would be a waste."""
+        won = sum(gain > 0 for gain in self.gains)
+        return len(self.gains) - 2 * won >= _BEATEN
 
 
 class Clock:
@@ -194,19 +194,26 @@ class Clock:
         target: the model.
         observations: whose prompts are decoded, as many new tokens as each one's continuation has.
         eos_token_ids: end an output.
+        cost: what passes cost; None is what is typical.
     """
 
-    def __init__(self, target: Target, observations: Sequence[Observation], eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        observations: Sequence[Observation],
+        eos_token_ids: frozenset[int],
+        cost: CostProfile | None = None,
+    ) -> None:
         self._target = target
         self._observations = [o for o in observations if len(o.token_ids) > 1]
         self._eos_token_ids = eos_token_ids
+        self._drafting = Drafting(target, cost)
 
     def compare(self, plans: Sequence[Plan]) -> list[Timing]:
-        """Times each plan against plain decoding, pair by pair, until it is clear, is behind a proven one, or has had
-        all its pairs.
+        """Times each plan against plain decoding, pair by pair, until it is proven or beaten, or behind a proven one.
 
-        One decoding tells little on a machine that has other things to do. So many pairs are counted, in which both
-        decode the same prompt shortly after each other, and each prompt's fastest time is taken.
+        One decoding tells little on a machine that has other things to do. So both decode the same prompt shortly
+        after each other, time and again, and of each prompt the fastest times count.
         """
         plain = Plan.plain(self._target.num_layers)
         timings = [Timing() for _ in plans]
@@ -214,7 +221,7 @@ class Clock:
             self.seconds(self._observations[0], plain)
         for turn in range(_MOST_PAIRS if self._observations else 0):
             best = max((timing.speedup for timing in timings if timing.proven), default=0.0)
-            undecided = [i for i, timing in enumerate(timings) if not timing.decided and timing.speedup > best]
+            undecided = [i for i, t in enumerate(timings) if not (t.proven or t.beaten) and t.speedup > best]
             if not undecided:
                 break
             place = turn % len(self._observations)
@@ -229,17 +236,18 @@ class Clock:
         return timings
 
     def tokens_per_sec(self, plan: Plan) -> float:
-        """The published objective: total tokens over total time, without a baseline."""
+        """The published objective: total tokens over total time under the plan's own policy, without a baseline."""
         tokens = sum(len(o.token_ids) for o in self._observations)
-        return tokens / sum(self.seconds(o, plan) for o in self._observations)
+        return tokens / sum(self.seconds(o, plan, adaptive=False) for o in self._observations)
 
-    def seconds(self, observation: Observation, plan: Plan) -> float:
+    def seconds(self, observation: Observation, plan: Plan, adaptive: bool = True) -> float:
         """Time to decode one continuation after its prompt."""
+        self._target.prepare(plan)
         session = self._target.open(len(observation.prompt_ids) + len(observation.token_ids))
         try:
             prefill = session.prefill(list(observation.prompt_ids))
             sampler = Sampler.from_params(SamplingParams(), self._target.device)
-            source = None if plan.is_plain else SelfDraft(session, plan, sampler)
+            source = self._drafting.source(session, plan, sampler, adaptive=adaptive)
             started = time.perf_counter()
             for _round in decode(
                 session,

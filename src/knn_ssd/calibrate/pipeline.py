@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +21,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
+from knn_ssd.atlas import Atlas, CostProfile, Label
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.objective import Clock, Rehearsals, Score, Timing
 from knn_ssd.calibrate.onpolicy import Observation, observe
 from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
+from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.errors import Interrupted, OutputError, UsageError
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import Prompt
 from knn_ssd.provenance import provenance
 from knn_ssd.target.fingerprint import fingerprint
@@ -37,10 +38,9 @@ from knn_ssd.target.resolve import LoadedModel, load_model
 from knn_ssd.target.select import target_of
 from knn_ssd.tokens import encode, eos_token_ids
 
-MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
 _WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
 _WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock, or plain it is
-_FINALISTS = 3
+_FINALISTS = 2
 _MOST_REPEATS = 50  # a search that suggests only what it knows, this often in a row, has converged
 
 
@@ -58,68 +58,6 @@ class _Silent:
     def stage(self, name: str, total: int | None) -> None: ...
 
     def advance(self, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the
-    defaults.
-
-    Args:
-        search: how plans are searched for; the paper's is `paper`.
-        trials: plans tried per label; None is as many as the strategy makes good use of. Published: 1000.
-        minutes: for all searches together, instead of trials.
-        search_prompts: prompts per label that plans are scored on. Published: 8.
-        new_tokens: length of their continuations. Published: 32.
-        vector_prompts: prompts per label that anchors are made of, at most. Published: 1000.
-        anchors: per label. Published: 10.
-        pooling: how prompt vectors are taken. The released code takes the mean.
-        max_draft, threshold: the fixed policy of the search `paper`. Published: 12 and 0.8.
-        chat: put prompts through the tokenizer's chat template if it has one.
-        workers: processes that search side by side.
-        storage: database URL of the trials; None is a file beside the atlas.
-        seed: of clustering and search.
-
-    Raises:
-        UsageError: a value outside its range.
-    """
-
-    search: Strategy = Strategy.BAYES
-    trials: int | None = None
-    minutes: float | None = None
-    search_prompts: int = 8
-    new_tokens: int = 32
-    vector_prompts: int = 1000
-    anchors: int = 10
-    pooling: Pooling = Pooling.MEAN
-    max_draft: int = 12
-    threshold: float = 0.8
-    chat: bool = True
-    workers: int = 1
-    storage: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "search_prompts", "vector_prompts", "anchors", "workers", "max_draft"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, got {value}")
-        if self.minutes is not None and self.minutes <= 0:
-            raise UsageError(f"minutes must be above 0, got {self.minutes}")
-        if self.new_tokens < 2:
-            raise UsageError(f"new_tokens must be 2 or more, got {self.new_tokens}")
-        Policy(self.max_draft, self.threshold)
-
-    def identity(self) -> dict[str, Any]:
-        """What must stay the same when a calibration is resumed."""
-        open_ended = ("trials", "minutes", "workers", "storage")
-        return {name: getattr(self, name) for name in self.__slots__ if name not in open_ended}
-
-    def num_trials(self, num_layers: int) -> int | None:
-        """Trials per label; None where the minutes decide."""
-        if self.trials is not None or self.minutes is not None:
-            return self.trials
-        return 1000 if self.search is Strategy.PAPER else 6 * num_layers + 40
 
 
 def calibrate(
@@ -195,6 +133,7 @@ class _Calibration:
     ) -> None:
         self.loaded = loaded
         self.target = target_of(loaded.model)
+        self.low = settings.low and Mode.LOW in self.target.modes and settings.search is not Strategy.PAPER
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out
@@ -252,16 +191,16 @@ class _Calibration:
         cost = self.journal.read_cost()
         if cost is None:
             self.reporter.stage("measuring costs", None)
-            cost = measure_cost(self.target)
+            cost = measure_cost(self.target, self.low)
             self.journal.write_cost(cost)
         return cost
 
     def _search(self, searches: Mapping[str, Sequence[Observation]], cost: CostProfile, fresh: bool) -> None:
         storage = self.journal.storage(self.settings.storage)
         for label in searches:  # before any worker starts, so that none finds the storage half made
-            study = create_study(storage, self._study_name(label))
+            create_study(storage, self._study_name(label))
             if not fresh and self.settings.storage is None:
-                Search(study, self.settings.search, cost, num_layers=self.target.num_layers).abandon_running()
+                self.open_search(label, cost).abandon_running()
         workers = [_start_worker(self, index) for index in range(1, self.settings.workers)]
         try:
             search_all(self, searches, cost)
@@ -282,19 +221,32 @@ class _Calibration:
         return f"{_digest(asked)}-{label}"
 
     def open_search(self, label: str, cost: CostProfile) -> Search:
-        study = create_study(self.journal.storage(self.settings.storage), self._study_name(label))
-        return Search(study, self.settings.search, cost, num_layers=self.target.num_layers, seed=self.settings.seed)
+        layers, settings = self.target.num_layers, self.settings
+        study = create_study(self.journal.storage(settings.storage), self._study_name(label))
+        trials = settings.num_trials(layers, self.low, label)
+        short = self.low and label != MIXTURE and trials is not None and trials < 2 * layers
+        shared = self.open_search(MIXTURE, cost).finished() if short else ()
+        return Search(
+            study,
+            settings.search,
+            cost,
+            num_layers=layers,
+            seed=settings.seed,
+            low=self.low,
+            skip=settings.skip,
+            shared=[f for f in shared if len(f.changes) == 1],
+        )
 
     def _decide(self, label: str, observations: Sequence[Observation], cost: CostProfile) -> Label:
         """Lets the clock choose among the best few and plain decoding."""
         finished = self.open_search(label, cost).finished()
         ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
-        drafting = [f for f in ranked if f.skipped]
-        finalists = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f)]
+        skipping = [f for f in ranked if f.plan.num_skipped]
+        finalists = self._finalists(ranked)
         timed: list[Timing] = []
         if finalists:
             self.reporter.stage(f"timing {label}", None)
-            timed = Clock(self.target, observations, eos_token_ids(self.loaded.model)).compare(finalists)
+            timed = self.clock(observations, cost).compare(finalists)
         winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= _WORTH_HAVING]
         best = max(winners, key=lambda i: timed[i].speedup, default=None)
         plan = Plan.plain(self.target.num_layers) if best is None else finalists[best]
@@ -302,13 +254,26 @@ class _Calibration:
             "trials": len(finished),
             "prompts": len(observations),
             "best_score": ranked[0].speedup if ranked else None,
+            "agreement": next((f.agreement for f in ranked if f.plan.modes == plan.modes), None),
             "timed": [
-                {"plan": p.to_json(), "speedup": t.speedup, "pairs": t.pairs, "won": t.won}
+                {"plan": p.to_json(), "speedup": t.speedup, "pairs": len(t.gains), "proven": t.proven}
                 for p, t in zip(finalists, timed, strict=True)
             ],
-            "best_skipping": _told(drafting[0]) if drafting else None,
+            "best_skipping": _told(skipping[0]) if skipping else None,
         }
         return Label(plan, 2.0, evidence)
+
+    def _finalists(self, ranked: Sequence[Finished]) -> list[Plan]:
+        """The plans that the clock tries: the best foretold, or look-up alone."""
+        best = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f) and f.plan.cheapens]
+        if self.settings.search is Strategy.PAPER or not self.settings.lookup:
+            return best
+        alone = Plan.skipping(self.target.num_layers, policy=Policy(lookup=True))
+        plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
+        return plans or [alone]
+
+    def clock(self, observations: Sequence[Observation], cost: CostProfile) -> Clock:
+        return Clock(self.target, observations, eos_token_ids(self.loaded.model), cost)
 
     def _worth_timing(self, finished: Finished) -> bool:
         """Published scores are timings already, in tokens per second; foretold ones are speed-ups."""
@@ -349,18 +314,21 @@ def _told(finished: Finished) -> dict[str, Any]:
 def search_all(run: _Calibration, searches: Mapping[str, Sequence[Observation]], cost: CostProfile) -> None:
     """All searches in turn; the minutes, where they are what is given, are shared out evenly."""
     seconds_left = 60 * run.settings.minutes if run.settings.minutes is not None else float("inf")
-    for place, (label, observations) in enumerate(searches.items()):
-        run.reporter.stage(f"searching {label}", run.settings.num_trials(run.target.num_layers))
+    ordered = sorted(searches.items(), key=lambda item: item[0] != MIXTURE)  # it first: others may share its trials
+    for place, (label, observations) in enumerate(ordered):
+        run.reporter.stage(f"searching {label}", run.settings.num_trials(run.target.num_layers, run.low, label))
         search = run.open_search(label, cost)
         with _scoring(run, observations, cost) as score:
             started = time.perf_counter()
-            _search_label(run, search, score, started + seconds_left / (len(searches) - place))
+            _search_label(run, label, search, score, started + seconds_left / (len(searches) - place))
             seconds_left -= time.perf_counter() - started
 
 
-def _search_label(run: _Calibration, search: Search, score: Callable[[Trial, float], Score], deadline: float) -> None:
+def _search_label(
+    run: _Calibration, label: str, search: Search, score: Callable[[Trial, float], Score], deadline: float
+) -> None:
     """Asks, scores and tells until the trials or the time are used up, or nothing new is left to try."""
-    total = run.settings.num_trials(run.target.num_layers)
+    total = run.settings.num_trials(run.target.num_layers, run.low, label)
     for _ in range(search.num_begun()):
         run.reporter.advance()
     repeats = 0
@@ -383,7 +351,7 @@ def _scoring(
     """How a trial is scored: foretold from rehearsals, or timed as published."""
     settings = run.settings
     if settings.search is Strategy.PAPER:
-        clock = Clock(run.target, observations, eos_token_ids(run.loaded.model))
+        clock = run.clock(observations, cost)
         policy = Policy(settings.max_draft, settings.threshold)
 
         def timed(trial: Trial, _best: float) -> Score:

@@ -1,4 +1,7 @@
-"""Searches over which sublayers to skip: ask for a plan, tell what it scored.
+"""Searches over the modes of all sublayers and of the head: ask for a plan, tell what it scored.
+
+A candidate is a set of changes to a base. Where the target has low-bit weights, the base runs everything on them, and a
+change skips a sublayer, or keeps one or the head as it is; elsewhere the base keeps everything, and a change skips.
 
 All strategies keep their trials in one Optuna study, which may lie in a file or a database and be shared by processes:
 
@@ -14,7 +17,7 @@ What to try next follows from the finished trials alone, so a search goes on aft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,12 +28,14 @@ from optuna.trial import TrialState
 
 from knn_ssd.atlas import CostProfile
 from knn_ssd.calibrate.objective import Score
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 
-Skipped = frozenset[int]  # sublayers by their place in Plan.modes: attention of layer i is 2i, its MLP 2i + 1
+# A change is a number below 2L, to skip the sublayer at this place in Plan.modes (attention of layer i is 2i, its MLP
+# 2i + 1), or 2L more than that, to keep it; 4L keeps the head.
+Changes = frozenset[int]
 
 _POPULATION = 20
-_SET, _AGREEMENT, _PLAN = "skipped", "agreement", "plan"
+_SET, _AGREEMENT, _PLAN = "changes", "agreement", "plan"
 
 
 class Strategy(StrEnum):
@@ -53,13 +58,13 @@ class Finished:
     """A trial that was told.
 
     Args:
-        skipped: the sublayers skipped.
+        changes: to the base.
         speedup: its score.
         agreement: share of positions at which its draft agreed.
         plan: with the policy that suited it best.
     """
 
-    skipped: Skipped
+    changes: Changes
     speedup: float
     agreement: float
     plan: Plan
@@ -80,15 +85,31 @@ class Search:
         cost: of the machine; tells what skipping a sublayer saves.
         num_layers: L.
         seed: of the sampler.
+        low: whether the base is low-bit.
+        skip: whether sublayers may be skipped; without, only what is kept is searched.
+        shared: another search's trials, whose single changes stand for this one's own; for a search that is too short
+            to try them all.
     """
 
     def __init__(
-        self, study: optuna.Study, strategy: Strategy, cost: CostProfile, *, num_layers: int, seed: int = 0
+        self,
+        study: optuna.Study,
+        strategy: Strategy,
+        cost: CostProfile,
+        *,
+        num_layers: int,
+        seed: int = 0,
+        low: bool = False,
+        skip: bool = True,
+        shared: Sequence[Finished] = (),
     ) -> None:
         self._study = study
         self._strategy = strategy
         self._cost = cost
         self._num_layers = num_layers
+        self._low = low and strategy is not Strategy.PAPER
+        self._skippable = range(2 * num_layers) if skip else range(0)
+        self._shared = shared
         self._asked: dict[int, optuna.trial.Trial] = {}
         study.sampler = _sampler(strategy, seed + len(self.finished()))
 
@@ -100,10 +121,10 @@ class Search:
         elif self._strategy is Strategy.GREEDY:
             return None
         trial = self._study.ask(self._distributions())
-        skipped = frozenset(i for i in range(2 * self._num_layers) if round(float(trial.params[_name(i)])))
-        trial.set_user_attr(_SET, sorted(skipped))
+        changes = self._read(trial.params)
+        trial.set_user_attr(_SET, sorted(changes))
         self._asked[trial.number] = trial
-        return Trial(trial.number, self._plan(skipped))
+        return Trial(trial.number, self._plan(changes))
 
     def tell(self, trial: Trial, score: Score) -> None:
         """What a plan scored."""
@@ -128,7 +149,7 @@ class Search:
     def known(self, trial: Trial) -> Score | None:
         """What the same plan scored before, if it did."""
         for finished in self.finished():
-            if finished.skipped == _skipped(trial.plan):
+            if finished.changes == self._changes(trial.plan):
                 return Score(finished.plan, finished.speedup, finished.agreement, 0)
         return None
 
@@ -142,7 +163,7 @@ class Search:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
 
-    def _propose(self) -> Skipped | None:
+    def _propose(self) -> Changes | None:
         if self._strategy is Strategy.PAPER:
             return None
         finished = self.finished()
@@ -151,42 +172,83 @@ class Search:
             frozenset(t.user_attrs[_SET]) for t in trials if t.state is not TrialState.FAIL and _SET in t.user_attrs
         }
         # The last layers first: they are the likeliest to be dispensable, should time be short.
-        for first in (frozenset[int](), *(frozenset({i}) for i in reversed(range(2 * self._num_layers)))):
+        singles: list[Changes] = [] if self._shared else [frozenset({i}) for i in reversed(self._skippable)]
+        for first in (Changes(), *singles):
             if first not in begun:
                 return first
-        ranked = self._ranked(finished)
+        ranked = self._ranked([*self._shared, *finished])
         ladder = next_rung(ranked, finished, begun)
         if ladder is not None or self._strategy is Strategy.EVOLVE:
             return ladder
         if self._strategy is Strategy.BAYES and len(finished) % 2:
             return None
-        return next_change(ranked, finished, begun)
+        return next_change(ranked, finished, begun, self._keepable())
 
     def _ranked(self, finished: Sequence[Finished]) -> list[int]:
         """Sublayers from least to most harmful per second that skipping them saves."""
-        loss = {min(f.skipped): 1 - f.agreement for f in finished if len(f.skipped) == 1}
-        saved = (max(self._cost.attention_sec, 1e-9), max(self._cost.mlp_sec, 1e-9))
+        singles = {min(f.changes): f for f in finished if len(f.changes) == 1}
+        loss = {i: 1 - f.agreement for i, f in singles.items() if i < 2 * self._num_layers}
+        saved = [max(sec, 1e-9) for sec in (self._cost.attention_sec, self._cost.mlp_sec)]
         return sorted(loss, key=lambda i: (loss[i] / saved[i % 2], -saved[i % 2]))
 
-    def _params(self, skipped: Skipped) -> dict[str, Any]:
-        return {_name(i): i in skipped for i in range(2 * self._num_layers)}
+    def _keepable(self) -> list[int]:
+        """Changes that keep something, the head first, then the first layers, which matter most."""
+        places = 2 * self._num_layers
+        return [2 * places, *range(places, 2 * places)] if self._low else []
+
+    def _params(self, changes: Changes) -> dict[str, Any]:
+        places = 2 * self._num_layers
+        if not self._low:
+            return {_name(i): i in changes for i in range(places)}
+        chosen = {_name(i): _mode(i, places, changes).value for i in range(places)}
+        return {**chosen, "head": (Mode.KEEP if 2 * places in changes else Mode.LOW).value}
 
     def _distributions(self) -> dict[str, Any]:
+        names = [_name(i) for i in range(2 * self._num_layers)]
+        if self._low:
+            skip = (Mode.SKIP.value,) * bool(self._skippable)
+            modes = CategoricalDistribution((Mode.LOW.value, Mode.KEEP.value, *skip))
+            return {**dict.fromkeys(names, modes), "head": CategoricalDistribution((Mode.LOW.value, Mode.KEEP.value))}
         paper = self._strategy is Strategy.PAPER
-        kind = FloatDistribution(0.0, 1.0) if paper else CategoricalDistribution((False, True))
-        return {_name(i): kind for i in range(2 * self._num_layers)}
+        return dict.fromkeys(names, FloatDistribution(0.0, 1.0) if paper else CategoricalDistribution((False, True)))
 
-    def _plan(self, skipped: Skipped) -> Plan:
-        attention = [i // 2 for i in skipped if i % 2 == 0]
-        return Plan.skipping(self._num_layers, attention, [i // 2 for i in skipped if i % 2])
+    def _read(self, params: Mapping[str, Any]) -> Changes:
+        """The inverse of `_params`."""
+        places = 2 * self._num_layers
+        if not self._low:
+            return frozenset(i for i in range(places) if round(float(params[_name(i)])))
+        skipped = {i for i in range(places) if params[_name(i)] == Mode.SKIP}
+        kept = {places + i for i in range(places) if params[_name(i)] == Mode.KEEP}
+        return frozenset(skipped | kept | ({2 * places} if params["head"] == Mode.KEEP else set()))
+
+    def _plan(self, changes: Changes) -> Plan:
+        places = 2 * self._num_layers
+        if not self._low:
+            attention = [i // 2 for i in changes if i % 2 == 0]
+            return Plan.skipping(self._num_layers, attention, [i // 2 for i in changes if i % 2])
+        modes = [_mode(i, places, changes) for i in range(places)]
+        head = Mode.KEEP if 2 * places in changes else Mode.LOW
+        return Plan(tuple(modes[::2]), tuple(modes[1::2]), head)
+
+    def _changes(self, plan: Plan) -> Changes:
+        """The inverse of `_plan`."""
+        places = 2 * self._num_layers
+        skipped = {i for i, mode in enumerate(plan.modes) if mode is Mode.SKIP}
+        kept = {places + i for i, mode in enumerate((*plan.modes, plan.head)) if mode is Mode.KEEP}
+        return frozenset(skipped | kept) if self._low else frozenset(skipped)
 
 
-def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Skipped]) -> Skipped | None:
+def _mode(place: int, places: int, changes: Changes) -> Mode:
+    """Of a sublayer whose base is low-bit."""
+    return Mode.SKIP if place in changes else Mode.KEEP if places + place in changes else Mode.LOW
+
+
+def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Changes]) -> Changes | None:
     """The least harmful sublayers together: 1, 2, 3, 4, 6, 8, … of them, then ever finer around the best number."""
     sizes = [size for size in _rungs(len(ranked)) if frozenset(ranked[:size]) not in begun]
     if sizes:
         return frozenset(ranked[: sizes[0]])
-    score = {f.skipped: f.speedup for f in finished}
+    score = {f.changes: f.speedup for f in finished}
     tried = [n for n in range(1, len(ranked) + 1) if frozenset(ranked[:n]) in score]
     if not tried:
         return None
@@ -198,14 +260,20 @@ def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Sk
     return None
 
 
-def next_change(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Skipped]) -> Skipped | None:
-    """The best set with one more sublayer, the least harmful first, or with one fewer, the most harmful first."""
-    best = max(finished, key=lambda f: f.speedup).skipped
-    more = [best | {i} for i in ranked if i not in best]
-    fewer = [best - {i} for i in reversed(ranked) if i in best]
-    width = max(len(more), len(fewer))
-    changes = [options[i] for i in range(width) for options in (more, fewer) if i < len(options)]
-    return next((change for change in changes if change not in begun), None)
+def next_change(
+    ranked: Sequence[int], finished: Sequence[Finished], begun: set[Changes], keepable: Sequence[int] = ()
+) -> Changes | None:
+    """The best set with one more sublayer skipped, the least harmful first, with one change taken back, the most
+    harmful first, or with one more thing kept.
+    """
+    best = max(finished, key=lambda f: f.speedup).changes
+    places = len(keepable) - 1  # each but the head's has a change that skips the same sublayer
+    more = [best - {i + places} | {i} if keepable else best | {i} for i in ranked if i not in best]
+    fewer = [best - {i} for i in reversed([*ranked, *keepable]) if i in best]
+    kept = [best - {i - places} | {i} for i in keepable if i not in best]
+    width = max(len(more), len(fewer), len(kept))
+    options = [group[i] for i in range(width) for group in (more, fewer, kept) if i < len(group)]
+    return next((changes for changes in options if changes not in begun), None)
 
 
 def _rungs(limit: int) -> list[int]:
@@ -225,7 +293,3 @@ def _sampler(strategy: Strategy, seed: int) -> optuna.samplers.BaseSampler:
 
 def _name(sublayer: int) -> str:
     return f"{'mlp' if sublayer % 2 else 'attention'}_{sublayer // 2}"
-
-
-def _skipped(plan: Plan) -> Skipped:
-    return frozenset(2 * i for i in plan.skipped_attention) | frozenset(2 * i + 1 for i in plan.skipped_mlp)

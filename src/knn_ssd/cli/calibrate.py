@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from knn_ssd.calibrate.pipeline import Settings
+    from knn_ssd.calibrate.settings import Settings
     from knn_ssd.prompts import Prompt
 
 STRATEGIES = ("paper", "greedy", "bayes", "evolve")
-MODES = ("skip",)
+MODES = ("skip", "low")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -85,8 +85,13 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         help="tokens of the model's own after each of them (default: %(default)s)",
     )
     group.add_argument(
-        "--modes", metavar="M,…", default="skip", help=f"what sublayers may do while drafting: {', '.join(MODES)}"
+        "--modes",
+        metavar="M,…",
+        default=",".join(MODES),
+        help="what sublayers may do while drafting besides running as they are; low is passed over where the model has "
+        "no low-bit weights (default: %(default)s)",
     )
+    group.add_argument("--no-lookup", action="store_true", help="do not draft from earlier occurrences of the text")
     group.add_argument(
         "--max-draft", metavar="N", type=whole(1), help="longest draft of --search paper (default: 12, as published)"
     )
@@ -148,8 +153,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     from knn_ssd.atlas import Pooling
-    from knn_ssd.calibrate.pipeline import Settings
     from knn_ssd.calibrate.search import Strategy
+    from knn_ssd.calibrate.settings import Settings
 
     paper = {name: value for name in ("max_draft", "threshold") if (value := getattr(args, name)) is not None}
     return Settings(
@@ -165,6 +170,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         workers=args.workers,
         storage=args.storage,
         seed=args.seed,
+        low="low" in args.modes.split(","),
+        skip="skip" in args.modes.split(","),
+        lookup=not args.no_lookup,
         **paper,
     )
 

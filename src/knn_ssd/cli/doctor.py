@@ -58,7 +58,7 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
         "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
         "cpu flags": _yes_and_no(machine.cpu_flags),
         "devices": ", ".join(machine.devices),
-        "kernels": _yes_and_no(machine.kernels),
+        "kernels": machine.kernels,
         "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
         "memory": f"{_gib(machine.memory_bytes)}, {_gib(machine.available_memory_bytes)} available",
         "cache directory": machine.cache_directory,
@@ -76,11 +76,25 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "weights": report.weight_bytes
         and f"{_megabytes(report.weight_bytes)}, of which a token reads {_megabytes(report.read_bytes_per_token)}",
         "floor": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
-        "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured",
+        "target": report.target and f"{report.target}{_because(report.general_because)}",
+        "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
+        "draft step": report.draft_step_sec
+        and f"{_speed(report.draft_step_sec)}, all low-bit; its copies take {_megabytes(report.low_bit_bytes)}",
         "exactness": report.exactness and report.exactness.value,
         "context": report.context_length and f"{report.context_length} tokens",
     }
     return {name: str(value) for name, value in rows.items() if value}
+
+
+def _because(reason: str | None) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _share(report: ModelReport) -> str:
+    """How far a step is from the floor."""
+    if not report.floor_sec_per_token or not report.step_sec:
+        return ""
+    return f"; {report.floor_sec_per_token / report.step_sec:.0%} of the read bandwidth"
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

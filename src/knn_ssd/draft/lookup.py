@@ -20,7 +20,6 @@ import threading
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 from knn_ssd.draft.contract import Draft, Outcome
@@ -29,7 +28,7 @@ SEPARATOR = -1  # between texts; no context has it, so no match crosses it, and 
 _VACANT = -2  # in place of a token: this state has no transition yet
 _NOWHERE = -1  # in place of a state
 _ROOT = 0
-_HOPS = 4  # how far along suffix links a walk goes that constant cost does not bound of itself
+_HOPS = 4  # how many links are followed where nothing else bounds the walk
 _TAIL = 8  # how many tokens of what was read before are compared with a context
 
 
@@ -238,8 +237,8 @@ class Memory:
 
     Args:
         capacity: the most tokens to hold. Texts are forgotten many at once, so that at least half as many stay. Of a
-            text that is longer than half, the end is kept. A token takes 130 to 220 bytes; a request that is under
-            way may hold on to forgotten ones until its next look.
+            text that is longer than half, the end is kept. A token takes about 130 bytes in code and prose, at
+            most some 220; a request under way holds on to forgotten ones until its next round.
     """
 
     def __init__(self, capacity: int = 65_536) -> None:
@@ -302,7 +301,7 @@ class MemoryReader:
                     ahead.extend(token)
                 length, end = ahead.continued()
                 if length > best[0]:
-                    tokens = ahead.automaton.tokens[end : end + max(limit, 0)].tolist()
+                    tokens = ahead.automaton.tokens[end : end + limit].tolist()
                     best = (length, end, tokens[: tokens.index(SEPARATOR)] if SEPARATOR in tokens else tokens)
         return best
 
@@ -359,7 +358,7 @@ class LookupDraft:
 
     def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
         """At most `limit` tokens, copied from after the match of `context` and then `drafted`; none without one."""
-        match, tokens = self._find(context, drafted, limit)
+        match, tokens = self._find(context, drafted, max(limit, 0))
         if match is None or not tokens:
             return Draft()
         return Draft(tuple(tokens), source="lookup", match=match.length)
@@ -394,9 +393,8 @@ class LookupDraft:
 
     def _copy(self, end: int, drafted: Sequence[int], limit: int) -> list[int]:
         """`limit` tokens from index `end` of the context and `drafted` after it, over and over."""
-        known = len(self._own)
-        tokens = self._own.tokens[end : end + max(limit, 0)].tolist()
-        tokens.extend(islice(drafted, max(end - known, 0), None))
+        tokens = self._own.tokens[end : end + limit].tolist()
+        tokens.extend(drafted)
         while 0 < len(tokens) < limit:
             tokens.extend(tokens[: limit - len(tokens)])
-        return tokens[: max(limit, 0)]
+        return tokens[:limit]

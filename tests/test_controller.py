@@ -1,0 +1,190 @@
+"""The controller: it drafts where that is faster, stops where it is not, and looks again now and then."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knn_ssd.atlas import CostProfile
+from knn_ssd.controller import Chance, Controller, Costs, FixedPolicy, new_experience, typical_profile
+from knn_ssd.draft.contract import Draft, Outcome
+from knn_ssd.draft.lookup import Match
+from knn_ssd.plan import Plan, Policy
+
+CHEAP = CostProfile(1.0, 0.0, 0.0, tuple(1.0 + 0.05 * i for i in range(13)), 0.35 / 4, 0.35 / 4)
+DEAR = CostProfile(1.0, 0.0, 0.0, tuple(1.0 + 0.05 * i for i in range(13)))
+PLAN = Plan.low(4, Policy(max_draft=8, threshold=0.0, lookup=True))
+
+
+class Drafts:
+    """Stands for a self-draft: tokens are right with a chance, which it knows well or says nothing of."""
+
+    def __init__(self, chance: float, sure: Callable[[], float] = lambda: 0.9) -> None:
+        self.chance, self._sure = chance, sure
+        self.asked = 0
+
+    def propose(self, context: Sequence[int], limit: int, go_on: Callable[[float], bool] | None = None) -> Draft:
+        self.asked += 1
+        sure: list[float] = []
+        while len(sure) < min(limit, PLAN.policy.max_draft):
+            sure.append(self._sure())
+            if go_on is not None and not go_on(sure[-1]):
+                break
+        return Draft((7,) * len(sure), source="self", sure=tuple(sure))
+
+
+class Lookups:
+    """Stands for look-up: a match of some length, or none."""
+
+    def __init__(self, length: int | None) -> None:
+        self.length = length
+
+    def match(self, context: Sequence[int], drafted: Sequence[int] = ()) -> Match | None:
+        return None if self.length is None else Match(self.length, "context", 0)
+
+    def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
+        return Draft((9,) * limit, source="lookup", match=self.length or 0)
+
+
+def play(
+    controller: Controller, chance: dict[str, float], cost: CostProfile, rounds: int, step: float, speed: float = 1.0
+) -> tuple[float, list[Draft]]:
+    """Seconds per token of so many rounds on a machine of these costs, and the drafts."""
+    chooser, seconds, tokens, drafts = random.Random(0), 0.0, 0, []
+    for _ in range(rounds):
+        draft = controller.propose([1, 2, 3], 50)
+        accepted = 0
+        for source in draft.sources:
+            if chooser.random() >= chance[source]:
+                break
+            accepted += 1
+        verify_sec, draft_sec = speed * cost.verification_sec(len(draft.tokens) + 1), speed * step * len(draft.sure)
+        controller.learn(Outcome(draft, accepted, draft_sec, verify_sec))
+        seconds += verify_sec + draft_sec
+        tokens += accepted + 1
+        drafts.append(draft)
+    return seconds / tokens, drafts
+
+
+def controller_of(drafts: Drafts | None, lookups: Lookups | None, cost: CostProfile, prior: float = 0.85) -> Controller:
+    return Controller(PLAN, Costs(cost), new_experience(PLAN, prior), drafts, lookups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize(("cost", "step"), [(CHEAP, 0.3), (DEAR, 1.0), (typical_profile(4), 0.35)])
+@pytest.mark.parametrize("speed", [1.0, 0.002, 300.0])
+def test_it_is_never_slower_and_fast_where_drafts_are_good(
+    chance: float, cost: CostProfile, step: float, speed: float
+) -> None:
+    controller = controller_of(Drafts(chance), Lookups(2), cost)
+    taken, _ = play(controller, {"self": chance, "lookup": 0.05}, cost, 1500, step, speed)
+    assert taken / speed < 1 / 0.98
+    if chance >= 0.9 and step < 0.5:
+        assert taken / speed < 0.66  # the best fixed length gets 0.59 to 0.65 at a chance of 0.9
+
+
+def test_it_stops_drafting_where_drafts_are_bad_and_tries_ever_more_seldom() -> None:
+    drafts = Drafts(0.05)
+    play(controller_of(drafts, None, CHEAP), {"self": 0.05}, CHEAP, 4000, 0.3)
+    assert 0 < drafts.asked < 50
+
+
+def test_it_comes_back_when_drafts_become_good() -> None:
+    drafts = Drafts(0.05)
+    controller = controller_of(drafts, None, CHEAP)
+    play(controller, {"self": 0.05}, CHEAP, 200, 0.3)
+    taken, _ = play(controller, {"self": 0.98}, CHEAP, 2500, 0.3)
+    assert taken < 0.75
+
+
+def test_a_wrong_prior_and_a_wrong_profile_are_corrected() -> None:
+    controller = controller_of(Drafts(0.2), None, CHEAP, prior=0.99)
+    taken, drafts = play(controller, {"self": 0.2}, DEAR, 800, 1.0)  # a draft step takes as long as a plain one
+    assert taken < 1 / 0.97
+    assert sum(bool(draft.tokens) for draft in drafts[-200:]) < 10
+
+
+def test_the_better_source_is_chosen() -> None:
+    for own, looked, expected in ((0.95, 0.1, "self"), (0.2, 0.97, "lookup")):
+        controller = controller_of(Drafts(own), Lookups(5), CHEAP)
+        _, drafts = play(controller, {"self": own, "lookup": looked}, CHEAP, 400, 0.3)
+        sources = [draft.source for draft in drafts[-100:] if draft.tokens]
+        assert sources.count(expected) > 90
+
+
+def test_good_look_ups_extend_a_self_draft() -> None:
+    cost = CostProfile(1.0, 0.0, 0.0, CHEAP.verify_sec, 0.95 / 8, 0.95 / 8)
+    controller = controller_of(Drafts(0.98), Lookups(2), cost)
+    for _ in range(300):  # short matches turn out to be right three times in four: too seldom to go first
+        controller._experience.match(2).saw(True)
+        controller._experience.match(2).saw(True)
+        controller._experience.match(2).saw(True)
+        controller._experience.match(2).saw(False)
+    _, drafts = play(controller, {"self": 0.98, "lookup": 0.75}, cost, 20, 0.05)
+    assert any(draft.looked_up and draft.source == "self" for draft in drafts)
+
+
+def test_a_draft_goes_on_while_it_is_sure_of_itself() -> None:
+    lengths = {}
+    for sure in (0.995, 0.4):
+        controller = controller_of(Drafts(0.9, lambda sure=sure: sure), None, CHEAP)  # type: ignore[misc]
+        lengths[sure] = len(controller.propose([1], 50).tokens)
+    assert lengths[0.995] == PLAN.policy.max_draft
+    assert 1 <= lengths[0.4] < 4
+
+
+@settings(max_examples=60)
+@given(limit=st.integers(0, 6), match=st.none() | st.integers(1, 40), chance=st.floats(0, 1))
+def test_nobody_drafts_more_than_asked_for(limit: int, match: int | None, chance: float) -> None:
+    controller = controller_of(Drafts(chance), Lookups(match), CHEAP, prior=chance)
+    for _ in range(40):
+        assert len(controller.propose([1, 2], limit).tokens) <= limit
+
+
+def test_a_chance_begins_at_its_prior_and_forgets() -> None:
+    chance = Chance(0.8)
+    assert chance.mean == pytest.approx(0.8)
+    for _ in range(500):
+        chance.saw(False)
+    assert chance.mean < 0.1
+    for _ in range(500):
+        chance.saw(True)
+    assert chance.mean > 0.9
+
+
+def test_costs_follow_the_machine() -> None:
+    costs = Costs(CHEAP)
+    for _ in range(200):
+        costs.saw_verification(1, 0.02)
+        costs.saw_verification(5, 0.05)
+        costs.saw_steps(PLAN, 4, 0.04)
+    assert costs.verification(1) == pytest.approx(0.02, rel=0.05)
+    assert costs.verification(5) == pytest.approx(0.05, rel=0.05)
+    assert costs.step(PLAN) == pytest.approx(0.01, rel=0.05)
+
+
+def test_its_own_cost_is_small() -> None:
+    """Under 0.5 % of a round of 15 ms, the fastest that a plain step of the embedded model was measured at."""
+    controller = controller_of(Drafts(0.9), Lookups(5), CHEAP)
+    durations = []
+    for _ in range(300):
+        started = time.perf_counter()
+        controller.learn(Outcome(controller.propose([1, 2, 3], 50), 1, 0.01, 0.02))
+        durations.append(time.perf_counter() - started)
+    assert sorted(durations)[len(durations) // 4] < 0.005 * 0.015 * 4  # the slack is for busy machines
+
+
+def test_a_fixed_policy_looks_up_where_the_match_is_long_and_drafts_else() -> None:
+    drafts, lookups = Drafts(0.9), Lookups(3)
+    fixed = FixedPolicy(PLAN, drafts, lookups)  # type: ignore[arg-type]
+    assert fixed.propose([1], 20).source == "self"
+    lookups.length = 4
+    assert fixed.propose([1], 20) == Draft((9,) * PLAN.policy.max_draft, source="lookup", match=4)
+    assert FixedPolicy(PLAN, None, lookups).propose([1], 3).tokens == (9, 9, 9)  # type: ignore[arg-type]
+    lookups.length = None
+    assert FixedPolicy(PLAN, None, lookups).propose([1], 3) == Draft()  # type: ignore[arg-type]
