@@ -29,6 +29,7 @@ POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 
 _HOPELESS = 0.1  # a plan this far under the best one so far is not looked at further
 _FEWEST_PAIRS, _MOST_PAIRS = 6, 12  # of decodings, until the clock says that a plan is faster or gives it up
 _STANDARD_ERRORS = 5  # above 0, of the mean logarithm: plans no faster get there in about 4 of 1000 cases, by chance
+_MOST_GAIN = 0.25  # of one pair, either way: what else the machine had to do shall not weigh more
 _BEATEN = 3  # a plan that lost so many pairs more than it won is given up
 
 
@@ -153,7 +154,7 @@ class Timing:
     """A plan against plain decoding by the clock, in pairs of decodings of the same prompt.
 
     Args:
-        gains: of each pair, the logarithm of the plan's speed over plain decoding's.
+        gains: of each pair, the logarithm of the plan's speed over plain decoding's, within `_MOST_GAIN`.
         fastest: by prompt, the fastest seconds of plain decoding and of the plan.
     """
 
@@ -164,7 +165,7 @@ class Timing:
         """One more pair."""
         known_plain, known_plan = self.fastest.get(prompt, (plain_sec, plan_sec))
         self.fastest[prompt] = (min(known_plain, plain_sec), min(known_plan, plan_sec))
-        self.gains.append(math.log(plain_sec / plan_sec))
+        self.gains.append(max(-_MOST_GAIN, min(_MOST_GAIN, math.log(plain_sec / plan_sec))))
 
     @property
     def speedup(self) -> float:

@@ -24,15 +24,13 @@ from transformers import PreTrainedModel
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.target.contract import Exactness, Prefill
-from knn_ssd.target.exactness import probe
+from knn_ssd.target.exactness import NO_PADDING, PADDINGS, Padding, Verdict, probe_capacity, probe_padding
 from knn_ssd.target.kv import StaticCache
-from knn_ssd.target.structure import Structure, find_structure
+from knn_ssd.target.pointer import Pointer
+from knn_ssd.target.structure import Structure, context_length, find_structure
 
 # Targets of one model exclude each other too: a pass of one must not see what another has skipped.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-# Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class HuggingFaceTarget:
@@ -55,23 +53,39 @@ class HuggingFaceTarget:
         self.num_layers = len(self.structure.layers)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.context_length = _context_length(config)
+        self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
-        self._exactness: Exactness | None = None
+        self._verdict: Verdict | None = None
         self._silent = _silent_forwards(self)
 
     @property
     def exactness(self) -> Exactness:
-        if self._exactness is None:
-            self._exactness = probe(self)
-        return self._exactness
+        return self._probed().exactness
+
+    @property
+    def padding(self) -> Padding:
+        """How passes of the full model are padded; what it takes to be exact, or nothing where nothing helps."""
+        return self._probed().padding
 
     def prepare(self, plan: Plan) -> None:
         """Nothing: a plan needs no more than the model has."""
 
-    def open(self, capacity: int) -> HuggingFaceSession:
-        return HuggingFaceSession(self, capacity)
+    def open(self, capacity: int, padded: bool = True) -> HuggingFaceSession:
+        """A new session; one that is not padded is faster, and what it gives may depend on the lengths of passes."""
+        return HuggingFaceSession(self, capacity, self.padding if padded else NO_PADDING)
+
+    def _probed(self) -> Verdict:
+        with self.lock:
+            if self._verdict is None:
+                session = HuggingFaceSession(self, probe_capacity(self.context_length), PADDINGS[-1])
+                half = self.model.dtype.itemsize < torch.float32.itemsize
+                size = self.num_layers * self.hidden_size
+                try:
+                    self._verdict = probe_padding(session, self.vocab_size, self.context_length, size, half)
+                finally:
+                    session.close()
+            return self._verdict
 
     @contextmanager
     def skipping(self, plan: Plan | None) -> Iterator[None]:
@@ -85,22 +99,28 @@ class HuggingFaceTarget:
         cache: StaticCache,
         logits_to_keep: int,
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        padding: Padding = NO_PADDING,
     ) -> torch.Tensor:
-        """Logits (n, V), or of the last rows only, of tokens at the cache's pointer."""
-        start, count = cache.length, len(token_ids)
+        """Logits (n, V), or of the last rows only, of tokens at the cache's pointer. Only whole passes are padded."""
+        start, count = cache.pointer.length, len(token_ids)
+        cache.pointer.check_room(count)
+        added = padding.rows(count) - count  # the last token once more, at its own position: there may be none after
+        logits_to_keep += added
         options: dict[str, Any] = {
-            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
+            "position_ids": torch.arange(start, start + count + added, device=self.device)[None].clamp(
+                max=start + count - 1
+            ),  # (1, n)
             "attention_mask": mask,
             "logits_to_keep": logits_to_keep,
         }
-        with torch.no_grad():
+        with torch.no_grad(), cache.padded(count, padding):
             output = self.model(
-                input_ids=torch.tensor([token_ids], device=self.device),  # (1, n)
+                input_ids=torch.tensor([token_ids + token_ids[-1:] * added], device=self.device),  # (1, n)
                 past_key_values=cache,
                 use_cache=True,
                 **{name: value for name, value in options.items() if name in self._options},
             )
-        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
+        return output.logits[0, -logits_to_keep:][: logits_to_keep - added]  # type: ignore[no-any-return]
 
     def rehearsal_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask of a rehearsal; for models with several kinds of attention layers, one of each kind."""
@@ -131,23 +151,27 @@ class HuggingFaceTarget:
 
 
 class HuggingFaceSession:
-    """One request on a `HuggingFaceTarget`; see `contract.Session`."""
+    """One request on a `HuggingFaceTarget`; see `contract.Session`.
 
-    def __init__(self, target: HuggingFaceTarget, capacity: int) -> None:
+    Args:
+        target: whose model runs.
+        capacity: how many tokens there is room for.
+        padding: of the full model's passes, but for the prompt's, which is the same pass with drafts and without.
+    """
+
+    def __init__(self, target: HuggingFaceTarget, capacity: int, padding: Padding) -> None:
+        self.padding = padding
         self._target = target
-        self._cache = StaticCache(target.num_layers, capacity)
-        self._pending = 0  # rows of the last forward that can be committed
-        self._pending_plan: Plan | None = None
-        self._draft_plan: Plan | None = None  # under which the tokens beyond `_verified` were drafted
-        self._verified = 0
+        self._pointer = Pointer(capacity)
+        self._cache = StaticCache(target.num_layers, self._pointer, padding)
 
     @property
     def length(self) -> int:
-        return self._cache.length
+        return self._pointer.length
 
     @property
     def capacity(self) -> int:
-        return self._cache.capacity
+        return self._pointer.capacity
 
     def prefill(self, token_ids: list[int]) -> Prefill:
         assert self.length == 0, "prefill is for an empty session"
@@ -155,32 +179,25 @@ class HuggingFaceSession:
         with self._target.lock, _last_hidden_state(self._target.model) as captured:
             logits = self._target.run(token_ids, self._cache, logits_to_keep=1)
         hidden = captured[0][0].float()  # (n, D)
-        self._pending, self._pending_plan = len(token_ids), None
+        self._pointer.ran(len(token_ids), None)
         self.commit(len(token_ids))
         return Prefill(logits[-1], hidden.mean(dim=0), hidden[-1], time.perf_counter() - started)
 
     def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
-        drafted = self.length > self._verified
-        # Under another plan, layers that were skipped so far would read stale keys.
-        assert not drafted or plan == self._draft_plan, "one drafting run has one plan, and is rewound before verifying"
+        self._pointer.check(plan)
+        padding = (
+            self.padding if plan is None or not plan.cheapens else NO_PADDING
+        )  # whatever a draft is, it is no reply
         with self._target.skipping(plan):
-            logits = self._target.run(token_ids, self._cache, logits_to_keep=len(token_ids))
-        self._pending, self._pending_plan = len(token_ids), plan
+            logits = self._target.run(token_ids, self._cache, logits_to_keep=len(token_ids), padding=padding)
+        self._pointer.ran(len(token_ids), plan)
         return logits
 
     def commit(self, count: int) -> None:
-        assert 0 <= count <= self._pending, f"{count} tokens to commit, {self._pending} run"
-        self._cache.length += count
-        self._pending -= count
-        self._draft_plan = self._pending_plan
-        if self._pending_plan is None:
-            self._verified = self.length
+        self._pointer.commit(count)
 
     def rewind(self, length: int) -> None:
-        assert 0 <= length <= self.length, f"cannot rewind from {self.length} to {length}"
-        self._cache.length = length
-        self._verified = min(self._verified, length)
-        self._pending = 0
+        self._pointer.rewind(length)
 
     def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
         count = len(token_ids)
@@ -194,6 +211,15 @@ class HuggingFaceSession:
 
     def close(self) -> None:
         self._cache.release()
+
+    def pretend(self, length: int) -> None:
+        """Moves the pointer, whatever the cache holds up to there: for the probe."""
+        self._pointer = self._cache.pointer = Pointer(self.capacity)
+        self._pointer.length = length
+
+    def fill(self) -> None:
+        """Something finite in the cache beyond the pointer: for the probe."""
+        self._cache.fill()
 
 
 def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
@@ -209,14 +235,6 @@ def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None
     if chunk is not None:
         visible &= position // chunk == (length + row) // chunk
     return torch.where(visible, 0.0, torch.finfo(torch.float16).min)[None, None]
-
-
-def _context_length(config: Any) -> int:
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
-        return int(original)
-    return int(config.max_position_embeddings)
 
 
 @contextmanager
@@ -324,7 +342,7 @@ def _check_identity(
 
 def _try_pass(target: HuggingFaceTarget) -> None:
     try:
-        target.run([0, 0], StaticCache(target.num_layers, 2), logits_to_keep=1)
+        target.run([0, 0], StaticCache(target.num_layers, Pointer(2)), logits_to_keep=1)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(target.model).__name__} did not run with a static key/value cache ({type(error).__name__}: {error})"

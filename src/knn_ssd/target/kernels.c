@@ -89,8 +89,10 @@ static void *take(size_t bytes) {
 
 static int64_t groups_of(const Matrix *m) { return (m->cols + GROUP - 1) / GROUP; }
 
+static int64_t padded(int64_t groups) { return (groups + 7) / 8 * 8; }
+
 static size_t linear_memory(const Matrix *m, int64_t n) {
-    return (size_t)n * (m->cols * 4 + groups_of(m) * (GROUP + 8)) + 512;
+    return (size_t)n * (m->cols * 4 + padded(groups_of(m)) * (GROUP + 8)) + 512;
 }
 
 /* ---- vectors ---- */
@@ -136,8 +138,8 @@ INLINE float bfloat(uint16_t bits) {
 typedef struct {
     float *blocks;      /* parts of up to MOST_ROWS rows: (cols / STEP, rows of the part, STEP) */
     int8_t *bytes;      /* (n, groups, GROUP) rounded to 8 bits */
-    float *byte_scales; /* (n, groups) */
-    float *group_sums;  /* (n, groups) sums of the rounded values */
+    float *byte_scales; /* (n, groups, padded with zeros to a multiple of 8) */
+    float *group_sums;  /* likewise; sums of the rounded values */
 } Input;
 
 /* One row into its part. A bfloat16 kernel takes of every STEP columns the even ones first, then the odd ones. */
@@ -176,8 +178,8 @@ static Input prepare(const float *x, int64_t n, const Matrix *m, int kinds) {
     if (kinds & ~(1 << INT4)) in.blocks = take((size_t)n * cols * 4);
     if (kinds & 1 << INT4) {
         in.bytes = take((size_t)n * groups * GROUP);
-        in.byte_scales = take((size_t)n * groups * 4);
-        in.group_sums = take((size_t)n * groups * 4);
+        in.byte_scales = take((size_t)n * padded(groups) * 4);
+        in.group_sums = take((size_t)n * padded(groups) * 4);
     }
 #pragma omp parallel for if (n > 2)
     for (int64_t part = 0; part < parts; part++) {
@@ -189,8 +191,10 @@ static Input prepare(const float *x, int64_t n, const Matrix *m, int kinds) {
             for (int64_t g = 0; in.bytes && g < groups; g++) {
                 int64_t start = g * GROUP, count = cols - start < GROUP ? cols - start : GROUP;
                 round_group(x + r * cols + start, count, in.bytes + (r * groups + g) * GROUP,
-                            in.byte_scales + r * groups + g, in.group_sums + r * groups + g);
+                            in.byte_scales + r * padded(groups) + g, in.group_sums + r * padded(groups) + g);
             }
+            for (int64_t g = groups; in.bytes && g < padded(groups); g++)
+                in.byte_scales[r * padded(groups) + g] = in.group_sums[r * padded(groups) + g] = 0;
         }
     }
     return in;
@@ -253,47 +257,73 @@ typedef void (*Dots)(const char *, int64_t, int64_t, int64_t, const float *, Flo
     {dots_##kind##_4_1, dots_##kind##_4_2, dots_##kind##_2_3, dots_##kind##_2_4, dots_##kind##_2_5, dots_##kind##_2_6, dots_##kind##_1_7, dots_##kind##_1_8}
 static const Dots DOTS_OF[2][MOST_ROWS] = {DOTS_TABLE(FLOAT32), DOTS_TABLE(BFLOAT16)};
 
-/* One 4-bit matrix row with one input row of bytes. Low halves of a group's bytes are its first 32 columns. */
-static float dot_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, const int8_t *x, const float *x_scales,
-                      const float *x_sums) {
-    float zero = 0;
+/* `count` rows of a 4-bit matrix with one input row of bytes. Low halves of a group's bytes are its first 32 columns. */
+INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, const int8_t *x, const float *x_scales,
+                      const float *x_sums, float *y, const int count) {
 #ifdef __AVX2__
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sum = _mm256_setzero_ps();
+    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), high_half = _mm256_set1_epi32(0xffff0000);
+    __m256 sum[4], zero[4];
+    float factors[4][8];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) sum[i] = zero[i] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
-        __m256i both = _mm256_loadu_si256((const __m256i *)(q + g * 32));
-        __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        __m256i pairs = _mm256_add_epi16(
-            _mm256_maddubs_epi16(low, _mm256_loadu_si256((const __m256i *)(x + g * GROUP))),
-            _mm256_maddubs_epi16(high, _mm256_loadu_si256((const __m256i *)(x + g * GROUP + 32))));
-        __m256 part = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-        sum = _mm256_add_ps(sum, _mm256_mul_ps(part, _mm256_set1_ps(bfloat(scales[2 * g]) * x_scales[g])));
-        zero += bfloat(scales[2 * g + 1]) * x_sums[g];
+        if (g % 8 == 0)
+#pragma GCC unroll 4
+            for (int i = 0; i < count; i++) { /* of eight groups at once; beyond the last one the input's are zero */
+                __m256i both = _mm256_loadu_si256((const __m256i *)(scales + 2 * (i * groups + g)));
+                __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+                __m256 offset = _mm256_castsi256_ps(_mm256_and_si256(both, high_half));
+                _mm256_storeu_ps(factors[i], _mm256_mul_ps(scale, _mm256_loadu_ps(x_scales + g)));
+                zero[i] = _mm256_fmadd_ps(offset, _mm256_loadu_ps(x_sums + g), zero[i]);
+            }
+        __m256i first = _mm256_loadu_si256((const __m256i *)(x + g * GROUP));
+        __m256i second = _mm256_loadu_si256((const __m256i *)(x + g * GROUP + 32));
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) {
+            __m256i both = _mm256_loadu_si256((const __m256i *)(q + (i * groups + g) * 32));
+            _mm_prefetch((const char *)(q + ((i + count) * groups + g) * 32), _MM_HINT_T0);
+            __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+            __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second));
+            __m256 part = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+            sum[i] = _mm256_fmadd_ps(part, _mm256_broadcast_ss(&factors[i][g % 8]), sum[i]);
+        }
     }
-    float part[8], total = 0;
-    _mm256_storeu_ps(part, sum);
-    for (int i = 0; i < 8; i++) total += part[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+        float part[8], total = 0;
+        _mm256_storeu_ps(part, _mm256_add_ps(sum[i], zero[i]));
+        for (int j = 0; j < 8; j++) total += part[j];
+        y[i] = total;
+    }
 #else
-    float total = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        int32_t part = 0;
-        for (int i = 0; i < 32; i++)
-            part += (q[g * 32 + i] & 15) * x[g * GROUP + i] + (q[g * 32 + i] >> 4) * x[g * GROUP + 32 + i];
-        total += (float)part * (bfloat(scales[2 * g]) * x_scales[g]);
-        zero += bfloat(scales[2 * g + 1]) * x_sums[g];
+    for (int i = 0; i < count; i++, q += groups * 32, scales += groups * 2) {
+        float total = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            int32_t part = 0;
+            for (int j = 0; j < 32; j++)
+                part += (q[g * 32 + j] & 15) * x[g * GROUP + j] + (q[g * 32 + j] >> 4) * x[g * GROUP + 32 + j];
+            total += (float)part * (bfloat(scales[2 * g]) * x_scales[g]) + bfloat(scales[2 * g + 1]) * x_sums[g];
+        }
+        y[i] = total;
     }
 #endif
-    return total + zero;
 }
 
 static void tile(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
     int64_t cols = m->cols, groups = groups_of(m);
     if (m->kind == INT4) {
-        for (int64_t i = first; i < first + count; i++)
-            for (int64_t r = 0; r < n; r++)
-                y[r * m->rows + i] = dot_int4((const uint8_t *)m->data + i * groups * 32, m->scales + i * groups * 2,
-                                              groups, in->bytes + r * groups * GROUP, in->byte_scales + r * groups,
-                                              in->group_sums + r * groups);
+        const uint8_t *q = (const uint8_t *)m->data + first * groups * 32;
+        const uint16_t *scales = m->scales + first * groups * 2;
+        for (int64_t r = 0; r < n; r++) {
+            const int8_t *bytes = in->bytes + r * groups * GROUP;
+            const float *byte_scales = in->byte_scales + r * padded(groups), *sums = in->group_sums + r * padded(groups);
+            float *out = y + r * m->rows + first;
+            int64_t i = 0;
+            for (; i + 4 <= count; i += 4)
+                dots_int4(q + i * groups * 32, scales + i * groups * 2, groups, bytes, byte_scales, sums, out + i, 4);
+            for (; i < count; i++)
+                dots_int4(q + i * groups * 32, scales + i * groups * 2, groups, bytes, byte_scales, sums, out + i, 1);
+        }
     } else {
         int64_t size = m->kind == BFLOAT16 ? 2 : 4;
         const char *data = (const char *)m->data + first * cols * size;
