@@ -21,7 +21,7 @@ from knn_ssd.target.native import why_unavailable
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 16
 
 
 def plan_for(engine: Engine, index: int) -> Plan:
@@ -69,9 +69,9 @@ def bfloat16_engine() -> Engine:
 def real_prompts() -> list[tuple[str, str]]:
     """A few of every domain, with the domain."""
     if DATA.is_dir():
-        found = [json.loads(line) for file in sorted(DATA.glob("*.jsonl")) for line in _head(file, 3)]
+        found = [json.loads(line) for file in sorted(DATA.glob("*.jsonl")) for line in _head(file, 2)]
         return [(item["domain"], item["prompt"]) for item in found]
-    return [(domain, builtin_prompts([domain])[i].prompt) for domain in BUILTIN_DOMAINS for i in range(3)]
+    return [(domain, builtin_prompts([domain])[i].prompt) for domain in BUILTIN_DOMAINS for i in range(2)]
 
 
 def _head(file: Path, count: int) -> list[str]:
@@ -97,14 +97,14 @@ def test_in_bfloat16_every_way_of_drafting_says_what_plain_decoding_says(bfloat1
             assert generation.token_ids == plain.token_ids, (prompt, options)
             drafted += generation.stats.drafted
             looked_up += generation.plan.policy.lookup
-    assert drafted > 500
-    assert looked_up > 10
+    assert drafted > 300
+    assert looked_up > 5
 
 
 @pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
 def test_bfloat16_weights_give_what_float32_arithmetic_makes_of_them(bfloat16_engine: Engine) -> None:
     reference = copy.deepcopy(bfloat16_engine.model).float()
-    for _domain, prompt in real_prompts()[::3]:
+    for _domain, prompt in real_prompts()[::4]:
         token_ids = bfloat16_engine.encode(prompt)
         said = bfloat16_engine.generate(token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids
         assert list(said) == transformers_output(reference, token_ids, MAX_NEW_TOKENS)

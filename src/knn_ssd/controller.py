@@ -26,6 +26,7 @@ _MOST_PATIENCE = 1024
 _RATE = 0.1  # of the corrections of costs; the first of a kind go faster
 _MOST_RATIO = 4.0  # one observation counts as no more than this much off
 _MEMORY = 0.985  # what is left of an observation's weight at the next one
+_PRIOR_MEMORY = 0.95  # and of the prior's
 _SURE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 _MATCH_EDGES = (3, 4, 6, 9, 17)
 _MATCH_PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
@@ -80,7 +81,7 @@ def typical_profile(num_layers: int) -> CostProfile:
 
 
 class Chance:
-    """How often something was accepted: a prior, and observations that fade."""
+    """How often something was accepted: a prior that stands for a few observations, and observations; both fade."""
 
     def __init__(self, prior: float, strength: float = 6.0) -> None:
         self._prior, self._strength = prior, strength
@@ -93,6 +94,7 @@ class Chance:
     def saw(self, accepted: bool) -> None:
         self._hits = self._hits * _MEMORY + accepted
         self._trials = self._trials * _MEMORY + 1.0
+        self._strength *= _PRIOR_MEMORY
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Experience:
     def __post_init__(self) -> None:
         self.own = Chance(self.prior)
         middles = [(low + high) / 2 for low, high in zip((0.0, *_SURE_EDGES), (*_SURE_EDGES, 1.0), strict=True)]
-        self.by_sure = [Chance(middle) for middle in middles]
+        self.by_sure = [Chance(middle ** (2 * (1 - self.prior))) for middle in middles]  # a good draft is right unsure
         self.by_match = [Chance(prior) for prior in _MATCH_PRIORS]
 
     def sure(self, probability: float) -> Chance:

@@ -20,7 +20,7 @@ from knn_ssd.calibrate.onpolicy import Observation, ending
 from knn_ssd.decode import decode
 from knn_ssd.draft.self_draft import top_probability
 from knn_ssd.drafting import Drafting
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.target.contract import Session, Target
 
@@ -209,13 +209,15 @@ class Clock:
         self._observations = [o for o in observations if len(o.token_ids) > 1]
         self._eos_token_ids = eos_token_ids
         self._drafting = Drafting(target, cost)
+        self._agreement: dict[tuple[Mode, ...], float | None] = {}
 
-    def compare(self, plans: Sequence[Plan]) -> list[Timing]:
+    def compare(self, plans: Sequence[Plan], agreements: Sequence[float | None] = ()) -> list[Timing]:
         """Times each plan against plain decoding, pair by pair, until it is proven or beaten, or behind a proven one.
 
         One decoding tells little on a machine that has other things to do. So both decode the same prompt shortly
         after each other, time and again, and of each prompt the fastest times count.
         """
+        self._agreement = {plan.modes: agreement for plan, agreement in zip(plans, agreements, strict=False)}
         plain = Plan.plain(self._target.num_layers)
         timings = [Timing() for _ in plans]
         if self._observations:  # the warm-up
@@ -248,7 +250,8 @@ class Clock:
         try:
             prefill = session.prefill(list(observation.prompt_ids))
             sampler = Sampler.from_params(SamplingParams(), self._target.device)
-            source = self._drafting.source(session, plan, sampler, adaptive=adaptive)
+            agreement = self._agreement.get(plan.modes)
+            source = self._drafting.source(session, plan, sampler, agreement=agreement, adaptive=adaptive)
             started = time.perf_counter()
             for _round in decode(
                 session,

@@ -246,7 +246,8 @@ class _Calibration:
         timed: list[Timing] = []
         if finalists:
             self.reporter.stage(f"timing {label}", None)
-            timed = self.clock(observations, cost).compare(finalists)
+            agreements = [_agreement(ranked, plan) for plan in finalists]
+            timed = self.clock(observations, cost).compare(finalists, agreements)
         winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= _WORTH_HAVING]
         best = max(winners, key=lambda i: timed[i].speedup, default=None)
         plan = Plan.plain(self.target.num_layers) if best is None else finalists[best]
@@ -254,7 +255,7 @@ class _Calibration:
             "trials": len(finished),
             "prompts": len(observations),
             "best_score": ranked[0].speedup if ranked else None,
-            "agreement": next((f.agreement for f in ranked if f.plan.modes == plan.modes), None),
+            "agreement": _agreement(ranked, plan),
             "timed": [
                 {"plan": p.to_json(), "speedup": t.speedup, "pairs": len(t.gains), "proven": t.proven}
                 for p, t in zip(finalists, timed, strict=True)
@@ -305,6 +306,11 @@ class _Calibration:
             vectors=vectors,
             vector_labels=tuple(labels),
         )
+
+
+def _agreement(finished: Sequence[Finished], plan: Plan) -> float | None:
+    """What the search measured of a plan's drafts."""
+    return next((f.agreement for f in finished if f.plan.modes == plan.modes), None)
 
 
 def _told(finished: Finished) -> dict[str, Any]:

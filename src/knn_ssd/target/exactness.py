@@ -46,7 +46,7 @@ class Padding:
     def __str__(self) -> str:
         if self == NO_PADDING:
             return "none"
-        parts = [f"at least {self.min_rows} rows"] if self.min_rows > max(1, self.row_multiple) else []
+        parts = [f"at least {self.min_rows} rows"] if self.min_rows > 1 else []
         parts += [f"rows to a multiple of {self.row_multiple}"] if self.row_multiple > 1 else []
         parts += [f"keys to a multiple of {self.key_multiple}"] if self.key_multiple > 1 else []
         return ", ".join(parts)
@@ -57,9 +57,10 @@ PADDINGS = (
     NO_PADDING,
     Padding(key_multiple=64),
     Padding(min_rows=2, key_multiple=64),  # a single row is a matrix-vector product, with an order of its own
-    # MKL in float32 on AVX2: other kernels for what is left of a multiple of 4 rows, and sums over fewer than 384
-    # keys halved where they are more than 192. PyTorch attends to 512 keys at a time.
-    Padding(min_rows=4, row_multiple=4, key_multiple=512),
+    # MKL's sums of floats on AVX2, which attention uses in bfloat16 too: other kernels for fewer than 4 rows, and sums
+    # over fewer than 384 keys halved where they are more than 192. PyTorch attends to 512 keys at a time.
+    Padding(min_rows=4, key_multiple=512),
+    Padding(row_multiple=4, key_multiple=512),  # and where threads share the rows, for what is left of a multiple of 4
 )
 """What is tried, the cheapest first."""
 
@@ -185,7 +186,7 @@ def _agrees(session: PaddedSession, length: int, token_ids: list[int], bare: tor
 
 
 def _random_tokens(count: int, vocab_size: int, draw: torch.Generator) -> list[int]:
-    return torch.randint(vocab_size, (count,), generator=draw).tolist()  # type: ignore[no-any-return]
+    return torch.randint(vocab_size, (count,), generator=draw).tolist()
 
 
 def _round_up(count: int, multiple: int) -> int:

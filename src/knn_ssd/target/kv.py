@@ -54,6 +54,7 @@ class StaticCache(Cache):
         length = self.pointer.length
         source = torch.arange(length, self.room) % length
         for layer in self.layers:
+            assert isinstance(layer, _StaticLayer)
             assert layer.keys is not None
             assert layer.values is not None
             for states in (layer.keys, layer.values):
@@ -74,7 +75,7 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._cache = cache
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """Said of a padded pass: else transformers drops a single row's mask, and it would see dead keys."""
         return self._cache.live is not None
 
