@@ -132,8 +132,8 @@ def run() -> int:
     identical = show_routed_decoding(engine, fresh)
     identical = show_forced_drafts(engine, atlas, fresh) and identical
     console.print(
-        "Low-bit drafts and look-up pay on a model this small; skipping alone does not. Where sublayers are redundant,\n"
-        "calibration finds them:\n"
+        "On a model this small skipping alone does not pay; low-bit drafts and look-up may. Where sublayers are\n"
+        "redundant, calibration finds them:\n"
     )
     identical = show_planted_redundancy() and identical
     main(["plot", str(path), "--out", str(OUT / "atlas.png")])

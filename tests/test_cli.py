@@ -241,16 +241,15 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(generate: Run, engine: En
     expected = engine.generate(MATH, max_new_tokens=12)
     assert result.code == 0
     assert result.out.rstrip("\n") == expected.text.rstrip("\n")
-    assert re.fullmatch(
-        r"\[plain decoding \| nothing drafted \| 12 tokens at [\d.]+/s \| \w+ exactness \| ended by length\]\n",
-        result.err,
-    )
+    drafts = r"(nothing drafted|drafted \d+, accepted \d+ \(\d+%\))"
+    rest = r"12 tokens at [\d.]+/s \| \w+ exactness \| ended by length"
+    assert re.fullmatch(rf"\[.*look-up \| {drafts} \| {rest}\]\n", result.err)
 
 
 def test_the_summary_tells_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
     near = generate("--prompt", MATH, "--atlas", atlas_dir).err
     assert re.match(r"\[near math at distance 0\.000 \| skip attention 2, skip MLP 1; draft up to 4", near)
-    assert re.search(r"drafted \d+, accepted \d+ \(\d+%\)", near)
+    assert re.search(r"drafted \d+, accepted \d+ \(\d+%\)|nothing drafted", near), "as the controller finds it pays"
     far = generate("--prompt", STORY, "--atlas", atlas_dir).err
     assert far.startswith("[fallback: far from all, nearest story at distance 0.000 | plain decoding")
     given = generate("--prompt", STORY, "--atlas", atlas_dir, "--domain", "math").err
@@ -265,14 +264,15 @@ def test_json_without_an_atlas(generate: Run, engine: Engine) -> None:
     assert answer["text"] == expected.text
     assert answer["token_ids"] == list(expected.token_ids)
     assert answer["route"] is None
-    assert Plan.from_json(answer["plan"]).is_plain
+    assert Plan.from_json(answer["plan"]).policy.lookup, "the general plan"
     assert answer["finish_reason"] == "length"
     stats = answer["stats"]
     assert set(stats) == {
         "drafted", "accepted", "rounds", "tokens", "acceptance_rate", "tokens_per_round", "tokens_per_sec",
         "prefill_sec", "route_sec", "decode_sec", "exactness",
     }  # fmt: skip
-    assert (stats["drafted"], stats["rounds"], stats["tokens"], stats["acceptance_rate"]) == (0, 12, 12, None)
+    assert stats["tokens"] == 12
+    assert stats["accepted"] == 12 - stats["rounds"], "each round brings one token of the target's own"
 
 
 def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engine: Engine) -> None:
@@ -285,7 +285,7 @@ def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engi
     assert far["route"]["fallback"] is True
     assert Plan.from_json(near["plan"]) == PLAN
     assert Plan.from_json(far["plan"]).is_plain
-    assert near["stats"]["drafted"] >= near["stats"]["accepted"] > 0
+    assert near["stats"]["drafted"] >= near["stats"]["accepted"] >= 0
     for answer, prompt in ((near, MATH), (far, STORY)):
         assert answer["token_ids"] == list(engine.generate(prompt, max_new_tokens=12).token_ids)
 
@@ -991,7 +991,7 @@ def test_doctor_json(run: Run, model_dir: Path) -> None:
 def test_doctor_shows_the_same_to_people(run: Run, model_dir: Path) -> None:
     result = run("doctor", "--model", model_dir)
     assert result.code == 0
-    for words in ("read bandwidth", "GB/s", "aten._weight_int4pack_mm_for_cpu", "supported", "floor", str(model_dir)):
+    for words in ("read bandwidth", "GB/s", "kernels", "target", "plain step", "supported", "floor", str(model_dir)):
         assert words in result.out
 
 

@@ -21,7 +21,7 @@ import transformers
 import knn_ssd
 from knn_ssd import errors
 from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.cli import _parser
 from knn_ssd.cli.results import generation_json
 from knn_ssd.engine import Engine, Generation, Stats
@@ -305,7 +305,8 @@ def test_the_table_of_settings_has_all_of_them_with_their_defaults() -> None:
         value = getattr(settings, name)
         if value is not None and not isinstance(value, bool):
             assert default.strip("`") == str(value), name
-    assert settings.num_trials(5) == 6 * 5 + 40
+    assert settings.num_trials(5, False, "any") == 6 * 5 + 40
+    assert (settings.num_trials(5, True, "any"), settings.num_trials(5, True, MIXTURE)) == (16, 2 * 5 + 16)
 
 
 def test_the_command_page_names_every_key_of_generate_json() -> None:

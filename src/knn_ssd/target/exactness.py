@@ -102,7 +102,7 @@ class PaddedSession(Session, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Finding:
     """What a target's passes promise, and how they are padded to keep it."""
 
     exactness: Exactness
@@ -116,7 +116,7 @@ _ELEMENTS = 500_000  # of hidden states that have to agree: rounding to 16 bits 
 _MOST_TIMES = 4  # for small models
 
 
-def probe_padding(session: PaddedSession, vocab_size: int, context_length: int, size: int, half: bool) -> Verdict:
+def probe_padding(session: PaddedSession, vocab_size: int, context_length: int, size: int, half: bool) -> Finding:
     """The first of `PADDINGS` under which a row's bits do not depend on the block it is computed in.
 
     Args:
@@ -144,8 +144,8 @@ def probe_padding(session: PaddedSession, vocab_size: int, context_length: int, 
                 raise
             found = False
         if found:
-            return Verdict(Exactness.BITWISE, padding)
-    return Verdict(Exactness.NUMERICAL, NO_PADDING)
+            return Finding(Exactness.BITWISE, padding)
+    return Finding(Exactness.NUMERICAL, NO_PADDING)
 
 
 def probe_capacity(context_length: int) -> int:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.target.contract import Exactness, Prefill
-from knn_ssd.target.exactness import NO_PADDING, PADDINGS, Padding, Verdict, probe_capacity, probe_padding
+from knn_ssd.target.exactness import NO_PADDING, PADDINGS, Finding, Padding, probe_capacity, probe_padding
 from knn_ssd.target.kv import StaticCache
 from knn_ssd.target.pointer import Pointer
 from knn_ssd.target.structure import Structure, context_length, find_structure
@@ -56,7 +56,7 @@ class HuggingFaceTarget:
         self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
-        self._verdict: Verdict | None = None
+        self._verdict: Finding | None = None
         self._silent = _silent_forwards(self)
 
     @property
@@ -75,7 +75,7 @@ class HuggingFaceTarget:
         """A new session; one that is not padded is faster, and what it gives may depend on the lengths of passes."""
         return HuggingFaceSession(self, capacity, self.padding if padded else NO_PADDING)
 
-    def _probed(self) -> Verdict:
+    def _probed(self) -> Finding:
         with self.lock:
             if self._verdict is None:
                 session = HuggingFaceSession(self, probe_capacity(self.context_length), PADDINGS[-1])
