@@ -20,6 +20,7 @@ from knn_ssd.target.linear import Keeper, LowBit, matrix_of
 from knn_ssd.target.native import Matrix, address, kernels
 
 BLOCKS = (1, 2, 4, 8)
+KEPT: list[object] = []  # holds the tensors whose addresses the kernels have
 COPIES, REPEATS = 4, 7
 
 
@@ -45,6 +46,7 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
     full = [matrix_of(linear, keeper) for linear in halves]
     low = LowBit([], [], full[0])
     copies = [low._round(matrix) for matrix in full]
+    KEPT.extend((keeper, low, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),
         "F.linear, bfloat16": lambda x: lambda i: nn.functional.linear(x.bfloat16(), narrow[i]),
