@@ -188,6 +188,16 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
     assert (decoded - weight).norm() < (rounded.view(64, 640) - weight).norm()
 
 
+def test_positions_grow_with_the_text_and_never_past_the_context() -> None:
+    """Rotary embeddings of the kind `dynamic` change for positions past the context they were made for."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 3000}
+    target = FusedTarget(wide_model("llama", max_position_embeddings=3000, rope_parameters=rope))
+    first = target.positions(100)[0][:100].clone()
+    cosines, sines = target.positions(2900)
+    assert len(cosines) == len(sines) == target.context_length == 3000
+    assert torch.equal(cosines[:100], first)
+
+
 def test_it_is_bitwise_by_probe_and_chosen_by_itself() -> None:
     target = target_of(wide_model("llama", torch.bfloat16))
     assert isinstance(target, FusedTarget)
@@ -250,11 +260,11 @@ def test_without_kernels_the_general_target_takes_over(
     monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    native.kernels.cache_clear()
+    native._found.cache_clear()
     try:
         assert reason in (native.why_unavailable() or "")
         assert isinstance(target_of(wide_model("llama")), HuggingFaceTarget)
         assert not list(tmp_path.rglob("*.so"))
     finally:
         monkeypatch.undo()
-        native.kernels.cache_clear()
+        native._found.cache_clear()

@@ -56,8 +56,9 @@ class Drafting:
             return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
         self_draft = SelfDraft(session, plan, sampler) if plan.cheapens else None
         key = (label, plan.modes, plan.head, sampler.greedy)
-        experience = self._experience.setdefault(key, new_experience(plan, agreement))
-        return Controller(plan, self._costs, experience, self_draft, lookup)
+        if key not in self._experience:
+            self._experience[key] = new_experience(plan, agreement)
+        return Controller(plan, self._costs, self._experience[key], self_draft, lookup)
 
 
 def general_plan(target: Target) -> Plan:

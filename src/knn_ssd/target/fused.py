@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from knn_ssd.target.contract import Exactness, Prefill
 from knn_ssd.target.exactness import probe
 from knn_ssd.target.linear import KINDS, Keeper, LowBit, matrix_of
 from knn_ssd.target.native import Attention, Matrix, Mlp, Place, address, kernels, why_unavailable
-from knn_ssd.target.pointer import Pointer
+from knn_ssd.target.pointer import Pointed
 from knn_ssd.target.structure import context_length, find_structure
 
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -108,7 +108,7 @@ class FusedTarget:
         self.attentions = [self._attention(layer) for layer in self.structure.layers]
         self.mlps = [self._mlp(layer) for layer in self.structure.layers]
         base: Any = model.base_model
-        self.embedding: torch.Tensor = base.embed_tokens.weight
+        self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
         self.low = LowBit(self.attentions, self.mlps, self.head)
@@ -132,8 +132,9 @@ class FusedTarget:
 
     def positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (at least `count`, rotary), float32."""
-        while len(self._positions[0]) < count:
-            self._positions = self._positions_up_to(2 * len(self._positions[0]))
+        known = len(self._positions[0])
+        if known < count:  # never beyond the context, where some rotary embeddings change
+            self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
         return self._positions
 
     def way(self, plan: Plan | None) -> _Way:
@@ -148,16 +149,9 @@ class FusedTarget:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
-        attentions = [
-            self.low.attention(i) if mode is Mode.LOW else None if mode is Mode.SKIP else self.attentions[i]
-            for i, mode in enumerate(plan.attention)
-        ]
-        mlps = [
-            self.low.mlp(i) if mode is Mode.LOW else None if mode is Mode.SKIP else self.mlps[i]
-            for i, mode in enumerate(plan.mlp)
-        ]
         head = self.low.head() if plan.head is Mode.LOW else self.head
-        return _Way(_pointers(attentions), _pointers(mlps), head)
+        attentions = _pointers(plan.attention, self.attentions, self.low.attention)
+        return _Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _attention(self, layer: Any) -> Attention:
         module, keeper = layer.self_attn, self._keeper
@@ -205,28 +199,22 @@ class _Way:
     head: Matrix
 
 
-def _pointers(structures: list[Any]) -> Any:
-    addresses = [None if s is None else ctypes.addressof(s) for s in structures]
+def _pointers(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
+    """Where each layer's sublayer lies in its mode; null where it is skipped."""
+    made = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
+    addresses = [None if mode is Mode.SKIP else ctypes.addressof(made[mode](i)) for i, mode in enumerate(modes)]
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-class FusedSession:
+class FusedSession(Pointed):
     """One request on a `FusedTarget`; see `contract.Session`."""
 
     def __init__(self, target: FusedTarget, capacity: int) -> None:
+        super().__init__(capacity)
         self._target = target
-        self._pointer = Pointer(capacity)
         first = target.attentions[0]
         shape = (target.num_layers, first.kv_heads, capacity, first.head_dim)
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
-
-    @property
-    def length(self) -> int:
-        return self._pointer.length
-
-    @property
-    def capacity(self) -> int:
-        return self._pointer.capacity
 
     def prefill(self, token_ids: list[int]) -> Prefill:
         assert self.length == 0, "prefill is for an empty session"
@@ -251,12 +239,6 @@ class FusedSession:
     def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
         _, logits = self._run(token_ids, plan, wanted=len(token_ids), run=run_length)
         return logits
-
-    def commit(self, count: int) -> None:
-        self._pointer.commit(count)
-
-    def rewind(self, length: int) -> None:
-        self._pointer.rewind(length)
 
     def close(self) -> None:
         self._keys = self._values = torch.empty(0)

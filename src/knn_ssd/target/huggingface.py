@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.target.contract import Exactness, Prefill
-from knn_ssd.target.exactness import NO_PADDING, PADDINGS, Finding, Padding, probe_capacity, probe_padding
+from knn_ssd.target.exactness import probe
 from knn_ssd.target.kv import StaticCache
-from knn_ssd.target.pointer import Pointer
+from knn_ssd.target.pointer import Pointed, Pointer
 from knn_ssd.target.structure import Structure, context_length, find_structure
 
 # Targets of one model exclude each other too: a pass of one must not see what another has skipped.
@@ -56,36 +56,22 @@ class HuggingFaceTarget:
         self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
-        self._verdict: Finding | None = None
+        self._exactness: Exactness | None = None
         self._silent = _silent_forwards(self)
 
     @property
     def exactness(self) -> Exactness:
-        return self._probed().exactness
-
-    @property
-    def padding(self) -> Padding:
-        """How passes of the full model are padded; what it takes to be exact, or nothing where nothing helps."""
-        return self._probed().padding
+        """Never `bitwise` in 16 bits: rounding hides most differences of a sum there, and equal bits show little."""
+        if self._exactness is None:
+            half = self.model.dtype.itemsize < torch.float32.itemsize
+            self._exactness = Exactness.NUMERICAL if half else probe(self)
+        return self._exactness
 
     def prepare(self, plan: Plan) -> None:
         """Nothing: a plan needs no more than the model has."""
 
-    def open(self, capacity: int, padded: bool = True) -> HuggingFaceSession:
-        """A new session; one that is not padded is faster, and what it gives may depend on the lengths of passes."""
-        return HuggingFaceSession(self, capacity, self.padding if padded else NO_PADDING)
-
-    def _probed(self) -> Finding:
-        with self.lock:
-            if self._verdict is None:
-                session = HuggingFaceSession(self, probe_capacity(self.context_length), PADDINGS[-1])
-                half = self.model.dtype.itemsize < torch.float32.itemsize
-                size = self.num_layers * self.hidden_size
-                try:
-                    self._verdict = probe_padding(session, self.vocab_size, self.context_length, size, half)
-                finally:
-                    session.close()
-            return self._verdict
+    def open(self, capacity: int) -> HuggingFaceSession:
+        return HuggingFaceSession(self, capacity)
 
     @contextmanager
     def skipping(self, plan: Plan | None) -> Iterator[None]:
@@ -99,28 +85,22 @@ class HuggingFaceTarget:
         cache: StaticCache,
         logits_to_keep: int,
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        padding: Padding = NO_PADDING,
     ) -> torch.Tensor:
-        """Logits (n, V), or of the last rows only, of tokens at the cache's pointer. Only whole passes are padded."""
+        """Logits (n, V), or of the last rows only, of tokens at the cache's pointer."""
         start, count = cache.pointer.length, len(token_ids)
-        cache.pointer.check_room(count)
-        added = padding.rows(count) - count  # the last token once more, at its own position: there may be none after
-        logits_to_keep += added
         options: dict[str, Any] = {
-            "position_ids": torch.arange(start, start + count + added, device=self.device)[None].clamp(
-                max=start + count - 1
-            ),  # (1, n)
+            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
             "attention_mask": mask,
             "logits_to_keep": logits_to_keep,
         }
-        with torch.no_grad(), cache.padded(count, padding):
+        with torch.no_grad():
             output = self.model(
-                input_ids=torch.tensor([token_ids + token_ids[-1:] * added], device=self.device),  # (1, n)
+                input_ids=torch.tensor([token_ids], device=self.device),  # (1, n)
                 past_key_values=cache,
                 use_cache=True,
                 **{name: value for name, value in options.items() if name in self._options},
             )
-        return output.logits[0, -logits_to_keep:][: logits_to_keep - added]  # type: ignore[no-any-return]
+        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
 
     def rehearsal_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask of a rehearsal; for models with several kinds of attention layers, one of each kind."""
@@ -150,28 +130,13 @@ class HuggingFaceTarget:
         return [attention[i] for i in plan.skipped_attention] + [mlp[i] for i in plan.skipped_mlp]
 
 
-class HuggingFaceSession:
-    """One request on a `HuggingFaceTarget`; see `contract.Session`.
+class HuggingFaceSession(Pointed):
+    """One request on a `HuggingFaceTarget`; see `contract.Session`."""
 
-    Args:
-        target: whose model runs.
-        capacity: how many tokens there is room for.
-        padding: of the full model's passes, but for the prompt's, which is the same pass with drafts and without.
-    """
-
-    def __init__(self, target: HuggingFaceTarget, capacity: int, padding: Padding) -> None:
-        self.padding = padding
+    def __init__(self, target: HuggingFaceTarget, capacity: int) -> None:
+        super().__init__(capacity)
         self._target = target
-        self._pointer = Pointer(capacity)
-        self._cache = StaticCache(target.num_layers, self._pointer, padding)
-
-    @property
-    def length(self) -> int:
-        return self._pointer.length
-
-    @property
-    def capacity(self) -> int:
-        return self._pointer.capacity
+        self._cache = StaticCache(target.num_layers, self._pointer)
 
     def prefill(self, token_ids: list[int]) -> Prefill:
         assert self.length == 0, "prefill is for an empty session"
@@ -185,19 +150,10 @@ class HuggingFaceSession:
 
     def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
         self._pointer.check(plan)
-        padding = (
-            self.padding if plan is None or not plan.cheapens else NO_PADDING
-        )  # whatever a draft is, it is no reply
         with self._target.skipping(plan):
-            logits = self._target.run(token_ids, self._cache, logits_to_keep=len(token_ids), padding=padding)
+            logits = self._target.run(token_ids, self._cache, logits_to_keep=len(token_ids))
         self._pointer.ran(len(token_ids), plan)
         return logits
-
-    def commit(self, count: int) -> None:
-        self._pointer.commit(count)
-
-    def rewind(self, length: int) -> None:
-        self._pointer.rewind(length)
 
     def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
         count = len(token_ids)
@@ -211,15 +167,6 @@ class HuggingFaceSession:
 
     def close(self) -> None:
         self._cache.release()
-
-    def pretend(self, length: int) -> None:
-        """Moves the pointer, whatever the cache holds up to there: for the probe."""
-        self._pointer = self._cache.pointer = Pointer(self.capacity)
-        self._pointer.length = length
-
-    def fill(self) -> None:
-        """Something finite in the cache beyond the pointer: for the probe."""
-        self._cache.fill()
 
 
 def _rehearsal_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:

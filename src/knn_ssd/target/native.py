@@ -81,13 +81,34 @@ _SIGNATURES = {
 }
 
 
-@functools.cache
 def kernels() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
         KernelsUnavailable: says why.
     """
+    found = _found()
+    if isinstance(found, KernelsUnavailable):
+        raise found
+    return found
+
+
+def why_unavailable() -> str | None:
+    """None where the kernels can be used, else the reason in one sentence."""
+    found = _found()
+    return found.message if isinstance(found, KernelsUnavailable) else None
+
+
+@functools.cache
+def _found() -> ctypes.CDLL | KernelsUnavailable:
+    """The kernels, or why not: compiled, or tried in vain, once in a process."""
+    try:
+        return _loaded()
+    except KernelsUnavailable as error:
+        return error
+
+
+def _loaded() -> ctypes.CDLL:
     if os.environ.get("KNN_SSD_KERNELS", "").lower() in ("off", "0", "no"):
         raise KernelsUnavailable("the environment says KNN_SSD_KERNELS=off")
     try:
@@ -99,15 +120,6 @@ def kernels() -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, None
     library.knn_ssd_lanes.restype = c_int64
     return library
-
-
-def why_unavailable() -> str | None:
-    """None where the kernels can be used, else the reason in one sentence."""
-    try:
-        kernels()
-    except KernelsUnavailable as error:
-        return error.message
-    return None
 
 
 def address(array: torch.Tensor | None) -> int | None:

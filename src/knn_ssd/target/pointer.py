@@ -47,3 +47,24 @@ class Pointer:
         self.length = length
         self._verified = min(self._verified, length)
         self._pending = 0
+
+
+class Pointed:
+    """What a session does with its pointer alone: the half of `contract.Session` that every target shares."""
+
+    def __init__(self, capacity: int) -> None:
+        self._pointer = Pointer(capacity)
+
+    @property
+    def length(self) -> int:
+        return self._pointer.length
+
+    @property
+    def capacity(self) -> int:
+        return self._pointer.capacity
+
+    def commit(self, count: int) -> None:
+        self._pointer.commit(count)
+
+    def rewind(self, length: int) -> None:
+        self._pointer.rewind(length)
