@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## the whole test suite, in two processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+test: $(READY)  ## the whole test suite: what goes by the clock alone, then the rest in two processes
+	$(BIN)/python -m pytest -q -m clock
+	$(BIN)/python -m pytest -q -m 'not clock' -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

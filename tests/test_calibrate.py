@@ -54,11 +54,7 @@ def skipped(plan: Plan) -> set[int]:
     return {2 * i for i in plan.skipped_attention} | {2 * i + 1 for i in plan.skipped_mlp}
 
 
-# A group is run in one process, which makes the atlas once.
-SEARCHES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("greedy", "bayes", "evolve")]
-
-
-@pytest.fixture(scope="module", params=SEARCHES)
+@pytest.fixture(scope="module", params=["greedy", "bayes", "evolve"])
 def planted_atlas(
     request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Atlas:
@@ -67,6 +63,7 @@ def planted_atlas(
     return calibrate(loaded(planted), prompts_of(planted), out, settings)
 
 
+@pytest.mark.clock
 def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_with_it(planted_atlas: Atlas) -> None:
     recovered = 0
     for name, redundant in REDUNDANT.items():
@@ -78,6 +75,7 @@ def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_w
     assert recovered >= 0.9 * sum(map(len, REDUNDANT.values()))
 
 
+@pytest.mark.clock
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
     engine = Engine(planted.model, tiny_tokenizer(), planted_atlas)
     fastest = {way: dict.fromkeys(REDUNDANT, float("inf")) for way in ("routed", "single", "plain")}  # of the turns
@@ -105,6 +103,7 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
         assert skipped(Plan.from_json(atlas.labels[name].evidence["best_skipping"]["plan"])) <= set(redundant)
 
 
+@pytest.mark.clock
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
     atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", Settings(trials=40, search_prompts=4))
@@ -121,6 +120,7 @@ def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_pat
     assert label.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
 
 
+@pytest.mark.clock
 def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas) -> None:
     assert planted_atlas.vectors is not None
     assert len(planted_atlas.vectors) == len(planted_atlas.vector_labels) == 24
