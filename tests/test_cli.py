@@ -270,9 +270,11 @@ def test_json_without_an_atlas(generate: Run, engine: Engine) -> None:
     assert set(stats) == {
         "drafted", "accepted", "rounds", "tokens", "acceptance_rate", "tokens_per_round", "tokens_per_sec",
         "prefill_sec", "route_sec", "decode_sec", "exactness",
+        "low_bit_bytes", "resident_memory_bytes", "peak_memory_bytes",
     }  # fmt: skip
     assert stats["tokens"] == 12
     assert stats["accepted"] == 12 - stats["rounds"], "each round brings one token of the target's own"
+    assert 0 <= stats["low_bit_bytes"] < stats["resident_memory_bytes"] <= stats["peak_memory_bytes"]
 
 
 def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engine: Engine) -> None:
@@ -412,7 +414,7 @@ def test_model_options_reach_the_loader(generate: Run, monkeypatch: pytest.Monke
     assert generate("--prompt", MATH, "--dtype", "bfloat16", "--device", "cpu").code == 0
     assert seen == {
         "name": str(model_dir), "atlas": None, "dtype": "bfloat16", "device": "cpu", "neighbours": 1,
-        "runs_in": torch.bfloat16,
+        "remember": 0, "runs_in": torch.bfloat16,
     }  # fmt: skip
 
 
@@ -710,6 +712,7 @@ def test_stats(chat: Run, atlas_dir: Path) -> None:
     assert lines[0] == "(no answer is finished yet)"
     assert "ended by length" in lines[1]
     assert re.fullmatch(r"\[2 answers \| .+ \| 16 tokens at [\d.]+/s\]", lines[2])
+    assert re.fullmatch(r"\[memory: weights \d+ MB, low-bit copies \d+ MB, in all \d+ MB, at most \d+ MB\]", lines[3])
 
 
 def test_a_conversation_beyond_the_context_loses_its_oldest_turns(chat: Run, engine: Engine) -> None:

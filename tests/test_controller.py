@@ -188,3 +188,13 @@ def test_a_fixed_policy_looks_up_where_the_match_is_long_and_drafts_else() -> No
     assert FixedPolicy(PLAN, None, lookups).propose([1], 3).tokens == (9, 9, 9)  # type: ignore[arg-type]
     lookups.length = None
     assert FixedPolicy(PLAN, None, lookups).propose([1], 3) == Draft()  # type: ignore[arg-type]
+
+
+def test_what_is_learned_of_some_rows_holds_for_a_few_more() -> None:
+    costs = Costs(CostProfile(1.0, 0.02, 0.02, (1.0, *(2.0,) * 12)))
+    for _ in range(60):
+        costs.saw_verification(1, 1.0)
+        costs.saw_verification(4, 1.2)
+    assert costs.verification(1) == pytest.approx(1.0, rel=0.02)
+    assert costs.verification(4) == pytest.approx(1.2, rel=0.02)
+    assert costs.verification(5) - costs.verification(4) < 0.1, "or drafts would stay at three tokens for ever"

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.decode import FinishReason
+from knn_ssd.draft.lookup import LookupDraft, Match
 from knn_ssd.engine import Engine, Generation
 from knn_ssd.errors import AtlasMismatchError, PromptError, UsageError
 from knn_ssd.plan import Mode, Plan, Policy
@@ -174,6 +175,35 @@ def test_without_an_atlas_a_general_plan_drafts(engine: Engine) -> None:
         assert generation.plan.policy.lookup
         assert generation.plan.cheapens == cheapens
     assert engine.generate("hi", max_new_tokens=20, adaptive=False).stats.drafted > 0
+
+
+def test_earlier_answers_are_looked_up_where_that_was_asked_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    match = LookupDraft.match
+
+    def watched(self: LookupDraft, context: Sequence[int], drafted: Sequence[int] = ()) -> Match | None:
+        result = match(self, context, drafted)
+        found.extend([result.text] if result else [])
+        return result
+
+    monkeypatch.setattr(LookupDraft, "match", watched)
+    remembering = Engine(engine.model, engine.tokenizer, remember=1000)
+    expected = engine.generate("hello there", max_new_tokens=24, plain=True).token_ids
+    sampling = {"temperature": 1.0, "seed": 1}
+    for options in ({"plain": True}, sampling, {"plan": Plan.skipping(engine.target.num_layers, [1])}, {}):
+        found.clear()
+        said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
+        assert "memory" not in found, "what is timed or seeded by itself is neither remembered nor reminded"
+        assert options is sampling or said == expected
+    for options, reminded in (({}, True), (sampling, False), ({"plain": True}, False)):
+        found.clear()
+        said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
+        assert ("memory" in found) == reminded
+        assert options is sampling or said == expected
+    with pytest.raises(UsageError, match="got 3"):
+        Engine(engine.model, engine.tokenizer, remember=3)
 
 
 def test_plain_decoding_drafts_nothing(engine: Engine) -> None:

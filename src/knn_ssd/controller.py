@@ -17,13 +17,15 @@ from knn_ssd.atlas import CostProfile
 from knn_ssd.draft.contract import Draft, Outcome
 from knn_ssd.draft.lookup import LookupDraft
 from knn_ssd.draft.self_draft import SelfDraft
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 
 _GAIN = 0.98  # a draft must be foretold to take this share of plain decoding's time per token, or less
 _LONGEST_LOOKUP = 15
 _PATIENCE = 32  # rounds without a source before it is tried again; doubled each time in vain
 _MOST_PATIENCE = 1024
 _RATE = 0.1  # of the corrections of costs; the first of a kind go faster
+_MOST_ROWS = 32  # beyond that, costs are corrected as for so many
+_LIKENESS = 0.95  # of a block's cost to that of one with a row more
 _MOST_RATIO = 4.0  # one observation counts as no more than this much off
 _MEMORY = 0.985  # what is left of an observation's weight at the next one
 _PRIOR_MEMORY = 0.95  # and of the prior's
@@ -39,31 +41,40 @@ class Costs:
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile
         self._level: float | None = None  # of the whole profile on this machine now
-        self._corrections: dict[object, tuple[float, int]] = {}  # by rows or modes: the factor, and how often seen
+        self._by_rows = [1.0] * (_MOST_ROWS + 1)
+        self._by_modes: dict[tuple[Mode, ...], float] = {}
+        self._seen: dict[object, int] = {}  # by rows or modes
 
     def verification(self, rows: int) -> float:
-        return self._profile.verification_sec(rows) * self._factor(rows)
+        return self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)] * (self._level or 1.0)
 
     def step(self, plan: Plan) -> float:
-        return self._profile.draft_step_sec(plan) * self._factor(plan.modes)
+        return self._profile.draft_step_sec(plan) * self._by_modes.get(plan.modes, 1.0) * (self._level or 1.0)
 
     def saw_verification(self, rows: int, seconds: float) -> None:
-        self._correct(rows, seconds / max(self.verification(rows), 1e-9))
+        """What is learned of a block of rows holds nearly as well for one of a few rows more. Else blocks that were
+        never run would keep what the profile says, and look dear beside those that turned out cheap.
+        """
+        factor = self._correction(rows, seconds / max(self.verification(rows), 1e-9))
+        if rows == 1:
+            self._by_rows[1] *= factor
+            return
+        for other in range(2, _MOST_ROWS + 1):
+            self._by_rows[other] *= factor ** (_LIKENESS ** abs(other - rows))
 
     def saw_steps(self, plan: Plan, count: int, seconds: float) -> None:
-        self._correct(plan.modes, seconds / max(count * self.step(plan), 1e-9))
+        factor = self._correction(plan.modes, seconds / max(count * self.step(plan), 1e-9))
+        self._by_modes[plan.modes] = self._by_modes.get(plan.modes, 1.0) * factor
 
-    def _factor(self, key: object) -> float:
-        return self._corrections.get(key, (1.0, 0))[0] * (self._level or 1.0)
-
-    def _correct(self, key: object, ratio: float) -> None:
+    def _correction(self, key: object, ratio: float) -> float:
+        """What a key's factor is multiplied by; the first observation of all only sets the level."""
         if self._level is None:
             self._level = ratio
-            return
-        factor, seen = self._corrections.get(key, (1.0, 0))
+            return 1.0
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
         ratio = min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO)
         self._level *= ratio ** (_RATE / 2)
-        self._corrections[key] = (factor * ratio ** max(_RATE / 2, 0.5 / (seen + 1)), seen + 1)
+        return float(ratio ** max(_RATE / 2, 0.5 / seen))
 
 
 def typical_profile(num_layers: int) -> CostProfile:

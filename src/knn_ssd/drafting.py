@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from knn_ssd.atlas import CostProfile
 from knn_ssd.controller import Controller, Costs, Experience, FixedPolicy, new_experience, typical_profile
 from knn_ssd.draft.contract import DraftSource
-from knn_ssd.draft.lookup import LookupDraft
+from knn_ssd.draft.lookup import LookupDraft, Memory
 from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import Sampler
@@ -20,10 +22,13 @@ class Drafting:
     Args:
         target: the model.
         cost: what passes cost, in any unit; None is what is typical.
+        remember: how many tokens of earlier prompts and outputs look-up searches too, for each label.
     """
 
-    def __init__(self, target: Target, cost: CostProfile | None = None) -> None:
+    def __init__(self, target: Target, cost: CostProfile | None = None, remember: int = 0) -> None:
         self._target = target
+        self._capacity = remember
+        self._memories: dict[str | None, Memory] = {}
         self._costs = Costs(cost or typical_profile(target.num_layers))
         self._experience: dict[object, Experience] = {}
 
@@ -46,11 +51,12 @@ class Drafting:
             label: whose requests share what acceptance was seen.
             agreement: what calibration measured of the plan's drafts.
             adaptive: choose length, source and stop by expected tokens per second, within the policy's bounds; else
-                the policy to the letter.
+                the policy to the letter, which knows nothing of earlier requests either.
         """
         if plan.is_plain:
             return None
-        lookup = LookupDraft() if plan.policy.lookup else None
+        memory = self._memory(label) if adaptive else None
+        lookup = LookupDraft(memory) if plan.policy.lookup else None
         if not adaptive:
             drafts = plan.cheapens or lookup is None
             return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
@@ -59,6 +65,17 @@ class Drafting:
         if key not in self._experience:
             self._experience[key] = new_experience(plan, agreement)
         return Controller(plan, self._costs, self._experience[key], self_draft, lookup)
+
+    def remember(self, label: str | None, token_ids: Sequence[int]) -> None:
+        """A prompt with its output, for later look-ups of the same label."""
+        memory = self._memory(label)
+        if memory is not None:
+            memory.add(token_ids)
+
+    def _memory(self, label: str | None) -> Memory | None:
+        if not self._capacity:
+            return None
+        return self._memories.setdefault(label, Memory(self._capacity))
 
 
 def general_plan(target: Target) -> Plan:

@@ -13,8 +13,10 @@ import torch
 from knn_ssd.atlas import Atlas
 from knn_ssd.decode import FinishReason, Round, decode
 from knn_ssd.draft.contract import DraftSource
+from knn_ssd.draft.lookup import LEAST_MEMORY
 from knn_ssd.drafting import Drafting, general_plan
 from knn_ssd.errors import PromptError, UsageError
+from knn_ssd.memory import MemoryUse, peak_bytes, resident_bytes
 from knn_ssd.plan import Plan
 from knn_ssd.route import Route, Router
 from knn_ssd.sampling import Sampler, SamplingParams
@@ -54,6 +56,7 @@ class Stats:
         route_sec: from prompt vector to plan.
         decode_sec: drafting, verifying and accepting.
         exactness: what the target's passes promise.
+        memory: what the engine and the process held at the end.
     """
 
     tokens: int
@@ -64,6 +67,7 @@ class Stats:
     route_sec: float
     decode_sec: float
     exactness: Exactness
+    memory: MemoryUse
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -152,6 +156,9 @@ class Engine:
         atlas: which plan for which prompts; without one, all use a general plan: everything low-bit where the target
             can, and look-up.
         neighbours: how many anchors vote on a route.
+        remember: how many tokens of earlier prompts and outputs look-up searches too, for each label of the atlas;
+            0 is none. Output stays what it is; requests with plain decoding, a plan or a seed of their own neither
+            add to it nor read it.
         target: what the model runs on; None takes the lean target where it can, else the general one.
 
     Raises:
@@ -166,14 +173,18 @@ class Engine:
         atlas: Atlas | None = None,
         *,
         neighbours: int = 1,
+        remember: int = 0,
         target: Target | None = None,
     ) -> None:
+        if remember != 0 and remember < LEAST_MEMORY:
+            raise UsageError(f"remember must be 0 or at least {LEAST_MEMORY} tokens, got {remember}")
         self.model = model
         self.tokenizer = tokenizer
         self.atlas = atlas
         self.target: Target = target or target_of(model)
         self.exactness = self.target.exactness
-        self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None)
+        self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None, remember)
         self._router: Router | None = None
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
@@ -190,6 +201,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         neighbours: int = 1,
+        remember: int = 0,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -198,7 +210,7 @@ class Engine:
             atlas: an atlas, or the folder of one.
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
-            neighbours: how many anchors vote on a route.
+            neighbours, remember: see the class.
 
         Raises:
             ModelError, AtlasError: what cannot be found, read or used together.
@@ -207,7 +219,12 @@ class Engine:
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
-        return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours)
+        return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, remember=remember)
+
+    @property
+    def memory(self) -> MemoryUse:
+        """What the engine and the process hold in memory now."""
+        return MemoryUse(self._weight_bytes, self.target.low_bit_bytes, resident_bytes(), peak_bytes())
 
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
@@ -287,10 +304,13 @@ class Engine:
         route_sec = time.perf_counter() - started
         if adaptive is None:
             adaptive = plan is None and (params.greedy or seed is None)
-        source = self._source(session, chosen, sampler, domain, route, adaptive)
+        label = domain or (route.plan_label if route is not None else None)
+        source = self._source(session, chosen, sampler, label, adaptive)
         at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
         ends = self._ending(text)
         rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit)
+        if adaptive and not plain:
+            rounds = self._remembering(rounds, label, token_ids)
         steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec)
         return Stream(route, chosen, steps)
 
@@ -325,7 +345,8 @@ class Engine:
             prefill = session.prefill(token_ids)
             route = self._route(prefill)
             chosen = self._choose_plan(route, plain=False, domain=None, plan=None)
-            source = self._source(session, chosen, sampler, None, route, adaptive=sampler.greedy)
+            label = route.plan_label if route is not None else None
+            source = self._source(session, chosen, sampler, label, adaptive=sampler.greedy)
             for _round in decode(session, context, prefill.logits, source, sampler, limit, ends):
                 pass
         finally:
@@ -342,16 +363,19 @@ class Engine:
         session: Session,
         plan: Plan,
         sampler: Sampler,
-        domain: str | None,
-        route: Route | None,
+        label: str | None,
         adaptive: bool,
     ) -> DraftSource | None:
         self.target.prepare(plan)
-        label = domain or (route.plan_label if route is not None else None)
         agreement = None
         if self.atlas is not None and plan == self.atlas.plan_for(label):
             agreement = self.atlas.evidence_of(label).get("agreement")
         return self._drafting.source(session, plan, sampler, label=label, agreement=agreement, adaptive=adaptive)
+
+    def _remembering(self, rounds: Iterator[Round], label: str | None, context: list[int]) -> Iterator[Round]:
+        """The rounds; when they have ended, `context`, which they lengthen, is there for later look-ups."""
+        yield from rounds
+        self._drafting.remember(label, context)
 
     def _steps(
         self,
@@ -384,6 +408,7 @@ class Engine:
             route_sec=route_sec,
             decode_sec=sum(r.draft_sec + r.verify_sec for r in seen),
             exactness=self.exactness,
+            memory=self.memory,
         )
         token_ids = tuple(token for r in seen for token in r.tokens)
         return Generation("".join(pieces), token_ids, route, plan, stats, reason)

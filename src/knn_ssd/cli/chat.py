@@ -156,11 +156,12 @@ def _tell_stats(answers: list[Generation]) -> None:
         return
     output.note(results.summary(answers[-1]))
     output.note(results.total([answer.stats for answer in answers]))
+    output.note(results.memory(answers[-1].stats.memory))
 
 
 def _greet(engine: Engine) -> None:
     atlas = engine.atlas
-    drafts = "no atlas: plain decoding" if atlas is None else f"atlas of {', '.join(sorted(atlas.labels))}"
+    drafts = "no atlas: the general plan" if atlas is None else f"atlas of {', '.join(sorted(atlas.labels))}"
     dtype = str(engine.model.dtype).removeprefix("torch.")
     output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
     output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")

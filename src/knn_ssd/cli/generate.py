@@ -38,7 +38,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-chat", action="store_true", help="continue the prompt, without the model's chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt instead of text")
     options.add_model_options(parser)
-    options.add_atlas_options(parser, plain=True)
+    drafts = options.add_atlas_options(parser, plain=True)
+    drafts.add_argument(
+        "--remember",
+        metavar="N",
+        type=options.whole_number(4),
+        default=0,
+        help="look up in N tokens of earlier prompts and answers of the same domain too (default: in the prompt's own)",
+    )
     options.add_sampling_options(parser)
 
 

@@ -76,8 +76,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
 
 
-def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> None:
-    """--atlas, --neighbours and, if wanted, --plain and --domain."""
+def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> Any:
+    """--atlas, --neighbours and, if wanted, --plain and --domain; gives their group."""
     group = parser.add_argument_group("drafts")
     sources = group.add_mutually_exclusive_group() if plain else group
     sources.add_argument("--atlas", metavar="A", help="how to draft: the folder that calibrate wrote")
@@ -92,6 +92,7 @@ def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -
         type=whole_number(1),
         help="how many anchors of the atlas vote on the domain of a prompt (default: 1)",
     )
+    return group
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
@@ -202,12 +203,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
-    """The engine for --model, --dtype, --device and --neighbours."""
+    """The engine for the options of the model and of the atlas."""
     from knn_ssd.engine import Engine
 
     tell_loading(args)
     return Engine.from_pretrained(
-        args.model, atlas=atlas, dtype=args.dtype, device=args.device, neighbours=args.neighbours or 1
+        args.model,
+        atlas=atlas,
+        dtype=args.dtype,
+        device=args.device,
+        neighbours=args.neighbours or 1,
+        remember=getattr(args, "remember", 0),
     )
 
 

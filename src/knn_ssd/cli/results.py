@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from knn_ssd.engine import Generation, Stats
+    from knn_ssd.memory import MemoryUse
     from knn_ssd.route import Route
 
 
@@ -35,6 +36,18 @@ def total(answers: Sequence[Stats]) -> str:
     seconds = sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
     drafts = _drafts(sum(stats.drafted for stats in answers), sum(stats.accepted for stats in answers))
     return f"[{_count(len(answers), 'answer')} | {drafts} | {_count(tokens, 'token')} at {tokens / seconds:.1f}/s]"
+
+
+def memory(use: MemoryUse) -> str:
+    """One line: what the weights, their low-bit copies and the process take."""
+    parts = {
+        "weights": use.weights,
+        "low-bit copies": use.low_bit,
+        "in all": use.resident,
+        "at most": use.peak,
+    }
+    known = (f"{name} {size / 1e6:.0f} MB" for name, size in parts.items() if size is not None)
+    return f"[memory: {', '.join(known)}]"
 
 
 def _count(number: int, thing: str) -> str:
@@ -68,6 +81,9 @@ def _stats_json(stats: Stats) -> dict[str, Any]:
         "route_sec": stats.route_sec,
         "decode_sec": stats.decode_sec,
         "exactness": stats.exactness.value,
+        "low_bit_bytes": stats.memory.low_bit,
+        "resident_memory_bytes": stats.memory.resident,
+        "peak_memory_bytes": stats.memory.peak,
     }
 
 

@@ -29,6 +29,7 @@ _VACANT = -2  # in place of a token: this state has no transition yet
 _NOWHERE = -1  # in place of a state
 _ROOT = 0
 _HOPS = 4  # how many links are followed where nothing else bounds the walk
+LEAST_MEMORY = 4  # tokens
 _TAIL = 8  # how many tokens of what was read before are compared with a context
 
 
@@ -242,8 +243,8 @@ class Memory:
     """
 
     def __init__(self, capacity: int = 65_536) -> None:
-        if capacity < 4:
-            raise ValueError(f"a memory holds at least 4 tokens, got {capacity}")
+        if capacity < LEAST_MEMORY:
+            raise ValueError(f"a memory holds at least {LEAST_MEMORY} tokens, got {capacity}")
         self._half = capacity // 2
         self._lock = threading.Lock()
         self._texts = SuffixAutomaton(), SuffixAutomaton()  # the newer, which grows, first

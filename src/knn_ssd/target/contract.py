@@ -106,6 +106,10 @@ class Target(Protocol):
     @property
     def exactness(self) -> Exactness: ...
 
+    @property
+    def low_bit_bytes(self) -> int:
+        """Memory of the low-bit copies made so far."""
+
     def prepare(self, plan: Plan) -> None:
         """Makes what a plan needs before its first pass, once; else that pass does."""
 

@@ -123,6 +123,10 @@ class FusedTarget:
             self._exactness = probe(self)
         return self._exactness
 
+    @property
+    def low_bit_bytes(self) -> int:
+        return self.low.bytes
+
     def prepare(self, plan: Plan) -> None:
         """Makes the low-bit copies that a plan uses."""
         self.way(plan)

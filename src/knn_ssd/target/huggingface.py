@@ -67,6 +67,11 @@ class HuggingFaceTarget:
             self._exactness = Exactness.NUMERICAL if half else probe(self)
         return self._exactness
 
+    @property
+    def low_bit_bytes(self) -> int:
+        """None are made."""
+        return 0
+
     def prepare(self, plan: Plan) -> None:
         """Nothing: a plan needs no more than the model has."""
 
