@@ -174,7 +174,7 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
 
     weight = nn.init.normal_(linear.weight).detach()
     keeper = Keeper()
-    low = target.low._round(matrix_of(linear, keeper))
+    low = target.low._round(matrix_of(linear, keeper), torch.ones(640))
     codes = target.low._keeper.tensors[-2].to(torch.int32)  # (rows, groups, 32)
     scales = target.low._keeper.tensors[-1][: 64 * 10].view(64, 10, 2).float()  # (rows, groups, 2)
     levels = torch.cat([codes & 15, codes >> 4], dim=-1)
@@ -268,3 +268,25 @@ def test_without_kernels_the_general_target_takes_over(
     finally:
         monkeypatch.undo()
         native._found.cache_clear()
+
+
+def test_columns_with_large_inputs_are_rounded_with_more_care() -> None:
+    """The first eight columns get inputs ten times as large, by the norm before them: theirs are the smaller errors."""
+    model = wide_model("llama", hidden_size=256, initializer_range=0.05)
+    layer = model.model.layers[2]
+    with torch.no_grad():
+        layer.post_attention_layernorm.weight[:8] *= 10
+    target = FusedTarget(model)
+    target.prepare(ALL_LOW)
+    importance = target.low._important(2, "gate")
+    assert importance[:8].min() > 10 * importance[8:].mean()
+    assert importance.mean() == pytest.approx(1, rel=0.01)
+    copy = target.low.mlp(2).gate
+    codes, scales = (
+        next(t for t in target.low._keeper.tensors if t.data_ptr() == at) for at in (copy.data, copy.scales)
+    )
+    levels = torch.cat([codes & 15, codes >> 4], dim=-1).float()  # (rows, groups, 64)
+    pairs = scales[: copy.rows * 4].view(copy.rows, 4, 2).float()
+    decoded = (levels * pairs[..., :1] + pairs[..., 1:]).reshape(copy.rows, 256)
+    errors = (decoded - layer.mlp.gate_proj.weight).square().mean(dim=0)
+    assert errors[:8].mean() < 0.7 * errors[8:64].mean()

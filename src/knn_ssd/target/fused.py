@@ -111,7 +111,7 @@ class FusedTarget:
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
-        self.low = LowBit(self.attentions, self.mlps, self.head)
+        self.low = LowBit(self.attentions, self.mlps, self.head, self._run_tokens)
         self._rotary = base.rotary_emb
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._ways: dict[tuple[tuple[Mode, ...], Mode] | None, _Way] = {}
@@ -156,6 +156,15 @@ class FusedTarget:
         head = self.low.head() if plan.head is Mode.LOW else self.head
         attentions = _pointers(plan.attention, self.attentions, self.low.attention)
         return _Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
+
+    def _run_tokens(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
+        """Tokens from all over the vocabulary through sublayers and head like the model's own."""
+        count = min(_CHUNK, self.context_length)
+        session = self.open(count)
+        kept = (Mode.KEEP,) * self.num_layers
+        way = _Way(_pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head)
+        session.run([i * self.vocab_size // count for i in range(count)], way, wanted=count)
+        session.close()
 
     def _attention(self, layer: Any) -> Attention:
         module, keeper = layer.self_attn, self._keeper
@@ -227,7 +236,7 @@ class FusedSession(Pointed):
         for start in range(0, len(token_ids), _CHUNK):
             chunk = token_ids[start : start + _CHUNK]
             is_last = start + _CHUNK >= len(token_ids)
-            hidden, logits = self._run(chunk, None, wanted=1 if is_last else 0)
+            hidden, logits = self.run(chunk, self._target.way(None), wanted=1 if is_last else 0)
             self._pointer.ran(len(chunk), None)
             self._pointer.commit(len(chunk))
             total += hidden.sum(dim=0, dtype=torch.float64)
@@ -236,24 +245,25 @@ class FusedSession(Pointed):
 
     def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
         self._pointer.check(plan)
-        _, logits = self._run(token_ids, plan, wanted=len(token_ids))
+        _, logits = self.run(token_ids, self._target.way(plan), wanted=len(token_ids))
         self._pointer.ran(len(token_ids), plan)
         return logits
 
     def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
-        _, logits = self._run(token_ids, plan, wanted=len(token_ids), run=run_length)
+        _, logits = self.run(token_ids, self._target.way(plan), wanted=len(token_ids), rehearsed=run_length)
         return logits
 
     def close(self) -> None:
         self._keys = self._values = torch.empty(0)
 
-    def _run(
-        self, token_ids: list[int], plan: Plan | None, wanted: int, run: int = 0
+    def run(
+        self, token_ids: list[int], way: _Way, wanted: int, rehearsed: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (n, D) after the final norm, and logits (wanted, V) of the last rows."""
+        """Hidden states (n, D) after the final norm, and logits (wanted, V) of the last rows, at the pointer, which
+        stays where it is; with a length of runs, as a rehearsal.
+        """
         target, count = self._target, len(token_ids)
         self._pointer.check_room(count)
-        way = target.way(plan)
         cosines, sines = target.positions(self.length + count)
         place = Place(
             address(cosines),
@@ -262,7 +272,7 @@ class FusedSession(Pointed):
             address(self._values),
             self.capacity,
             self.length,
-            run,
+            rehearsed,
         )
         x = target.embedding[torch.tensor(token_ids)].float()  # (n, D)
         hidden, logits = torch.empty_like(x), torch.empty(wanted, target.vocab_size)

@@ -41,6 +41,7 @@ typedef struct {
     const uint16_t *scales; /* INT4: (rows, ceil(cols / GROUP), 2) bfloat16, w = q * scale + zero */
     const float *bias;      /* (rows,) or null */
     int64_t rows, cols, kind;
+    float *seen;            /* (cols,) or null; squares of the inputs are added, if it is the first that shares them */
 } Matrix;
 
 typedef struct {
@@ -351,6 +352,9 @@ static void linear(const Matrix *const *matrices, int count, const float *x, int
         kinds |= 1 << matrices[j]->kind;
         starts[j + 1] = starts[j] + (matrices[j]->rows + TILE - 1) / TILE;
     }
+    float *seen = matrices[0]->seen;
+    for (int64_t r = 0; seen && r < n; r++)
+        for (int64_t c = 0; c < matrices[0]->cols; c++) seen[c] += x[r * matrices[0]->cols + c] * x[r * matrices[0]->cols + c];
     Input in = prepare(x, n, matrices[0], kinds);
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < starts[count]; t++) {

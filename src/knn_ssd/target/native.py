@@ -45,6 +45,7 @@ class Matrix(ctypes.Structure):
         ("rows", c_int64),
         ("cols", c_int64),
         ("kind", c_int64),
+        ("seen", c_void_p),
     )
 
 
