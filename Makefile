@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix clean
+.PHONY: demo test check fix bench clean
 
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ check: $(READY)  ## format, lint and types
 fix: $(READY)  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## methods side by side on the embedded model and its built-in prompts, some ten minutes
+	$(BIN)/knn-ssd bench --methods plain,hf,hf-lookup,lookup,low,auto --limit 2 --max-new-tokens 96 --out out/bench
 
 clean:  ## what demo and test leave behind, the environment included
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache .hypothesis

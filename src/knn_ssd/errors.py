@@ -8,6 +8,7 @@
     ├── AtlasError                an atlas that cannot be found or read
     │   └── AtlasMismatchError    an atlas of another model; lists the differences
     ├── OutputError               a place that cannot be written
+    ├── BenchError                a benchmark that cannot be run, or records that cannot be read
     └── CalibrationError          a calibration that cannot go on
         └── Interrupted           a calibration that was stopped and can be resumed
 
@@ -64,6 +65,10 @@ class AtlasMismatchError(AtlasError):
 
 class OutputError(KnnSsdError):
     """A file or folder that cannot be written."""
+
+
+class BenchError(KnnSsdError):
+    """A benchmark that cannot be run, or records that cannot be read."""
 
 
 class CalibrationError(KnnSsdError):

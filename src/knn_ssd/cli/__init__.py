@@ -3,7 +3,7 @@
 A command is a module with `add_parser(subparsers)` and `run(args) -> int`. Only the module of the command that was
 asked for is imported, and none of them imports torch before `run`. This module knows nothing of what commands do.
 
-Exit codes: 0 done; 1 a difference found (`atlas diff`) or a bug, with its traceback; 2 what a user can mend;
+Exit codes: 0 done; 1 a difference found (`atlas diff`, `bench`) or a bug, with its traceback; 2 what a user can mend;
 130 Ctrl-C; 141 the reader of the output went away.
 """
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "find out how a model drafts best for each kind of prompt, and write an atlas",
     "generate": "answer prompts",
     "chat": "talk with a model in the terminal",
+    "bench": "measure methods side by side, against plain decoding",
     "atlas": "show, verify, compare and share atlases",
     "plot": "draw an atlas: where prompts lie, and what is skipped for them",
     "doctor": "what this machine gives, and how fast a model can be on it",

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
+from knn_ssd.cli.progress import ProgressReporter
 from knn_ssd.errors import UsageError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from rich.progress import Progress, TaskID
-
     from knn_ssd.calibrate.settings import Settings
     from knn_ssd.prompts import Prompt
 
@@ -115,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = _settings(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
-    with _ProgressReporter() as reporter:
+    with ProgressReporter() as reporter:
         calibrate(loaded, prompts, args.out, settings, resume=args.resume, reporter=reporter)
     output.write_line(args.out)
     return 0
@@ -175,52 +172,3 @@ def _settings(args: argparse.Namespace) -> Settings:
         lookup=not args.no_lookup,
         **paper,
     )
-
-
-class _ProgressReporter:
-    """A bar per stage on stderr; where that is no terminal, a line per stage."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> _ProgressReporter:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        assert self._progress is not None
-        if kind is None:
-            self._finish()
-        self._progress.stop()
-
-    def stage(self, name: str, total: int | None) -> None:
-        assert self._progress is not None
-        self._finish()
-        self._task = self._progress.add_task(name, total=total, note="")
-        if not self._progress.console.is_terminal:
-            self._progress.console.print(name)
-
-    def advance(self, note: str = "") -> None:
-        assert self._progress is not None
-        assert self._task is not None
-        self._progress.update(self._task, advance=1, note=note)
-
-    def _finish(self) -> None:
-        if self._progress is not None and self._task is not None:
-            done = self._progress.tasks[self._task].completed
-            self._progress.update(self._task, total=max(done, 1), completed=max(done, 1))

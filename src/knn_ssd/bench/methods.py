@@ -1,0 +1,199 @@
+"""The methods that a benchmark compares: each is a way to get the output for a prompt, on one and the same model.
+
+The engine's own methods share one target, so they share weights, kernels and low-bit copies, and differ in nothing but
+who drafts. Each has its own engine, so that none learns from what another drafted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from knn_ssd.atlas import Atlas, Label
+from knn_ssd.bench.records import Record
+from knn_ssd.calibrate.settings import MIXTURE
+from knn_ssd.decode import Round
+from knn_ssd.engine import Engine
+from knn_ssd.errors import BenchError, UsageError
+from knn_ssd.memory import peak_bytes
+from knn_ssd.plan import Mode, Plan, Policy
+
+PLAIN, HF, HF_LOOKUP = "plain", "hf", "hf-lookup"
+DESCRIPTIONS = {
+    PLAIN: "the engine without drafts: the baseline",
+    HF: "transformers.generate in the same dtype",
+    HF_LOOKUP: "transformers.generate with its prompt look-up",
+    "self-sd-fix": "skips what is best for the stream's first domain, for all prompts",
+    "self-sd-mix": "skips what is best for a mixture of domains, for all prompts",
+    "knn-ssd": "skips what is best for the nearest anchor's domain: the paper",
+    "lookup": "drafts by look-up alone",
+    "low": "drafts with everything low-bit, without routing",
+    "auto": "what `generate` does: everything, routed and controlled",
+}
+NEEDS_ATLAS = ("self-sd-fix", "self-sd-mix", "knn-ssd")
+_LOOKUP_TOKENS = 10  # as in the documentation of transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a method made of a prompt.
+
+    Args:
+        token_ids: the end-of-sequence token included.
+        total_sec: all of it.
+        details: fields of `Record` that the method knows.
+    """
+
+    token_ids: tuple[int, ...]
+    total_sec: float
+    details: Mapping[str, Any]
+
+
+Method = Callable[[list[int], int], Output]
+"""From a prompt's token ids and the longest output in tokens to an output."""
+
+
+def make_methods(
+    names: Sequence[str], engine: Engine, first_domain: str | None = None, temperature: float = 0.0, seed: int = 0
+) -> dict[str, Method]:
+    """The named methods on an engine's model.
+
+    Args:
+        names: of `DESCRIPTIONS`.
+        engine: whose model, target and atlas they use.
+        first_domain: of the stream.
+        temperature: 0 is greedy.
+        seed: of sampling.
+
+    Raises:
+        UsageError: an unknown name.
+        BenchError: one that needs an atlas, or something that the atlas does not have.
+    """
+    sampling: dict[str, Any] = {"temperature": temperature, "seed": seed} if temperature else {}
+    for name in names:
+        if name not in DESCRIPTIONS:
+            raise UsageError(f"there is no method '{name}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
+        if name in NEEDS_ATLAS and engine.atlas is None:
+            raise BenchError(f"the method '{name}' needs an atlas", "Give one with --atlas, or choose other --methods.")
+    return {name: _make(name, engine, first_domain, sampling) for name in names}
+
+
+def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[str, Any]) -> Method:
+    layers, atlas = engine.target.num_layers, engine.atlas
+    if name == PLAIN:
+        return _own(engine, None, sampling, plain=True)
+    if name in (HF, HF_LOOKUP):
+        return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
+    if name == "lookup":
+        return _own(engine, None, sampling, plan=Plan.skipping(layers, policy=Policy(lookup=True)), adaptive=True)
+    if name == "low":
+        if Mode.LOW not in engine.target.modes:
+            raise BenchError("the method 'low' needs low-bit weights, and this model's target has none here",
+                             "See `knn-ssd doctor`, or choose other --methods.")  # fmt: skip
+        return _own(engine, None, sampling, plan=Plan.low(layers, Policy(lookup=False)), adaptive=True)
+    if name == "auto":
+        return _own(engine, atlas, sampling, adaptive=True)
+    assert atlas is not None
+    return _as_published(name, engine, atlas, first_domain, sampling)
+
+
+def _as_published(
+    name: str, engine: Engine, atlas: Atlas, first_domain: str | None, sampling: dict[str, Any]
+) -> Method:
+    """Drafts that skip, under a fixed policy, routed or not: the methods of arXiv 2505.16162, section 4."""
+    if name == "knn-ssd":
+        labels = {label: Label(_skipping(atlas, label), known.radius) for label, known in atlas.labels.items()}
+        skips = replace(atlas, labels=labels, fallback=_skipping(atlas, None))
+        return _own(engine, skips, sampling, adaptive=False)
+    label = first_domain if name == "self-sd-fix" else None
+    if name == "self-sd-fix" and label not in atlas.labels:
+        raise BenchError(
+            f"'self-sd-fix' drafts as for the stream's first domain, '{label}', and the atlas has "
+            f"{', '.join(sorted(atlas.labels))}",
+            "Give prompts of the atlas's domains, or choose other --methods.",
+        )
+    return _own(engine, None, sampling, plan=_skipping(atlas, label), adaptive=False)
+
+
+def _skipping(atlas: Atlas, label: str | None) -> Plan:
+    """The best plan of a label that skips and does nothing else, whatever the clock made of it."""
+    found = atlas.evidence_of(label).get("best_skipping")
+    if not found:
+        raise BenchError(
+            f"the atlas knows no plan that skips for {label or MIXTURE}",
+            "Calibrate with --modes skip, or choose other --methods.",
+        )
+    return Plan.from_json(found["plan"])
+
+
+def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
+    own = Engine(engine.model, engine.tokenizer, atlas, target=engine.target)
+
+    def run(prompt: list[int], max_new_tokens: int) -> Output:
+        started = time.perf_counter()
+        stream = own.stream(prompt, max_new_tokens=max_new_tokens, **sampling, **options)
+        rounds = [chunk.round for chunk in stream]
+        total_sec = time.perf_counter() - started
+        result = stream.result
+        drafted, accepted = _by_source(rounds)
+        details = {
+            "prefill_sec": result.stats.prefill_sec + result.stats.route_sec,
+            "route_sec": result.stats.route_sec,
+            "rounds": len(rounds),
+            "lossless": not sampling,
+            "drafted": drafted,
+            "accepted": accepted,
+            "routed": result.route is not None,
+            "label": result.route.plan_label if result.route is not None else None,
+            "peak_memory_bytes": peak_bytes(),
+        }
+        return Output(result.token_ids, total_sec, details)
+
+    return run
+
+
+def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) -> Method:
+    """`model.generate` as its documentation has it, on the very weights that the engine runs.
+
+    It generates `max_new_tokens` tokens, so that it does the same work as the baseline, whose length that is.
+    """
+    model: Any = engine.model
+    extra: dict[str, Any] = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS} if lookup else {}
+    extra["do_sample"] = bool(sampling)
+    if sampling:
+        extra |= {"temperature": sampling["temperature"], "top_k": 0, "top_p": 1.0}
+
+    def run(prompt: list[int], max_new_tokens: int) -> Output:
+        input_ids = torch.tensor([prompt], device=model.device)
+        started = time.perf_counter()
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            min_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            **extra,
+        )
+        total_sec = time.perf_counter() - started
+        token_ids = tuple(sequences[0, len(prompt) :].tolist())
+        return Output(token_ids, total_sec, {"lossless": False, "peak_memory_bytes": peak_bytes()})
+
+    return run
+
+
+def record_of(output: Output, **place: Any) -> Record:
+    """The record of an output; `place` says of which prompt, method and repeat."""
+    return Record(token_ids=output.token_ids, total_sec=output.total_sec, **{**output.details, **place})
+
+
+def _by_source(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:
+    drafted: dict[str, int] = {}
+    accepted: dict[str, int] = {}
+    for each in rounds:
+        for index, source in enumerate(each.sources):
+            drafted[source] = drafted.get(source, 0) + 1
+            accepted[source] = accepted.get(source, 0) + (index < each.accepted)
+    return drafted, accepted

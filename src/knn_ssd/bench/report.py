@@ -1,0 +1,204 @@
+"""The report: one HTML file with everything in it, for a phone, a desktop, a printer; light and dark.
+
+Pictures are SVG written here, so that their colours follow the page and nothing needs to be installed or loaded.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from knn_ssd.bench.methods import DESCRIPTIONS
+from knn_ssd.bench.records import Record
+from knn_ssd.bench.summary import BASELINE
+
+_STYLE = """
+:root { --ink: #1c2430; --quiet: #5b6675; --paper: #ffffff; --line: #d9dee5; --soft: #f3f5f8; --bad: #b3261e;
+  --c0: #2563a8; --c1: #c2570c; --c2: #2e7d4f; --c3: #8a3ea8; --c4: #8a6d00; --c5: #a8325e; --c6: #0f766e;
+  --c7: #57606a; --c8: #6d4c2f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --quiet: #9aa5b4; --paper: #12161c; --line: #303844;
+  --soft: #1b2129; --bad: #ff8a80; --c0: #6ea8e8; --c1: #f0985a; --c2: #6fc28e; --c3: #c98be0; --c4: #d9b93b;
+  --c5: #ec86ab; --c6: #5cc4ba; --c7: #a9b4c0; --c8: #c9a27e; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
+p { margin: .4rem 0 } .quiet { color: var(--quiet); font-size: .9rem } .bad { color: var(--bad); font-weight: 600 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; width: 100% }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { color: var(--quiet); font-weight: 600 }
+tr.best td { background: var(--soft); font-weight: 600 }
+code { background: var(--soft); padding: .1rem .3rem; border-radius: .2rem; overflow-wrap: anywhere }
+svg { display: block; width: 100%; height: auto; max-width: 46rem } svg text { fill: var(--ink); font-size: 13px }
+svg .axis { stroke: var(--line) } svg .one { stroke: var(--quiet); stroke-dasharray: 4 3 }
+svg .small { fill: var(--quiet) }
+ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .4rem 0 }
+ul.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem }
+@media print { body { max-width: none } h2 { break-after: avoid } svg, table { break-inside: avoid } }
+"""
+
+
+def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) -> str:
+    """The page.
+
+    Args:
+        summary: as `summary.json` has it.
+        records: all of the run.
+        command: what was typed.
+    """
+    methods: Mapping[str, Any] = summary["methods"]
+    colours = {name: f"var(--c{i % 9})" for i, name in enumerate(methods)}
+    others = [name for name in methods if name != BASELINE]
+    parts = [
+        f"<h1>{escape(summary['model'])}</h1>",
+        f"<p class=quiet>{escape(summary['dtype'])}, {escape(summary['exactness'])} exactness · "
+        f"{escape(summary['machine']['machine'])} · {escape(summary['machine']['created'])}</p>",
+        _warnings(summary),
+        "<h2>Speed-up over plain decoding</h2>",
+        "<p class=quiet>Tokens per second over those of plain decoding by the same engine on the same prompts, end to "
+        "end; bars are 95 % intervals over prompts.</p>",
+        _bars([(name, methods[name]["speedup"], methods[name]["speedup_ci95"], colours[name]) for name in others]),
+        _table(methods),
+    ]
+    domains = sorted({domain for figures in methods.values() for domain in figures["per_domain"]})
+    if len(domains) > 1:
+        parts += ["<h2>By domain</h2>", _key(others, colours)]
+        for domain in domains:
+            rows = [
+                (name, own["speedup"], own["speedup_ci95"], colours[name])
+                for name in others
+                if (own := methods[name]["per_domain"].get(domain))
+            ]
+            parts += [f"<p><b>{escape(domain)}</b></p>", _bars(rows)]
+    curves = {name: curve for name in others if len(curve := running_speedup(records, name)) > 2}
+    if curves:
+        parts += [
+            "<h2>Along the stream</h2>",
+            "<p class=quiet>Average speed-up over the prompts so far.</p>",
+            _key(list(curves), colours),
+            _lines(curves, colours),
+        ]
+    parts += [
+        "<h2>How to get this again</h2>",
+        f"<p><code>{escape(command)}</code></p>",
+        f"<p class=quiet>{escape(', '.join(f'{k} {v}' for k, v in summary['machine']['versions'].items()))}. A bare "
+        f"step of the model took {1e3 * summary['step_sec']:.2f} ms.</p>",
+    ]
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<meta name=color-scheme content='light dark'><title>knn-ssd bench: {escape(summary['model'])}</title>"
+        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def running_speedup(records: Sequence[Record], method: str) -> list[float]:
+    """Along the stream, the method's tokens per second over plain decoding's on all prompts so far."""
+    plain = {(r.repeat, r.place): r for r in records if r.method == BASELINE}
+    own = sorted((r for r in records if r.method == method), key=lambda r: (r.repeat, r.place))
+    sums, curve = [0.0] * 4, []
+    for record in own:
+        base = plain.get((record.repeat, record.place))
+        if base is not None:
+            row = (len(record.token_ids), record.total_sec, len(base.token_ids), base.total_sec)
+            sums = [a + b for a, b in zip(sums, row, strict=True)]
+            curve.append(sums[0] / sums[1] / (sums[2] / sums[3]))
+    return curve
+
+
+def _warnings(summary: Mapping[str, Any]) -> str:
+    lines = []
+    by_method: dict[str, list[str]] = defaultdict(list)
+    for each in summary["differing"]:
+        by_method[each["method"]].append(each["prompt"])
+    for method, prompts in by_method.items():
+        lines.append(f"{method} said something else than plain decoding on {', '.join(sorted(set(prompts)))}")
+    if summary["baseline_slowed"]:
+        lines.append("plain decoding was much slower than a bare step of the model: do not trust these speed-ups")
+    return "".join(f"<p class=bad>{escape(line)}</p>" for line in lines)
+
+
+def _table(methods: Mapping[str, Any]) -> str:
+    best = max((m for m in methods if methods[m]["lossless"]), key=lambda m: methods[m]["speedup"] or 0, default=None)
+    head = ("method", "speed-up", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain", "first token")
+    rows = []
+    for name, own in methods.items():
+        cells = (
+            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(name)}</span>",
+            _number(own["speedup"], "{:.2f}x"),
+            _number(own["decode_speedup"], "{:.2f}x"),
+            _number(own["tokens_per_sec"], "{:.1f}"),
+            _number(own["acceptance_rate"], "{:.0%}"),
+            _number(own["tokens_per_round"], "{:.2f}"),
+            _number(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
+            _number(own["first_token_sec_mean"], "{:.2f} s"),
+        )
+        rows.append(f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    heads = "".join(f"<th>{name}</th>" for name in head)
+    return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _key(names: Sequence[str], colours: Mapping[str, str]) -> str:
+    items = "".join(f"<li><i style='background:{colours[name]}'></i>{escape(name)}</li>" for name in names)
+    return f"<ul class=key>{items}</ul>"
+
+
+def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]]) -> str:
+    """Horizontal bars with intervals, and a line at 1."""
+    known = [(name, value, bounds, colour) for name, value, bounds, colour in rows if value is not None]
+    most = max([1.2, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
+    left, width, row = 110, 520, 26
+    scale = width / most
+    height = row * len(known) + 24
+    parts = [f"<line class=axis x1={left} y1=0 x2={left} y2={height - 20} />"]
+    for i, (name, value, bounds, colour) in enumerate(known):
+        y = i * row + 4
+        parts.append(f"<text x={left - 8} y={y + 14} text-anchor=end>{escape(name)}</text>")
+        parts.append(f"<rect x={left} y={y} width={value * scale:.1f} height=18 rx=2 style='fill:{colour}' />")
+        end = value
+        if bounds:
+            low, high = (left + bound * scale for bound in bounds)
+            parts.append(
+                f"<path d='M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 5}v8M{high:.1f} {y + 5}v8' "
+                "style='stroke:var(--ink);fill:none' />"
+            )
+            end = max(value, bounds[1])
+        parts.append(f"<text x={left + end * scale + 8:.1f} y={y + 14}>{value:.2f}x</text>")
+    one = left + scale
+    parts.append(f"<line class=one x1={one:.1f} y1=0 x2={one:.1f} y2={height - 20} />")
+    parts.append(f"<text class=small x={one:.1f} y={height - 5} text-anchor=middle>1x</text>")
+    return f"<svg viewBox='0 0 {left + width + 70} {height}' role=img aria-label='speed-ups'>{''.join(parts)}</svg>"
+
+
+def _lines(curves: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> str:
+    """A curve for each method over the stream, with a line at 1."""
+    left, width, height = 50, 620, 240
+    longest = max(len(curve) for curve in curves.values())
+    top = max([1.2, *(value for curve in curves.values() for value in curve[1:])]) * 1.05
+
+    def x(index: int) -> float:
+        return left + width * index / max(longest - 1, 1)
+
+    def y(value: float) -> float:
+        return height - height * min(value, top) / top
+
+    parts = []
+    ticks = [0.5 * i for i in range(int(top / 0.5) + 1)]
+    for tick in ticks:
+        style = "one" if tick == 1 else "axis"
+        parts.append(f"<line class={style} x1={left} y1={y(tick):.1f} x2={left + width} y2={y(tick):.1f} />")
+        parts.append(f"<text class=small x={left - 8} y={y(tick) + 4:.1f} text-anchor=end>{tick:.1f}x</text>")
+    for name, curve in curves.items():
+        points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(curve))
+        parts.append(f"<polyline points='{points}' style='fill:none;stroke:{colours[name]};stroke-width:2' />")
+    parts.append(f"<text class=small x={left + width} y={height + 18} text-anchor=end>prompts: {longest}</text>")
+    return (
+        f"<svg viewBox='0 -8 {left + width + 10} {height + 34}' role=img aria-label='along the stream'>"
+        + "".join(parts)
+        + "</svg>"
+    )

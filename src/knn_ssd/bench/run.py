@@ -1,0 +1,189 @@
+"""The harness: every method runs every prompt in one process, prompt by prompt, in rotating order.
+
+What it guards against: a baseline that something else slows down (methods alternate, and plain decoding's step is
+timed without the engine too), lengths that differ (the first of a prompt's methods sets the length for the others),
+text after the end token (it is cut off before counting), a warm-up that counts (it is run apart).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from knn_ssd.bench.methods import PLAIN, Method, Output, record_of
+from knn_ssd.bench.records import Record, RecordFile
+from knn_ssd.bench.summary import BASELINE, differing, summarize
+from knn_ssd.doctor import measure_step
+from knn_ssd.engine import Engine
+from knn_ssd.errors import BenchError
+from knn_ssd.prompts import Prompt
+from knn_ssd.provenance import provenance, write_whole, writing
+from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.tokens import eos_token_ids
+
+SCHEMA = 1
+_WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 8
+_SLOWED = 1.3  # plain decoding takes so much more time a token than a bare step: something slows the baseline
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What a run is asked for, beside model, prompts and methods.
+
+    Args:
+        max_new_tokens: the longest output.
+        repeats: how often every prompt is run.
+        seed: of the stream, of sampling and of the intervals.
+        temperature: 0 is greedy.
+        mix_ratio: of the stream.
+        chat: whether prompts go through the chat template.
+    """
+
+    max_new_tokens: int = 128
+    repeats: int = 1
+    seed: int = 0
+    temperature: float = 0.0
+    mix_ratio: float = 1.0
+    chat: bool = True
+
+
+class Progress(Protocol):
+    """Told how far a run is."""
+
+    def stage(self, name: str, total: int | None) -> None: ...
+
+    def advance(self, note: str = "") -> None: ...
+
+
+def run_bench(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    methods: Mapping[str, Method],
+    out: Path,
+    settings: BenchSettings,
+    progress: Progress,
+    model: str,
+) -> dict[str, Any]:
+    """Runs what is not in `out/records.jsonl` yet, and writes and gives the summary.
+
+    Args:
+        engine: of the methods.
+        prompts: in the order of the stream.
+        methods: by name, with `plain` among them.
+        out: the folder; one with records of the same run is continued.
+        settings: of the run.
+        progress: is told.
+        model: its name, for the report.
+
+    Raises:
+        BenchError: no baseline, or records of another run.
+        PromptError: a prompt that cannot be used.
+        OutputError: a place that cannot be written.
+    """
+    if BASELINE not in methods:
+        raise BenchError(f"there is nothing to compare with: '{PLAIN}' is not among the methods", "Add it.")
+    encoded = [engine.encode(prompt.prompt, settings.chat) for prompt in prompts]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    _check_identity(out, engine, encoded, list(methods), settings)
+    file = RecordFile(out / "records.jsonl")
+    known = {record.key for record in file.records}
+    todo = [
+        (repeat, place)
+        for repeat in range(settings.repeats)
+        for place in range(len(prompts))
+        if any((name, place, repeat) not in known for name in methods)
+    ]
+    if todo:
+        progress.stage("warming up", len(methods))
+        for name, method in methods.items():
+            method(encoded[0][:_WARM_UP_PROMPT], _WARM_UP_TOKENS)
+            progress.advance(name)
+    steps = [measure_step(engine.target)]
+    progress.stage("measuring", len(todo))
+    eos = eos_token_ids(engine.model)
+    for repeat, place in todo:
+        outputs = run_prompt(methods, encoded[place], settings.max_new_tokens, place + repeat)
+        prompt = prompts[place]
+        records = [
+            record_of(
+                _until(output, eos), prompt=prompt.id, domain=prompt.domain, method=name, repeat=repeat, place=place
+            )
+            for name, output in outputs.items()
+        ]
+        file.append(record for record in records if record.key not in known)
+        progress.advance(prompt.id)
+    steps.append(measure_step(engine.target))
+    summary = _summary(engine, file.records, settings, model, max(steps))
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def run_prompt(methods: Mapping[str, Method], prompt: list[int], max_new_tokens: int, turn: int) -> dict[str, Output]:
+    """All methods on one prompt; each turn another one begins.
+
+    The first of the engine's own sets the length, so one of them comes before those of transformers, which are told.
+    """
+    names = list(methods)
+    order = names[turn % len(names) :] + names[: turn % len(names)]
+    own = next(name for name in order if not name.startswith("hf"))
+    order.remove(own)
+    outputs: dict[str, Output] = {}
+    for name in (own, *order):
+        outputs[name] = methods[name](prompt, max_new_tokens)
+        max_new_tokens = len(outputs[own].token_ids)
+    return {name: outputs[name] for name in names}
+
+
+def _until(output: Output, eos: frozenset[int]) -> Output:
+    """The output without what comes after an end-of-sequence token. The time that it took stays."""
+    end = next((i for i, token in enumerate(output.token_ids, start=1) if token in eos), len(output.token_ids))
+    return Output(output.token_ids[:end], output.total_sec, output.details)
+
+
+def _summary(
+    engine: Engine, records: Sequence[Record], settings: BenchSettings, model: str, step_sec: float
+) -> dict[str, Any]:
+    methods = summarize(records, settings.seed)
+    speed = methods[BASELINE]["decode_tokens_per_sec"]
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "machine": provenance(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "exactness": engine.exactness.value,
+        "settings": asdict(settings),
+        "step_sec": step_sec,
+        "baseline_slowed": speed is not None and 1 / speed > _SLOWED * step_sec,
+        "differing": [{"method": r.method, "prompt": r.prompt, "repeat": r.repeat} for r in differing(records)],
+        "methods": methods,
+    }
+
+
+def _check_identity(
+    out: Path, engine: Engine, encoded: Sequence[Sequence[int]], methods: list[str], settings: BenchSettings
+) -> None:
+    """Records of several runs never mix."""
+    digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
+    weights = fingerprint(engine.model, engine.tokenizer).weights_hash
+    identity = {"prompts": digest, "weights": weights, "methods": sorted(methods), **asdict(settings)}
+    path = out / "run.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"'{path}' cannot be read: {error}", "Choose another --out.") from error
+        changed = [name for name, value in identity.items() if found.get(name) != value]
+        if changed:
+            raise BenchError(
+                f"'{out}' has records of a run with other {', '.join(changed)}",
+                "Ask for the same to continue it, or choose another --out.",
+            )
+        return
+    if any(out.iterdir()):
+        raise BenchError(f"'{out}' is not empty, and has no benchmark in it", "Choose another --out.")
+    write_whole(path, json.dumps(identity, indent=1) + "\n")

@@ -1,0 +1,122 @@
+"""What records say: speed-ups with intervals, acceptance, identity, routing. Pure arithmetic on `Record`s.
+
+A speed-up is the method's tokens per second over the baseline's on the same prompts, total tokens over total time;
+its interval is a bootstrap over prompts (95 %, percentiles), so that prompts and not tokens count as independent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from knn_ssd.bench.records import Record
+
+BASELINE = "plain"
+_RESAMPLES = 2000
+
+
+def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The figures of every method, by name, each with `per_domain`."""
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_method[record.method].append(record)
+    baseline = {(r.place, r.repeat): r for r in by_method.get(BASELINE, ())}
+    result = {}
+    for method, own in by_method.items():
+        domains = sorted({r.domain for r in own if r.domain is not None})
+        per_domain = {d: _figures([r for r in own if r.domain == d], baseline, seed) for d in domains}
+        result[method] = {**_figures(own, baseline, seed), "per_domain": per_domain}
+    return result
+
+
+def differing(records: Iterable[Record]) -> list[Record]:
+    """The records of lossless methods whose output is not that of plain decoding."""
+    records = list(records)
+    baseline = {(r.place, r.repeat): r for r in records if r.method == BASELINE}
+    return [
+        r
+        for r in records
+        if r.lossless and (plain := baseline.get((r.place, r.repeat))) is not None and r.token_ids != plain.token_ids
+    ]
+
+
+def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], seed: int) -> dict[str, Any]:
+    pairs = [(r, baseline[r.place, r.repeat]) for r in own if (r.place, r.repeat) in baseline]
+    drafted, accepted = _by_source(r.drafted for r in own), _by_source(r.accepted for r in own)
+    tokens, rounds = sum(len(r.token_ids) for r in own), sum(r.rounds for r in own)
+    routed = [r for r in own if r.routed]
+    peaks = [r.peak_memory_bytes for r in own if r.peak_memory_bytes is not None]
+    prefills = [r.prefill_sec for r in own if r.prefill_sec is not None]
+    return {
+        "tokens_per_sec": tokens / sum(r.total_sec for r in own),
+        "decode_tokens_per_sec": _decode_speed(own),
+        "speedup": _ratio([_total(r, p) for r, p in pairs]),
+        "speedup_ci95": _interval(pairs, seed),
+        "decode_speedup": _ratio([row for r, p in pairs if (row := _decoding(r, p)) is not None]),
+        "acceptance_rate": sum(accepted.values()) / sum(drafted.values()) if drafted else None,
+        "tokens_per_round": tokens / rounds if rounds else None,
+        "drafted": drafted,
+        "accepted": accepted,
+        "identical_to_plain": _mean([r.token_ids == p.token_ids for r, p in pairs]),
+        "lossless": all(r.lossless for r in own),
+        "prompts": len({r.place for r in own}),
+        "tokens": tokens,
+        "routing_accuracy": _mean([r.label == r.domain for r in routed if r.domain is not None]),
+        "route_sec_mean": _mean([r.route_sec for r in routed]),
+        "first_token_sec_mean": _mean(prefills),
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _total(record: Record, plain: Record) -> tuple[float, float, float, float]:
+    return (len(record.token_ids), record.total_sec, len(plain.token_ids), plain.total_sec)
+
+
+def _decoding(record: Record, plain: Record) -> tuple[float, float, float, float] | None:
+    """The same after the first token, which the prompt's pass gave."""
+    if record.decode_sec is None or plain.decode_sec is None or min(len(record.token_ids), len(plain.token_ids)) < 2:
+        return None
+    return (len(record.token_ids) - 1, record.decode_sec, len(plain.token_ids) - 1, plain.decode_sec)
+
+
+def _ratio(rows: Sequence[tuple[float, float, float, float]]) -> float | None:
+    """The method's tokens per second over plain decoding's."""
+    if not rows:
+        return None
+    tokens, seconds, plain_tokens, plain_seconds = np.sum(rows, axis=0)
+    return float(tokens / seconds / (plain_tokens / plain_seconds))
+
+
+def _interval(pairs: Sequence[tuple[Record, Record]], seed: int) -> list[float] | None:
+    """Of the end-to-end speed-up; None of a single prompt, which says nothing of others."""
+    by_prompt: dict[int, list[tuple[float, float, float, float]]] = defaultdict(list)
+    for record, plain in pairs:
+        by_prompt[record.place].append(_total(record, plain))
+    if len(by_prompt) < 2:
+        return None
+    rows = np.array([np.sum(own, axis=0) for own in by_prompt.values()])  # (P, 4)
+    chosen = np.random.default_rng(seed).integers(len(rows), size=(_RESAMPLES, len(rows)))
+    tokens, seconds, plain_tokens, plain_seconds = rows[chosen].sum(axis=1).T
+    ratios = tokens / seconds / (plain_tokens / plain_seconds)
+    return [float(bound) for bound in np.percentile(ratios, (2.5, 97.5))]
+
+
+def _decode_speed(own: Sequence[Record]) -> float | None:
+    known = [(len(r.token_ids) - 1, r.decode_sec) for r in own if r.decode_sec is not None and len(r.token_ids) > 1]
+    seconds = sum(sec for _, sec in known)
+    return sum(count for count, _ in known) / seconds if seconds else None
+
+
+def _by_source(counts: Iterable[Any]) -> dict[str, int]:
+    total: dict[str, int] = defaultdict(int)
+    for count in counts:
+        for source, number in count.items():
+            total[source] += number
+    return dict(sorted(total.items()))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

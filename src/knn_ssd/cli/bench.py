@@ -1,0 +1,151 @@
+"""`knn-ssd bench`: methods side by side on the same prompts; records, a summary and a report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.cli import options, output
+from knn_ssd.cli.progress import ProgressReporter
+from knn_ssd.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_EXAMPLES = """\
+examples:
+  knn-ssd bench --out runs/first
+  knn-ssd bench --atlas atlas/ --prompts questions.jsonl --methods plain,knn-ssd,auto --limit 8 --out runs/second
+
+A run that was interrupted goes on when it is asked for again. The last line on stdout is the summary's path.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "bench",
+        description="Measures methods side by side on the same prompts, against plain decoding. Exits with 1 if one "
+        "that must say what plain decoding says did not.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for records, summary.json and report.html")
+    parser.add_argument(
+        "--methods",
+        metavar="M,…",
+        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, lookup, low, auto "
+        "(default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
+    )
+    stream = parser.add_argument_group("prompts")
+    stream.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="JSON lines with 'prompt' and 'domain', or Spec-Bench's questions (default: the built-in sets)",
+    )
+    stream.add_argument("--limit", metavar="N", type=options.whole_number(1), help="N prompts of each domain only")
+    stream.add_argument(
+        "--mix-ratio",
+        metavar="R",
+        type=options.number,
+        default=1.0,
+        help="probability that the next prompt is of another domain (default: 1)",
+    )
+    stream.add_argument("--no-chat", action="store_true", help="continue prompts, without the model's chat template")
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=options.whole_number(2),
+        default=128,
+        help="the longest answer (default: 128)",
+    )
+    parser.add_argument(
+        "--repeats", metavar="N", type=options.whole_number(1), default=1, help="times that all is run (default: 1)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=options.number, default=0.0, help="0 is greedy (the default)"
+    )
+    parser.add_argument("--seed", metavar="S", type=options.whole_number(0), default=0, help="of stream and sampling")
+    options.add_model_options(parser)
+    options.add_atlas_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, writes, and shows the table."""
+    from knn_ssd.bench.methods import DESCRIPTIONS, make_methods
+    from knn_ssd.bench.records import read_records
+    from knn_ssd.bench.report import report
+    from knn_ssd.bench.run import BenchSettings, run_bench
+    from knn_ssd.bench.workload import limit_each, read_workload, stream
+    from knn_ssd.plan import Mode
+    from knn_ssd.prompts import builtin_prompts
+    from knn_ssd.provenance import write_whole
+
+    names = [name.strip() for name in args.methods.split(",")] if args.methods is not None else None
+    unknown = [name for name in names or () if name not in DESCRIPTIONS]
+    if unknown:
+        raise UsageError(f"there is no method '{unknown[0]}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
+    if args.temperature < 0:
+        raise UsageError(f"--temperature must be 0 or more, got {args.temperature}")
+    prompts = [prompt for path in args.prompts for prompt in read_workload(path)] or builtin_prompts()
+    ordered = stream(limit_each(prompts, args.limit), args.mix_ratio, args.seed)
+    atlas = options.read_atlas(args)
+    engine = options.load_engine(args, atlas)
+    if names is None:
+        low = ["low"] if Mode.LOW in engine.target.modes else []
+        names = ["plain", "lookup", *low, *(["knn-ssd"] if atlas is not None else []), "auto"]
+    methods = make_methods(names, engine, ordered[0].domain, args.temperature, args.seed)
+    settings = BenchSettings(
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        seed=args.seed,
+        temperature=args.temperature,
+        mix_ratio=args.mix_ratio,
+        chat=not args.no_chat,
+    )
+    out = Path(args.out)
+    model = args.model or "SmolLM2-135M-Instruct"
+    with ProgressReporter() as progress:
+        summary = run_bench(engine, ordered, methods, out, settings, progress, model)
+    command = shlex.join(["knn-ssd", *sys.argv[1:]])
+    write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), command))
+    output.write_table(_table(summary["methods"]))
+    for each in summary["differing"]:
+        output.note(f"DIFFERENT: {each['method']} said something else than plain decoding on '{each['prompt']}'")
+    if summary["baseline_slowed"]:
+        output.note("note: plain decoding was much slower than a bare step of the model; do not trust these speed-ups")
+    output.write_json(str(out / "summary.json"))
+    return 1 if summary["differing"] else 0
+
+
+def _table(methods: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("method")
+    for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain"):
+        table.add_column(name, justify="right")
+    for name, own in methods.items():
+        bounds = own["speedup_ci95"]
+        table.add_row(
+            name,
+            _number(own["speedup"], "{:.2f}x"),
+            f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–",
+            _number(own["decode_speedup"], "{:.2f}x"),
+            _number(own["tokens_per_sec"], "{:.1f}"),
+            _number(own["acceptance_rate"], "{:.0%}"),
+            _number(own["tokens_per_round"], "{:.2f}"),
+            _number(own["identical_to_plain"], "{:.0%}"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
