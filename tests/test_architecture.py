@@ -22,13 +22,13 @@ ROWS = (
     ("cli",),
     ("serve", "bench", "vllm_plugin"),
     ("engine", "calibrate", "plots", "hub", "doctor"),
-    ("drafting",),
+    ("drafting", "generation"),
     ("decode", "controller"),
     ("text", "draft"),
     ("sampling", "route", "tokens", "projection"),
     ("target",),
     ("prompts", "atlas", "data"),
-    ("plan", "provenance"),
+    ("plan", "provenance", "memory"),
     ("errors",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

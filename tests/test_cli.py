@@ -28,8 +28,9 @@ import knn_ssd
 from knn_ssd import hub
 from knn_ssd.atlas import ANCHORS, MANIFEST, Atlas, CostProfile, Label, Pooling
 from knn_ssd.cli import COMMANDS, main
-from knn_ssd.engine import Engine, Stream
+from knn_ssd.engine import Engine
 from knn_ssd.errors import Interrupted, OutputError
+from knn_ssd.generation import Stream
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.target.fingerprint import fingerprint
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -602,7 +603,8 @@ def test_an_interrupted_calibration_says_how_to_go_on(run: Run, monkeypatch: pyt
 
 def test_a_real_ctrl_c_leaves_no_traceback(model_dir: Path) -> None:
     code = (
-        "import sys, time\nfrom knn_ssd.engine import Stream\nfrom knn_ssd.cli import main\nnext_ = Stream.__next__\n"
+        "import sys, time\nfrom knn_ssd.generation import Stream\nfrom knn_ssd.cli import main\n"
+        "next_ = Stream.__next__\n"
         "def slow(self):\n    print('started', file=sys.stderr, flush=True)\n    time.sleep(0.2)\n"
         "    return next_(self)\n"
         "Stream.__next__ = slow\n"
@@ -789,7 +791,8 @@ class Terminal:
 def terminal(model_dir: Path) -> Iterator[Terminal]:
     """A chat whose answers take a minute."""
     code = (
-        "import sys, time\nfrom knn_ssd.engine import Stream\nfrom knn_ssd.cli import main\nnext_ = Stream.__next__\n"
+        "import sys, time\nfrom knn_ssd.generation import Stream\nfrom knn_ssd.cli import main\n"
+        "next_ = Stream.__next__\n"
         "def slow(self):\n    time.sleep(0.3)\n    return next_(self)\n"
         "Stream.__next__ = slow\n"
         f"sys.exit(main(['chat', '--model', {str(model_dir)!r}, '--max-new-tokens', '200']))"

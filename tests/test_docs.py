@@ -24,7 +24,8 @@ from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
 from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.cli import _parser
 from knn_ssd.cli.results import generation_json
-from knn_ssd.engine import Engine, Generation, Stats
+from knn_ssd.engine import Engine
+from knn_ssd.generation import Generation, Stats
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.target import resolve
 from knn_ssd.target.fingerprint import fingerprint

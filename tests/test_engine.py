@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.decode import FinishReason
 from knn_ssd.draft.lookup import LookupDraft, Match
-from knn_ssd.engine import Engine, Generation
+from knn_ssd.engine import Engine
 from knn_ssd.errors import AtlasMismatchError, PromptError, UsageError
+from knn_ssd.generation import Generation
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.target.fingerprint import fingerprint
 from knn_ssd.target.huggingface import HuggingFaceTarget

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from knn_ssd.atlas import Atlas
     from knn_ssd.decode import Round
-    from knn_ssd.engine import Engine, Generation, Stream
+    from knn_ssd.engine import Engine
     from knn_ssd.errors import KnnSsdError
+    from knn_ssd.generation import Generation, Stream
     from knn_ssd.plan import Mode, Plan, Policy
     from knn_ssd.route import Route, Router
     from knn_ssd.sampling import SamplingParams
@@ -48,7 +49,7 @@ __all__ = [
 _HOMES = {
     "Atlas": "knn_ssd.atlas",
     "Engine": "knn_ssd.engine",
-    "Generation": "knn_ssd.engine",
+    "Generation": "knn_ssd.generation",
     "KnnSsdError": "knn_ssd.errors",
     "Mode": "knn_ssd.plan",
     "Plan": "knn_ssd.plan",
@@ -57,7 +58,7 @@ _HOMES = {
     "Route": "knn_ssd.route",
     "Router": "knn_ssd.route",
     "SamplingParams": "knn_ssd.sampling",
-    "Stream": "knn_ssd.engine",
+    "Stream": "knn_ssd.generation",
 }
 
 

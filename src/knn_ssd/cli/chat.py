@@ -13,7 +13,8 @@ from knn_ssd.cli import options, output, results
 from knn_ssd.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from knn_ssd.engine import Engine, Generation
+    from knn_ssd.engine import Engine
+    from knn_ssd.generation import Generation
 
 _COMMANDS = {
     "/stats": "what the last answer took, and all so far",

@@ -12,7 +12,8 @@ from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
-    from knn_ssd.engine import Engine, Generation
+    from knn_ssd.engine import Engine
+    from knn_ssd.generation import Generation
 
 _EXAMPLES = """\
 examples:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knn_ssd.engine import Generation, Stats
+    from knn_ssd.generation import Generation, Stats
     from knn_ssd.memory import MemoryUse
     from knn_ssd.route import Route
 
