@@ -31,7 +31,8 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left } thead th { color: var(--quiet); font-weight: 600 }
 tr.best td { background: var(--soft); font-weight: 600 }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: .2rem; overflow-wrap: anywhere }
-svg { display: block; width: 100%; height: auto; max-width: 46rem } svg text { fill: var(--ink); font-size: 13px }
+svg { display: block; width: 100%; height: auto; max-width: 34rem }
+svg text { fill: var(--ink); font-size: 13px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px }
 svg .axis { stroke: var(--line) } svg .one { stroke: var(--quiet); stroke-dasharray: 4 3 }
 svg .small { fill: var(--quiet) }
 ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .4rem 0 }
@@ -64,14 +65,21 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
     ]
     domains = sorted({domain for figures in methods.values() for domain in figures["per_domain"]})
     if len(domains) > 1:
-        parts += ["<h2>By domain</h2>", _key(others, colours)]
+        parts.append("<h2>By domain</h2>")
+        bounds = [own["speedup"] or 0 for name in others for own in methods[name]["per_domain"].values()]
+        bounds += [
+            own["speedup_ci95"][1]
+            for name in others
+            for own in methods[name]["per_domain"].values()
+            if own["speedup_ci95"]
+        ]
         for domain in domains:
             rows = [
                 (name, own["speedup"], own["speedup_ci95"], colours[name])
                 for name in others
                 if (own := methods[name]["per_domain"].get(domain))
             ]
-            parts += [f"<p><b>{escape(domain)}</b></p>", _bars(rows)]
+            parts += [f"<p><b>{escape(domain)}</b></p>", _bars(rows, max(bounds, default=0.0))]
     curves = {name: curve for name in others if len(curve := running_speedup(records, name)) > 2}
     if curves:
         parts += [
@@ -148,11 +156,11 @@ def _key(names: Sequence[str], colours: Mapping[str, str]) -> str:
     return f"<ul class=key>{items}</ul>"
 
 
-def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]]) -> str:
-    """Horizontal bars with intervals, and a line at 1."""
+def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]], reach: float = 0.0) -> str:
+    """Horizontal bars with intervals, and a line at 1; `reach` is a value for which there is room at least."""
     known = [(name, value, bounds, colour) for name, value, bounds, colour in rows if value is not None]
-    most = max([1.2, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
-    left, width, row = 110, 520, 26
+    most = max([1.2, reach, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
+    left, width, row = 88, 280, 26
     scale = width / most
     height = row * len(known) + 24
     parts = [f"<line class=axis x1={left} y1=0 x2={left} y2={height - 20} />"]
@@ -172,12 +180,12 @@ def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]])
     one = left + scale
     parts.append(f"<line class=one x1={one:.1f} y1=0 x2={one:.1f} y2={height - 20} />")
     parts.append(f"<text class=small x={one:.1f} y={height - 5} text-anchor=middle>1x</text>")
-    return f"<svg viewBox='0 0 {left + width + 70} {height}' role=img aria-label='speed-ups'>{''.join(parts)}</svg>"
+    return f"<svg viewBox='0 0 {left + width + 54} {height}' role=img aria-label='speed-ups'>{''.join(parts)}</svg>"
 
 
 def _lines(curves: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> str:
     """A curve for each method over the stream, with a line at 1."""
-    left, width, height = 50, 620, 240
+    left, width, height = 44, 370, 200
     longest = max(len(curve) for curve in curves.values())
     top = max([1.2, *(value for curve in curves.values() for value in curve[1:])]) * 1.05
 
