@@ -12,11 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import endless
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.bench import run as harness
 from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, make_methods
 from knn_ssd.bench.records import Record, RecordFile, read_records
@@ -27,7 +29,9 @@ from knn_ssd.bench.workload import limit_each, read_workload, stream
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, OutputError, PromptError, UsageError
+from knn_ssd.plan import Plan, Policy
 from knn_ssd.prompts import Prompt
+from knn_ssd.target.fingerprint import fingerprint
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt("once upon a time", "story", "s0"), Prompt("3 + 4 = ", "math", "m0"), Prompt("a fox", "story", "s1")]
@@ -333,3 +337,43 @@ def test_every_method_is_described_in_the_help(capsys: pytest.CaptureFixture[str
     assert main(["bench", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown for name in DESCRIPTIONS)
+
+
+def atlas_with_skips(engine: Engine) -> Atlas:
+    """An anchor for each domain of `PROMPTS`; the clock chose plain decoding, the search knows what to skip."""
+    vectors = []
+    for prompt in PROMPTS[:2]:
+        token_ids = engine.encode(prompt.prompt)
+        vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).vector(Pooling.MEAN).numpy())
+    layers = engine.target.num_layers
+    skips = {name: Plan.skipping(layers, mlp=[i], policy=Policy(3, 0.0)) for i, name in enumerate(("story", "math"))}
+    told = {name: {"best_skipping": {"plan": plan.to_json()}} for name, plan in skips.items()}
+    return Atlas(
+        fingerprint=fingerprint(engine.model, engine.tokenizer),
+        pooling=Pooling.MEAN,
+        anchors=np.stack(vectors),
+        anchor_labels=("story", "math"),
+        labels={name: Label(Plan.plain(layers), 2.0, told[name]) for name in skips},
+        fallback=Plan.plain(layers),
+        cost=CostProfile(1.0, 0.1, 0.1, (1.0,)),
+        fallback_evidence=told["math"],
+    )
+
+
+def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path: Path) -> None:
+    routed = Engine(engine.model, engine.tokenizer, atlas_with_skips(engine), target=engine.target)
+    names = ["plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "auto"]
+    methods = make_methods(names, routed, "story")
+    summary = bench(routed, tmp_path / "run", methods, prompts=PROMPTS[:2])
+    assert summary["differing"] == []
+    for name in names[1:4]:
+        assert summary["methods"][name]["drafted"]["self"] > 0, "a fixed policy drafts, whatever it costs"
+    assert summary["methods"]["auto"]["drafted"] == {}, "the clock chose plain decoding"
+    assert summary["methods"]["knn-ssd"]["routing_accuracy"] == 1.0
+    assert summary["methods"]["knn-ssd"]["route_sec_mean"] > 0
+    assert summary["methods"]["self-sd-mix"]["routing_accuracy"] is None
+    with pytest.raises(BenchError, match="'self-sd-fix' drafts as for the stream's first domain, 'poem'"):
+        make_methods(["self-sd-fix"], routed, "poem")
+    bare = replace(atlas_with_skips(engine), fallback_evidence={})
+    with pytest.raises(BenchError, match="no plan that skips for"):
+        make_methods(["self-sd-mix"], Engine(engine.model, engine.tokenizer, bare, target=engine.target))

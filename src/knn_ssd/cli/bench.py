@@ -33,7 +33,13 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for records, summary.json and report.html")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=options.filled,
+        required=True,
+        help="folder for records, summary.json and report.html",
+    )
     parser.add_argument(
         "--methods",
         metavar="M,…",
