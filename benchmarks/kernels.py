@@ -44,8 +44,8 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
     narrow = [linear.weight.detach() for linear in halves]
     keeper = Keeper()
     full = [matrix_of(linear, keeper) for linear in halves]
-    low = LowBit([], [], full[0])
-    copies = [low._round(matrix) for matrix in full]
+    low = LowBit([], [], full[0], lambda *_: None)
+    copies = [low._round(matrix, torch.ones(cols)) for matrix in full]
     KEPT.extend((keeper, low, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),

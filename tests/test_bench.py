@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.bench import run as harness
-from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, make_methods
+from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, _skipping, make_methods
 from knn_ssd.bench.records import Record, RecordFile, read_records
 from knn_ssd.bench.report import report, running_speedup
 from knn_ssd.bench.run import BenchSettings, run_bench, run_prompt
@@ -29,7 +29,7 @@ from knn_ssd.bench.workload import limit_each, read_workload, stream
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, OutputError, PromptError, UsageError
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import Prompt
 from knn_ssd.target.fingerprint import fingerprint
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -346,7 +346,11 @@ def atlas_with_skips(engine: Engine) -> Atlas:
         token_ids = engine.encode(prompt.prompt)
         vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).vector(Pooling.MEAN).numpy())
     layers = engine.target.num_layers
-    skips = {name: Plan.skipping(layers, mlp=[i], policy=Policy(3, 0.0)) for i, name in enumerate(("story", "math"))}
+    low = (Mode.LOW,) * layers
+    skips = {
+        name: Plan(low, (*low[:i], Mode.SKIP, *low[i + 1 :]), Mode.LOW, Policy(3, 0.0, lookup=True))
+        for i, name in enumerate(("story", "math"))
+    }
     told = {name: {"best_skipping": {"plan": plan.to_json()}} for name, plan in skips.items()}
     return Atlas(
         fingerprint=fingerprint(engine.model, engine.tokenizer),
@@ -366,6 +370,9 @@ def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path
     methods = make_methods(names, routed, "story")
     summary = bench(routed, tmp_path / "run", methods, prompts=PROMPTS[:2])
     assert summary["differing"] == []
+    assert _skipping(atlas_with_skips(engine), "story") == Plan.skipping(
+        engine.target.num_layers, mlp=[0], policy=Policy(3, 0.0)
+    ), "the paper's drafts have no low-bit weights and no look-up"
     for name in names[1:4]:
         assert summary["methods"][name]["drafted"]["self"] > 0, "a fixed policy drafts, whatever it costs"
     assert summary["methods"]["auto"]["drafted"] == {}, "the clock chose plain decoding"

@@ -15,6 +15,7 @@ import torch
 
 from knn_ssd.atlas import Atlas, Label
 from knn_ssd.bench.records import Record
+from knn_ssd.bench.summary import BASELINE
 from knn_ssd.calibrate.settings import MIXTURE
 from knn_ssd.decode import Round
 from knn_ssd.engine import Engine
@@ -22,9 +23,9 @@ from knn_ssd.errors import BenchError, UsageError
 from knn_ssd.memory import peak_bytes
 from knn_ssd.plan import Mode, Plan, Policy
 
-PLAIN, HF, HF_LOOKUP = "plain", "hf", "hf-lookup"
+HF, HF_LOOKUP = "hf", "hf-lookup"
 DESCRIPTIONS = {
-    PLAIN: "the engine without drafts: the baseline",
+    BASELINE: "the engine without drafts: the baseline",
     HF: "transformers.generate in the same dtype",
     HF_LOOKUP: "transformers.generate with its prompt look-up",
     "self-sd-fix": "skips what is best for the stream's first domain, for all prompts",
@@ -84,7 +85,7 @@ def make_methods(
 
 def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[str, Any]) -> Method:
     layers, atlas = engine.target.num_layers, engine.atlas
-    if name == PLAIN:
+    if name == BASELINE:
         return _own(engine, None, sampling, plain=True)
     if name in (HF, HF_LOOKUP):
         return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
@@ -120,14 +121,16 @@ def _as_published(
 
 
 def _skipping(atlas: Atlas, label: str | None) -> Plan:
-    """The best plan of a label that skips and does nothing else, whatever the clock made of it."""
+    """What the best plan of a label that skips anything skips, and nothing else, whatever the clock made of it."""
     found = atlas.evidence_of(label).get("best_skipping")
     if not found:
         raise BenchError(
             f"the atlas knows no plan that skips for {label or MIXTURE}",
             "Calibrate with --modes skip, or choose other --methods.",
         )
-    return Plan.from_json(found["plan"])
+    plan = Plan.from_json(found["plan"])
+    policy = replace(plan.policy, lookup=False)
+    return Plan.skipping(plan.num_layers, plan.skipped_attention, plan.skipped_mlp, policy)
 
 
 def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from knn_ssd.bench.methods import PLAIN, Method, Output, record_of
+from knn_ssd.bench.methods import Method, Output, record_of
 from knn_ssd.bench.records import Record, RecordFile
 from knn_ssd.bench.summary import BASELINE, differing, summarize
 from knn_ssd.doctor import measure_step
@@ -85,7 +85,7 @@ def run_bench(
         OutputError: a place that cannot be written.
     """
     if BASELINE not in methods:
-        raise BenchError(f"there is nothing to compare with: '{PLAIN}' is not among the methods", "Add it.")
+        raise BenchError(f"there is nothing to compare with: '{BASELINE}' is not among the methods", "Add it.")
     encoded = [engine.encode(prompt.prompt, settings.chat) for prompt in prompts]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
