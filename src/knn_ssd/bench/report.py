@@ -12,7 +12,7 @@ from typing import Any
 
 from knn_ssd.bench.methods import DESCRIPTIONS
 from knn_ssd.bench.records import Record
-from knn_ssd.bench.summary import BASELINE
+from knn_ssd.bench.summary import BASELINE, baseline_of, shown
 
 _STYLE = """
 :root { --ink: #1c2430; --quiet: #5b6675; --paper: #ffffff; --line: #d9dee5; --soft: #f3f5f8; --bad: #b3261e;
@@ -103,11 +103,11 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
 
 def running_speedup(records: Sequence[Record], method: str) -> list[float]:
     """Along the stream, the method's tokens per second over plain decoding's on all prompts so far."""
-    plain = {(r.repeat, r.place): r for r in records if r.method == BASELINE}
+    plain = baseline_of(records)
     own = sorted((r for r in records if r.method == method), key=lambda r: (r.repeat, r.place))
     sums, curve = [0.0] * 4, []
     for record in own:
-        base = plain.get((record.repeat, record.place))
+        base = plain.get((record.place, record.repeat))
         if base is not None:
             row = (len(record.token_ids), record.total_sec, len(base.token_ids), base.total_sec)
             sums = [a + b for a, b in zip(sums, row, strict=True)]
@@ -134,21 +134,17 @@ def _table(methods: Mapping[str, Any]) -> str:
     for name, own in methods.items():
         cells = (
             f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(name)}</span>",
-            _number(own["speedup"], "{:.2f}x"),
-            _number(own["decode_speedup"], "{:.2f}x"),
-            _number(own["tokens_per_sec"], "{:.1f}"),
-            _number(own["acceptance_rate"], "{:.0%}"),
-            _number(own["tokens_per_round"], "{:.2f}"),
-            _number(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
-            _number(own["first_token_sec_mean"], "{:.2f} s"),
+            shown(own["speedup"], "{:.2f}x"),
+            shown(own["decode_speedup"], "{:.2f}x"),
+            shown(own["tokens_per_sec"], "{:.1f}"),
+            shown(own["acceptance_rate"], "{:.0%}"),
+            shown(own["tokens_per_round"], "{:.2f}"),
+            shown(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
+            shown(own["first_token_sec_mean"], "{:.2f} s"),
         )
         rows.append(f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in head)
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
 
 
 def _key(names: Sequence[str], colours: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_method[record.method].append(record)
-    baseline = {(r.place, r.repeat): r for r in by_method.get(BASELINE, ())}
+    baseline = baseline_of(records)
     result = {}
     for method, own in by_method.items():
         domains = sorted({r.domain for r in own if r.domain is not None})
@@ -32,10 +32,20 @@ def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
     return result
 
 
+def baseline_of(records: Iterable[Record]) -> dict[tuple[int, int], Record]:
+    """The records of plain decoding, by place and repeat."""
+    return {(r.place, r.repeat): r for r in records if r.method == BASELINE}
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure for people; a dash where there is none."""
+    return "–" if value is None else form.format(value)
+
+
 def differing(records: Iterable[Record]) -> list[Record]:
     """The records of lossless methods whose output is not that of plain decoding."""
     records = list(records)
-    baseline = {(r.place, r.repeat): r for r in records if r.method == BASELINE}
+    baseline = baseline_of(records)
     return [
         r
         for r in records

@@ -134,6 +134,8 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
+    from knn_ssd.bench.summary import shown
+
     table = Table(box=box.SIMPLE)
     table.add_column("method")
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain"):
@@ -142,16 +144,12 @@ def _table(methods: dict[str, Any]) -> Table:
         bounds = own["speedup_ci95"]
         table.add_row(
             name,
-            _number(own["speedup"], "{:.2f}x"),
+            shown(own["speedup"], "{:.2f}x"),
             f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–",
-            _number(own["decode_speedup"], "{:.2f}x"),
-            _number(own["tokens_per_sec"], "{:.1f}"),
-            _number(own["acceptance_rate"], "{:.0%}"),
-            _number(own["tokens_per_round"], "{:.2f}"),
-            _number(own["identical_to_plain"], "{:.0%}"),
+            shown(own["decode_speedup"], "{:.2f}x"),
+            shown(own["tokens_per_sec"], "{:.1f}"),
+            shown(own["acceptance_rate"], "{:.0%}"),
+            shown(own["tokens_per_round"], "{:.2f}"),
+            shown(own["identical_to_plain"], "{:.0%}"),
         )
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
