@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from metered import metered
 
 from knn_ssd.atlas import Atlas, CostProfile, Pooling
 from knn_ssd.calibrate.anchors import fit_anchors
-from knn_ssd.calibrate.journal import Journal
+from knn_ssd.calibrate.cost import measure_cost
+from knn_ssd.calibrate.journal import Journal, uninterrupted
 from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, foretold_speedup
 from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
@@ -60,59 +64,103 @@ def planted_atlas(
 ) -> Atlas:
     out = tmp_path_factory.mktemp("planted") / "atlas"
     settings = Settings(search=Strategy(request.param), trials=BUDGET, search_prompts=5)
-    return calibrate(loaded(planted), prompts_of(planted), out, settings)
+    with metered(COST):
+        return calibrate(loaded(planted), prompts_of(planted), out, settings)
 
 
-@pytest.mark.clock
+def best_skipping(evidence: Mapping[str, Any]) -> Plan:
+    """The plan that a search foretold to be the fastest of those that skip."""
+    return Plan.from_json(evidence["best_skipping"]["plan"])
+
+
 def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_with_it(planted_atlas: Atlas) -> None:
     recovered = 0
     for name, redundant in REDUNDANT.items():
         evidence = planted_atlas.labels[name].evidence
         assert evidence["trials"] <= BUDGET
-        found = skipped(Plan.from_json(evidence["best_skipping"]["plan"]))
+        found = skipped(best_skipping(evidence))
         assert found <= set(redundant), f"harmful in {name}: {found - set(redundant)}"
         recovered += len(found)
     assert recovered >= 0.9 * sum(map(len, REDUNDANT.values()))
 
 
-@pytest.mark.clock
-def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
-    engine = Engine(planted.model, tiny_tokenizer(), planted_atlas)
-    fastest = {way: dict.fromkeys(REDUNDANT, float("inf")) for way in ("routed", "single", "plain")}  # of the turns
-    for turn in range(3):
+def test_costs_are_measured_as_they_are(planted: PlantedModel) -> None:
+    with metered(COST):
+        measured = measure_cost(HuggingFaceTarget(planted.model))
+    assert measured.step_sec == pytest.approx(COST.step_sec)
+    assert measured.attention_sec == pytest.approx(COST.attention_sec)
+    assert measured.mlp_sec == pytest.approx(COST.mlp_sec)
+    assert measured.verify_sec == pytest.approx(COST.verify_sec)
+
+
+def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_decoding(
+    planted: PlantedModel, planted_atlas: Atlas
+) -> None:
+    seconds = dict.fromkeys(("routed", "single", "plain"), 0.0)
+    fallback = planted_atlas.fallback
+    with metered(COST):
+        engine = Engine(planted.model, tiny_tokenizer(), planted_atlas)
         for name in REDUNDANT:
-            prompt = planted.prompt(name, 12, 100 + turn)
-            options = {"routed": {}, "single": {"plan": planted_atlas.fallback}, "plain": {"plain": True}}
+            prompt = planted.prompt(name, 12, 100)
+            options: dict[str, dict[str, Any]] = {
+                "routed": {},
+                "single": {"plan": fallback, "adaptive": True},
+                "plain": {"plain": True},
+            }
             results = {way: engine.generate(prompt, max_new_tokens=60, **given) for way, given in options.items()}
             for way, result in results.items():
                 assert result.token_ids == results["plain"].token_ids
-                fastest[way][name] = min(fastest[way][name], result.stats.decode_sec)
+                seconds[way] += result.stats.decode_sec
             assert results["routed"].route is not None
             assert results["routed"].route.label == name
             assert results["routed"].stats.accepted > 0
-    seconds = {way: sum(by_name.values()) for way, by_name in fastest.items()}
-    assert seconds["routed"] < 0.95 * seconds["single"]
+    assert seconds["routed"] < 0.9 * seconds["single"]
+    assert seconds["routed"] < 0.8 * seconds["plain"]
+
+
+@pytest.mark.clock
+def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
+    """On the real clock, of each way and domain the fastest of the turns: as many as a busy machine needs."""
+    engine = Engine(planted.model, tiny_tokenizer())
+    single = best_skipping(planted_atlas.fallback_evidence)
+    plain = Plan.plain(single.num_layers)
+    fastest = {way: dict.fromkeys(REDUNDANT, float("inf")) for way in ("routed", "single", "plain")}
+    seconds: dict[str, float] = {}
+    for turn in range(40):
+        for name in REDUNDANT:
+            prompt = planted.prompt(name, 12, 100)
+            plans = {"routed": best_skipping(planted_atlas.labels[name].evidence), "single": single, "plain": plain}
+            for way, plan in plans.items():
+                stats = engine.generate(prompt, max_new_tokens=60, plan=plan).stats
+                fastest[way][name] = min(fastest[way][name], stats.decode_sec)
+        seconds = {way: sum(by_name.values()) for way, by_name in fastest.items()}
+        if turn >= 2 and seconds["routed"] < 0.9 * min(seconds["single"], seconds["plain"]):
+            break
+    assert seconds["routed"] < 0.9 * seconds["single"]
     assert seconds["routed"] < 0.9 * seconds["plain"]
 
 
 def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
     settings = Settings(trials=BUDGET, search_prompts=4)
-    atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
-    for name, redundant in REDUNDANT.items():
-        assert skipped(Plan.from_json(atlas.labels[name].evidence["best_skipping"]["plan"])) <= set(redundant)
+    with metered(COST):
+        atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
+    found = {name: skipped(best_skipping(atlas.labels[name].evidence)) for name in REDUNDANT}
+    assert all(found[name] <= set(redundant) for name, redundant in REDUNDANT.items())
+    assert sum(map(len, found.values())) >= 0.9 * sum(map(len, REDUNDANT.values()))
 
 
-@pytest.mark.clock
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
-    atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", Settings(trials=40, search_prompts=4))
+    settings = Settings(trials=40, search_prompts=4)
+    with metered(COST):
+        atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", settings)
     assert all(label.plan.is_plain for label in atlas.labels.values())
     assert atlas.fallback.is_plain
 
 
 def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_path: Path) -> None:
-    settings = Settings(search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=8, max_draft=3, threshold=0.5)
+    settings = Settings(search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=4, max_draft=3, threshold=0.5)
     atlas = calibrate(loaded(planted), prompts_of(planted, 3), tmp_path / "atlas", settings)
     label = atlas.labels["red"]
     assert label.evidence["trials"] == 4
@@ -120,7 +168,6 @@ def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_pat
     assert label.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
 
 
-@pytest.mark.clock
 def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas) -> None:
     assert planted_atlas.vectors is not None
     assert len(planted_atlas.vectors) == len(planted_atlas.vector_labels) == 24
@@ -161,13 +208,14 @@ class Counting:
 def test_an_interrupted_calibration_goes_on_without_repeating_a_trial(
     planted: PlantedModel, tmp_path: Path, stage: str, after: int
 ) -> None:
-    out, prompts, settings = tmp_path / "atlas", prompts_of(planted, 3), Settings(trials=20, search_prompts=2)
+    out, prompts = tmp_path / "atlas", prompts_of(planted, 3)
+    settings = Settings(trials=20, search_prompts=2, new_tokens=8)
     with pytest.raises(Interrupted, match="--resume"):
         calibrate(loaded(planted), prompts, out, settings, reporter=Stopping(stage, after))
     assert not out.exists()
     with pytest.raises(CalibrationError, match="--resume"):
         calibrate(loaded(planted), prompts, out, settings)
-    with pytest.raises(CalibrationError, match="new_tokens was 32 and is 16"):
+    with pytest.raises(CalibrationError, match="new_tokens was 8 and is 16"):
         calibrate(loaded(planted), prompts, out, Settings(trials=20, search_prompts=2, new_tokens=16), resume=True)
     counting = Counting()
     atlas = calibrate(loaded(planted), prompts, out, settings, resume=True, reporter=counting)
@@ -191,7 +239,7 @@ def command(model_folder: Path, tmp_path: Path) -> list[str]:
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": f"{word} {i}", "domain": word} for word in ("apple", "QUIZ?") for i in range(4)]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
-    options = f"--model {model_folder} --prompts {prompts} --out {tmp_path}/out/atlas --search-prompts 2"
+    options = f"--model {model_folder} --prompts {prompts} --out {tmp_path}/out/atlas --search-prompts 2 --new-tokens 8"
     return [sys.executable, "-m", "knn_ssd", "calibrate", *options.split()]
 
 
@@ -215,7 +263,7 @@ def test_a_killed_calibration_leaves_nothing_half_written_and_can_be_resumed(
     _, errors = process.communicate(timeout=60)
     assert not (tmp_path / "out" / "atlas").exists()
     if how is signal.SIGINT:
-        assert process.returncode == 2
+        assert process.returncode == 2, errors
         assert "--resume" in errors
         assert "Traceback" not in errors
     resumed = start([*command, "--trials", "40", "--resume"])
@@ -225,6 +273,21 @@ def test_a_killed_calibration_leaves_nothing_half_written_and_can_be_resumed(
     atlas = Atlas.load(tmp_path / "out" / "atlas")
     assert [label.evidence["trials"] for label in atlas.labels.values()] == [40, 40]
     assert os.listdir(tmp_path / "out") == ["atlas"]
+
+
+def test_ctrl_c_waits_until_a_trial_is_written() -> None:
+    done = []
+
+    @uninterrupted()
+    def write() -> None:
+        signal.raise_signal(signal.SIGINT)
+        done.append("what came after it")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert done
+    with pytest.raises(KeyboardInterrupt):  # and is heard again afterwards
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: Path) -> None:
@@ -265,8 +328,9 @@ def test_a_full_disk_is_told_in_a_sentence_and_what_was_found_is_kept(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
+    settings = Settings(trials=2, search_prompts=1, new_tokens=4)
     with pytest.raises(OutputError, match="No space left on device"):
-        calibrate(loaded(planted), prompts_of(planted, 2), tmp_path / "atlas", Settings(trials=2, search_prompts=1))
+        calibrate(loaded(planted), prompts_of(planted, 2), tmp_path / "atlas", settings)
     assert [entry.name for entry in tmp_path.iterdir()] == ["atlas.calibration"]
 
 

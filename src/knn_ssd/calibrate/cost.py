@@ -1,4 +1,6 @@
-"""Measures what passes cost on this machine. Medians of interleaved passes, warm-up apart."""
+"""Measures what passes cost on this machine: turns of all passes, each set against the whole step of its turn, so that
+a machine that is busy for a while slows both; medians, warm-up apart.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,22 @@ from knn_ssd.target.contract import Session, Target
 
 _CONTEXT = 64  # tokens in the cache while measuring
 _MEASURED_ROWS = (1, 2, 3, 5, 9, 13)
+_WHOLE = "all"
+_ENOUGH_SEC, _MOST_TURNS = 2.0, 50  # a model of a few milliseconds is measured more often
 
 
-def measure_cost(target: Target, low: bool = False, repeats: int = 7) -> CostProfile:
+def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> CostProfile:
     """The cost profile of a target: single steps under a few plans, and verifications of 1 to 13 tokens.
 
     Args:
         target: the model.
         low: measure what low-bit weights save, too.
-        repeats: of each pass.
+        least_turns: how often each pass is timed at least.
     """
     layers = range(target.num_layers)
     kept, lowered = (Mode.KEEP,) * target.num_layers, (Mode.LOW,) * target.num_layers
     plans = {
-        "all": Plan.skipping(target.num_layers),
+        _WHOLE: Plan.skipping(target.num_layers),
         "attention": Plan.skipping(target.num_layers, attention=layers),
         "mlp": Plan.skipping(target.num_layers, mlp=layers),
     }
@@ -45,10 +49,10 @@ def measure_cost(target: Target, low: bool = False, repeats: int = 7) -> CostPro
             name: _step(session, [3 % target.vocab_size], plan) for name, plan in plans.items()
         }
         passes |= {rows: _step(session, [3 % target.vocab_size] * rows, None) for rows in _MEASURED_ROWS}
-        seconds = _interleaved(passes, repeats)
+        seconds = _interleaved(passes, least_turns)
     finally:
         session.close()
-    step = seconds["all"]
+    step = seconds[_WHOLE]
 
     def saved(name: str) -> float:
         return max(0.0, step - seconds[name]) if name in seconds else 0.0
@@ -68,15 +72,22 @@ def _step(session: Session, tokens: list[int], plan: Plan | None) -> Callable[[]
     return lambda: session.forward(tokens, plan)
 
 
-def _interleaved(passes: dict[str | int, Callable[[], object]], repeats: int) -> dict[str | int, float]:
-    taken: dict[str | int, list[float]] = {name: [] for name in passes}
-    for repeat in range(repeats + 1):
-        for name, run in passes.items():
-            started = time.perf_counter()
-            run()
-            if repeat:  # the first is the warm-up
-                taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in taken.items()}
+def _interleaved(passes: dict[str | int, Callable[[], object]], least_turns: int) -> dict[str | int, float]:
+    turns: list[dict[str | int, float]] = []
+    for run in passes.values():  # the warm-up
+        run()
+    while len(turns) < least_turns or (
+        len(turns) < _MOST_TURNS and sum(sum(turn.values()) for turn in turns) < _ENOUGH_SEC
+    ):
+        turns.append({name: _seconds(run) for name, run in passes.items()})
+    step = statistics.median(turn[_WHOLE] for turn in turns)
+    return {name: step * statistics.median(turn[name] / turn[_WHOLE] for turn in turns) for name in passes}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _every_row(seconds: dict[str | int, float]) -> tuple[float, ...]:

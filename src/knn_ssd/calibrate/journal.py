@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,31 @@ from knn_ssd.errors import CalibrationError, OutputError
 from knn_ssd.provenance import write_whole, writing
 
 _SETTINGS, _COST, _TRIALS, _OBSERVATIONS = "settings.json", "cost.json", "trials.log", "observations.jsonl"
+
+
+class _TrialFile(JournalFileBackend):
+    """Optuna's, whose lock takes a Ctrl-C in its midst for a file that somebody else removed: so Ctrl-C waits."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with uninterrupted():
+            super().append_logs(logs)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Journal:
@@ -59,7 +87,7 @@ class Journal:
         if url is not None:
             return url
         with writing(self.folder):
-            return JournalStorage(JournalFileBackend(str(self.folder / _TRIALS)))
+            return JournalStorage(_TrialFile(str(self.folder / _TRIALS)))
 
     def read_cost(self) -> CostProfile | None:
         path = self.folder / _COST

@@ -1,0 +1,43 @@
+"""A clock that only passes of the model move, each by its place in a cost profile.
+
+On it, whatever calibration decides by time is the same at every run, however busy the machine is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from knn_ssd import decode
+from knn_ssd.atlas import CostProfile
+from knn_ssd.calibrate import cost, objective
+from knn_ssd.plan import Plan
+from knn_ssd.target.contract import Session
+from knn_ssd.target.fused import FusedSession
+from knn_ssd.target.huggingface import HuggingFaceSession
+
+
+@contextmanager
+def metered(profile: CostProfile) -> Iterator[None]:
+    """Passes take what the profile says, and nothing else takes time."""
+    now = 0.0
+
+    def timed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def timed_forward(session: Session, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
+            nonlocal now
+            now += profile.verification_sec(len(token_ids)) if plan is None else profile.draft_step_sec(plan)
+            return forward(session, token_ids, plan)
+
+        return timed_forward
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (HuggingFaceSession, FusedSession):
+            patch.setattr(kind, "forward", timed(kind.forward))
+        for module in (cost, objective, decode):
+            patch.setattr(module, "time", clock)
+        yield
