@@ -145,12 +145,12 @@ HEAVY = {"torch", "transformers", "numpy", "optuna", "rich", "sklearn"}
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_and_version_import_nothing_heavy(argv: list[str]) -> None:
     done = python(
-        f"import sys, time\nstarted = time.perf_counter()\nfrom knn_ssd.cli import main\ncode = main({argv!r})\n"
-        f"print(sorted({HEAVY!r} & set(sys.modules)), code, time.perf_counter() - started, file=sys.stderr)"
+        f"import sys, time\nstarted = time.process_time()\nfrom knn_ssd.cli import main\ncode = main({argv!r})\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), code, time.process_time() - started, file=sys.stderr)"
     )
     imported, code, seconds = re.fullmatch(r"(\[.*\]) (\d) ([\d.e-]+)\n", done.stderr).groups()  # type: ignore[union-attr]
     assert (imported, code) == ("[]", "0")
-    assert float(seconds) < 1.0  # about 0.1 on a machine with nothing else to do
+    assert float(seconds) < 1.0  # of the processor; about 0.1
     assert "usage: knn-ssd" in done.stdout or re.fullmatch(r"knn-ssd \d+\.\d+\.\d+\n", done.stdout)
 
 

@@ -122,6 +122,11 @@ class Engine:
         """What the engine and the process hold in memory now."""
         return MemoryUse(self._weight_bytes, self.target.low_bit_bytes, resident_bytes(), peak_bytes())
 
+    @property
+    def repetition_penalty(self) -> float:
+        """What the model's generation config says, as in transformers; 1 is none."""
+        return getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
+
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
 
@@ -180,7 +185,7 @@ class Engine:
             UsageError: an option out of its range, or an unknown domain.
         """
         if repetition_penalty is None:
-            repetition_penalty = getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
+            repetition_penalty = self.repetition_penalty
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         sampler = Sampler.from_params(params, self.target.device)
         token_ids = self.encode(prompt, chat)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,18 @@ import torch
 from knn_ssd.atlas import Atlas, Label
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE
+from knn_ssd.bench.swift import LEAST_LAYERS, SwiftDraft, SwiftSearch
+from knn_ssd.calibrate.onpolicy import ending
 from knn_ssd.calibrate.settings import MIXTURE
-from knn_ssd.decode import Round
+from knn_ssd.decode import Round, decode
+from knn_ssd.draft.contract import DraftSource
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
 from knn_ssd.memory import peak_bytes
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.target.contract import Session
+from knn_ssd.tokens import eos_token_ids
 
 HF, HF_LOOKUP = "hf", "hf-lookup"
 DESCRIPTIONS = {
@@ -31,6 +38,7 @@ DESCRIPTIONS = {
     "self-sd-fix": "skips what is best for the stream's first domain, for all prompts",
     "self-sd-mix": "skips what is best for a mixture of domains, for all prompts",
     "knn-ssd": "skips what is best for the nearest anchor's domain: the paper",
+    "swift": "skips what it finds to agree while it serves (arXiv 2410.06916, without its token tree)",
     "lookup": "drafts by look-up alone",
     "low": "drafts with everything low-bit, without routing",
     "auto": "what `generate` does: everything, routed and controlled",
@@ -84,22 +92,42 @@ def make_methods(
 
 
 def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[str, Any]) -> Method:
-    layers, atlas = engine.target.num_layers, engine.atlas
+    atlas = engine.atlas
     if name == BASELINE:
         return _own(engine, None, sampling, plain=True)
     if name in (HF, HF_LOOKUP):
         return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
-    if name == "lookup":
-        return _own(engine, None, sampling, plan=Plan.skipping(layers, policy=Policy(lookup=True)), adaptive=True)
-    if name == "low":
-        if Mode.LOW not in engine.target.modes:
-            raise BenchError("the method 'low' needs low-bit weights, and this model's target has none here",
-                             "See `knn-ssd doctor`, or choose other --methods.")  # fmt: skip
-        return _own(engine, None, sampling, plan=Plan.low(layers, Policy(lookup=False)), adaptive=True)
+    if name in ("lookup", "low"):
+        return _own(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
     if name == "auto":
         return _own(engine, atlas, sampling, adaptive=True)
+    if name == "swift":
+        return _swift(engine, sampling)
     assert atlas is not None
     return _as_published(name, engine, atlas, first_domain, sampling)
+
+
+def _unrouted(name: str, engine: Engine) -> Plan:
+    """The plan that a method has for all prompts."""
+    layers = engine.target.num_layers
+    if name == "lookup":
+        return Plan.skipping(layers, policy=Policy(lookup=True))
+    if Mode.LOW not in engine.target.modes:
+        raise BenchError(
+            "the method 'low' needs low-bit weights, and this model's target has none here",
+            "See `knn-ssd doctor`, or choose other --methods.",
+        )
+    return Plan.low(layers, Policy(lookup=False))
+
+
+def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
+    layers = engine.target.num_layers
+    if layers < LEAST_LAYERS:
+        raise BenchError(
+            f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
+        )
+    search = SwiftSearch(layers, seed=sampling.get("seed", 0))
+    return _drafting(engine, sampling, partial(SwiftDraft, search))
 
 
 def _as_published(
@@ -142,19 +170,38 @@ def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **option
         rounds = [chunk.round for chunk in stream]
         total_sec = time.perf_counter() - started
         result = stream.result
-        drafted, accepted = _by_source(rounds)
         details = {
             "prefill_sec": result.stats.prefill_sec + result.stats.route_sec,
             "route_sec": result.stats.route_sec,
-            "rounds": len(rounds),
-            "lossless": not sampling,
-            "drafted": drafted,
-            "accepted": accepted,
             "routed": result.route is not None,
             "label": result.route.plan_label if result.route is not None else None,
-            "peak_memory_bytes": peak_bytes(),
+            **_told(rounds, sampling),
         }
         return Output(result.token_ids, total_sec, details)
+
+    return run
+
+
+def _drafting(
+    engine: Engine, sampling: dict[str, Any], new_source: Callable[[Session, Sampler, int], DraftSource]
+) -> Method:
+    """Rounds with another source of drafts, made of a request's session, its sampler and its prompt's length."""
+    target, ends = engine.target, ending(eos_token_ids(engine.model))
+    params = SamplingParams(repetition_penalty=engine.repetition_penalty, **sampling)
+
+    def run(prompt: list[int], max_new_tokens: int) -> Output:
+        started = time.perf_counter()
+        session = target.open(len(prompt) + max_new_tokens)
+        try:
+            prefill = session.prefill(prompt)
+            sampler = Sampler.from_params(params, target.device)
+            source = new_source(session, sampler, len(prompt))
+            rounds = list(decode(session, list(prompt), prefill.logits, source, sampler, max_new_tokens, ends))
+        finally:
+            session.close()
+        total_sec = time.perf_counter() - started
+        token_ids = tuple(token for each in rounds for token in each.tokens)
+        return Output(token_ids, total_sec, {"prefill_sec": prefill.seconds, **_told(rounds, sampling)})
 
     return run
 
@@ -190,6 +237,18 @@ def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) 
 def record_of(output: Output, **place: Any) -> Record:
     """The record of an output; `place` says of which prompt, method and repeat."""
     return Record(token_ids=output.token_ids, total_sec=output.total_sec, **{**output.details, **place})
+
+
+def _told(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
+    """What rounds tell to a record."""
+    drafted, accepted = _by_source(rounds)
+    return {
+        "rounds": len(rounds),
+        "lossless": not sampling,
+        "drafted": drafted,
+        "accepted": accepted,
+        "peak_memory_bytes": peak_bytes(),
+    }
 
 
 def _by_source(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:

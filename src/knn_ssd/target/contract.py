@@ -8,6 +8,7 @@ verification recomputes in every layer.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -75,6 +76,9 @@ class Session(Protocol):
         Row i is drafted under the plan in runs of `run_length` tokens: it sees the full model's keys up to the start
         of its run and the draft's own from there. One pass for many positions, writing nothing: calibration's measure.
         """
+
+    def looking_back(self, count: int) -> AbstractContextManager[None]:
+        """Puts the pointer `count` committed tokens back, to rehearse them again, and then where it was."""
 
     def close(self) -> None:
         """Gives the cache's memory back."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan
 
@@ -68,3 +71,13 @@ class Pointed:
 
     def rewind(self, length: int) -> None:
         self._pointer.rewind(length)
+
+    @contextmanager
+    def looking_back(self, count: int) -> Iterator[None]:
+        length = self._pointer.length
+        assert 0 <= count <= length, f"cannot look back {count} tokens of {length}"
+        self._pointer.length -= count
+        try:
+            yield
+        finally:
+            self._pointer.length = length

@@ -1,0 +1,140 @@
+"""SWIFT (arXiv 2410.06916): the skip set is searched for while serving, on what the model itself has just written.
+
+At each round one other set of the same size is rehearsed on the last tokens of the output; it takes over if it agrees
+with them more often. Most candidates are random, every so often one is the guess of a Bayesian optimiser. The search
+goes on from prompt to prompt and ends when the set is good enough or has long not become better.
+
+From the paper's description, sections 4.1 and 4.2, on this package's rounds. Its tree of candidate tokens is left out:
+a round here verifies one chain.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.distributions import FloatDistribution
+
+from knn_ssd.draft.contract import Draft, Outcome
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.sampling import Sampler
+from knn_ssd.target.contract import Session
+
+LEAST_LAYERS = 3  # the first and the last are never skipped
+
+
+@dataclass(frozen=True, slots=True)
+class SwiftSettings:
+    """The defaults are those of the released evaluation script, the policy's that of arXiv 2505.16162.
+
+    Args:
+        share: of the sublayers between the first and the last layer that is skipped.
+        window: tokens of the output that a set is rehearsed on.
+        optimiser_every: how often a candidate is the optimiser's.
+        most_steps: candidates in all.
+        patience: candidates without a better one, after which the search ends.
+        good_enough: share of agreeing tokens at which it ends.
+        policy: of the drafts.
+    """
+
+    share: float = 0.45
+    window: int = 50
+    optimiser_every: int = 25
+    most_steps: int = 1000
+    patience: int = 300
+    good_enough: float = 0.93
+    policy: Policy = field(default_factory=lambda: Policy(12, 0.8))
+
+
+class SwiftSearch:
+    """The skip set that all requests share, and the search for a better one.
+
+    Args:
+        num_layers: L, at least `LEAST_LAYERS`.
+        settings: of the search.
+        seed: of its candidates.
+    """
+
+    def __init__(self, num_layers: int, settings: SwiftSettings | None = None, seed: int = 0) -> None:
+        self.settings = settings or SwiftSettings()
+        self._num_layers = num_layers
+        self._places = range(2, 2 * num_layers - 2)  # in Plan.modes
+        self._size = round(self.settings.share * len(self._places))
+        self._random = random.Random(seed)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        self.steps = self._last_better = 0
+        self.agreement = -1.0  # of the set in use; nothing was rehearsed yet
+        self.plan = self._plan(self._random.sample(self._places, self._size))
+
+    @property
+    def done(self) -> bool:
+        """Whether the search has ended."""
+        settings = self.settings
+        return (
+            self._size == 0
+            or self.agreement >= settings.good_enough
+            or self.steps >= settings.most_steps
+            or self.steps - self._last_better >= settings.patience
+        )
+
+    def step(self, session: Session, context: Sequence[int]) -> None:
+        """Rehearses one candidate on the last tokens of a context; the session holds all of it but its last token."""
+        weights, chosen = self._candidate()
+        plan = self.plan if self.agreement < 0 else self._plan(chosen)
+        window = self.settings.window
+        with session.looking_back(window):
+            logits = session.rehearse(list(context[-window - 1 : -1]), plan, window)  # (window, V)
+        guesses = logits.argmax(dim=-1).tolist()
+        agreement = sum(guess == token for guess, token in zip(guesses, context[-window:], strict=True)) / window
+        self.steps += 1
+        if agreement > self.agreement:
+            self.plan, self.agreement, self._last_better = plan, agreement, self.steps
+        skipped = {i for i, mode in enumerate(plan.modes) if mode is Mode.SKIP}
+        known = {str(i): (1 + weights[i]) / 2 if i in skipped else weights[i] / 2 for i in self._places}
+        distributions = dict.fromkeys(known, FloatDistribution(0.0, 1.0))
+        self._study.add_trial(optuna.create_trial(params=known, distributions=dict(distributions), value=agreement))
+
+    def _candidate(self) -> tuple[dict[int, float], list[int]]:
+        """A number in [0, 1] for each sublayer, and the sublayers of the highest, which are skipped."""
+        if (self.steps + 1) % self.settings.optimiser_every:
+            weights = {i: self._random.random() for i in self._places}
+        else:
+            trial = self._study.ask({str(i): FloatDistribution(0.0, 1.0) for i in self._places})
+            weights = {i: float(trial.params[str(i)]) for i in self._places}
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # it is added with its score instead
+        return weights, sorted(self._places, key=lambda i: weights[i])[len(self._places) - self._size :]
+
+    def _plan(self, skipped: Sequence[int]) -> Plan:
+        attention = [i // 2 for i in skipped if i % 2 == 0]
+        return Plan.skipping(self._num_layers, attention, [i // 2 for i in skipped if i % 2], self.settings.policy)
+
+
+class SwiftDraft:
+    """Drafts of one request under the shared skip set; searches on before each.
+
+    Args:
+        search: what all requests share.
+        session: of the request.
+        sampler: of the request.
+        prompt_length: tokens of the context that the model did not write.
+    """
+
+    def __init__(self, search: SwiftSearch, session: Session, sampler: Sampler, prompt_length: int) -> None:
+        self._search = search
+        self._session = session
+        self._sampler = sampler
+        self._prompt_length = prompt_length
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """At most `limit` tokens to follow `context`."""
+        search = self._search
+        if not search.done and len(context) - self._prompt_length >= search.settings.window:
+            search.step(self._session, context)
+        return SelfDraft(self._session, search.plan, self._sampler).propose(context, limit)
+
+    def learn(self, outcome: Outcome) -> None:
+        """The search learns from what was written, not from what was accepted."""
