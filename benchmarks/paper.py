@@ -1,0 +1,93 @@
+"""The main table of arXiv 2505.16162: methods that skip, by domain and by mix ratio, beside what this package adds.
+
+    python benchmarks/paper.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--limit N] [--ratios 0 0.5 1]
+
+The first half of every domain's prompts calibrates, skip only, the search as chosen; `--limit` prompts of the second
+half are measured. `FOLDER` keeps the atlas, and records, summary and page of every stream; what is there already is not
+done again. Where the atlas says nothing of a method, as of `low` and `auto`, the method has the general plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from knn_ssd import Engine
+from knn_ssd.atlas import Atlas
+from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
+from knn_ssd.bench.records import read_records
+from knn_ssd.bench.report import report
+from knn_ssd.bench.run import BenchSettings, run_bench
+from knn_ssd.bench.summary import shown
+from knn_ssd.bench.workload import limit_each, stream
+from knn_ssd.calibrate.pipeline import calibrate
+from knn_ssd.calibrate.search import Strategy
+from knn_ssd.calibrate.settings import Settings
+from knn_ssd.cli.progress import ProgressReporter
+from knn_ssd.plan import Mode
+from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
+from knn_ssd.target.resolve import load_model
+
+METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "lookup", "low", "auto")
+
+
+def halves(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The first and the second half of every domain's prompts."""
+    domains: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        domains.setdefault(prompt.domain, []).append(prompt)
+    first = [prompt for members in domains.values() for prompt in members[: len(members) // 2]]
+    return first, [prompt for prompt in prompts if prompt not in first]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--search", choices=[strategy.value for strategy in Strategy], default="bayes")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    prompts = [p for path in args.prompts for p in read_prompts(path)] or builtin_prompts()
+    calibrating, measured = halves(prompts)
+    loaded = load_model(args.model, device="cpu")
+    folder = args.out / "atlas"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        settings = Settings(search=Strategy(args.search), trials=args.trials, low=False, lookup=False)
+        with ProgressReporter() as progress:
+            calibrate(loaded, calibrating, folder, settings, resume=True, reporter=progress)
+    engine = Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
+    bare = Engine(loaded.model, loaded.tokenizer, target=engine.target)
+    names = [name for name in args.methods if name != "low" or Mode.LOW in engine.target.modes]
+    for ratio in args.ratios:
+        ordered = stream(limit_each(measured, args.limit), ratio)
+        methods = {
+            name: make_methods([name], engine if name in NEEDS_ATLAS else bare, ordered[0].domain)[name]
+            for name in names
+        }
+        out = args.out / f"ratio-{ratio:g}"
+        with ProgressReporter() as progress:
+            asked = BenchSettings(args.max_new_tokens, mix_ratio=ratio)
+            summary = run_bench(engine, ordered, methods, out, asked, progress, loaded.name)
+        (out / "report.html").write_text(report(summary, read_records(out / "records.jsonl"), "benchmarks/paper.py"))
+        print(
+            f"\nmix ratio {ratio:g}, {len(ordered)} prompts; different from plain: {json.dumps(summary['differing'])}\n"
+        )
+        domains = sorted(summary["methods"]["plain"]["per_domain"])
+        print("| method | " + " | ".join(domains) + " | all | 95 % | accepted |")
+        print("|---|" + "--:|" * (len(domains) + 3))
+        for name, own in summary["methods"].items():
+            cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
+            low, high = own["speedup_ci95"] or (1.0, 1.0)
+            accepted = shown(own["acceptance_rate"], "{:.2f}")
+            print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {low:.2f}–{high:.2f} | {accepted} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""How well prompts find their domain, by the number of anchors, the anchors that vote, and the pooling.
+
+    python benchmarks/routing.py --prompts FILE.jsonl… [--model M] [--limit N] [--anchors 1 2 …] [--k 1 3 …]
+
+The first half of every domain's prompts makes the anchors, the second half is routed by them. Prints the share that
+found its own domain. Radii play no part: nothing falls back.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+
+from knn_ssd import Engine
+from knn_ssd.atlas import Pooling
+from knn_ssd.bench.workload import limit_each
+from knn_ssd.calibrate.anchors import fit_anchors
+from knn_ssd.prompts import builtin_prompts, read_prompts
+from knn_ssd.route import Router
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, help="prompts per domain")
+    parser.add_argument("--anchors", type=int, nargs="+", default=[1, 2, 5, 10, 20])
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 5])
+    args = parser.parse_args()
+    engine = Engine.from_pretrained(args.model, device="cpu")
+    prompts = [p for path in args.prompts for p in read_prompts(path)] or builtin_prompts()
+    prompts = limit_each(prompts, args.limit)
+    vectors: dict[Pooling, list[np.ndarray]] = {pooling: [] for pooling in Pooling}
+    for prompt in prompts:
+        token_ids = engine.encode(prompt.prompt)
+        session = engine.target.open(len(token_ids))
+        prefill = session.prefill(token_ids)
+        session.close()
+        for pooling, known in vectors.items():
+            known.append(prefill.vector(pooling).numpy())
+    labels = [prompt.domain or "none" for prompt in prompts]
+    first_half = np.array([2 * labels[:i].count(name) < labels.count(name) for i, name in enumerate(labels)])
+    own, others = np.array(labels)[first_half], np.array(labels)[~first_half]
+    print(f"{len(own)} prompts make the anchors, {len(others)} are routed")
+    print("pooling  anchors per domain  " + "  ".join(f"k = {k}".rjust(7) for k in args.k))
+    for pooling, known in vectors.items():
+        points = np.stack(known)
+        for count in args.anchors:
+            anchors = fit_anchors(points[first_half], own, count, seed=0)
+            shares = []
+            for k in args.k:
+                if k > len(anchors.points):
+                    shares.append("–")
+                    continue
+                router = Router(k).fit(torch.from_numpy(anchors.points), anchors.labels)
+                found = [router.predict(torch.from_numpy(vector)).label for vector in points[~first_half]]
+                shares.append(f"{np.mean(np.array(found) == others):.3f}")
+            print(f"{pooling.value:7}  {count:18}  " + "  ".join(share.rjust(7) for share in shares))
+
+
+if __name__ == "__main__":
+    main()
