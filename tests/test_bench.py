@@ -22,9 +22,9 @@ from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.bench import run as harness
 from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, _skipping, make_methods
 from knn_ssd.bench.records import Record, RecordFile, read_records
-from knn_ssd.bench.report import report, running_speedup
+from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench, run_prompt
-from knn_ssd.bench.summary import differing, summarize
+from knn_ssd.bench.summary import differing, running_speedup, summarize
 from knn_ssd.bench.workload import limit_each, read_workload, stream
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine

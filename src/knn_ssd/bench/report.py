@@ -12,7 +12,7 @@ from typing import Any
 
 from knn_ssd.bench.methods import DESCRIPTIONS
 from knn_ssd.bench.records import Record
-from knn_ssd.bench.summary import BASELINE, baseline_of, shown
+from knn_ssd.bench.summary import BASELINE, running_speedup, shown
 
 _STYLE = """
 :root { --ink: #1c2430; --quiet: #5b6675; --paper: #ffffff; --line: #d9dee5; --soft: #f3f5f8; --bad: #b3261e;
@@ -99,20 +99,6 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
         f"<meta name=color-scheme content='light dark'><title>knn-ssd bench: {escape(summary['model'])}</title>"
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-
-
-def running_speedup(records: Sequence[Record], method: str) -> list[float]:
-    """Along the stream, the method's tokens per second over plain decoding's on all prompts so far."""
-    plain = baseline_of(records)
-    own = sorted((r for r in records if r.method == method), key=lambda r: (r.repeat, r.place))
-    sums, curve = [0.0] * 4, []
-    for record in own:
-        base = plain.get((record.place, record.repeat))
-        if base is not None:
-            row = (len(record.token_ids), record.total_sec, len(base.token_ids), base.total_sec)
-            sums = [a + b for a, b in zip(sums, row, strict=True)]
-            curve.append(sums[0] / sums[1] / (sums[2] / sums[3]))
-    return curve
 
 
 def _warnings(summary: Mapping[str, Any]) -> str:

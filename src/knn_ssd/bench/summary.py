@@ -100,6 +100,14 @@ def _ratio(rows: Sequence[tuple[float, float, float, float]]) -> float | None:
     return float(tokens / seconds / (plain_tokens / plain_seconds))
 
 
+def running_speedup(records: Sequence[Record], method: str) -> list[float]:
+    """Along the stream, the method's tokens per second over plain decoding's on all prompts so far."""
+    plain = baseline_of(records)
+    own = sorted((r for r in records if r.method == method), key=lambda r: (r.repeat, r.place))
+    rows = [_total(r, base) for r in own if (base := plain.get((r.place, r.repeat))) is not None]
+    return [ratio for count in range(1, len(rows) + 1) if (ratio := _ratio(rows[:count])) is not None]
+
+
 def _interval(pairs: Sequence[tuple[Record, Record]], seed: int) -> list[float] | None:
     """Of the end-to-end speed-up; None of a single prompt, which says nothing of others."""
     by_prompt: dict[int, list[tuple[float, float, float, float]]] = defaultdict(list)
