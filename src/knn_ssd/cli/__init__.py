@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "find out how a model drafts best for each kind of prompt, and write an atlas",
     "generate": "answer prompts",
     "chat": "talk with a model in the terminal",
+    "serve": "answer over HTTP as OpenAI's API does",
     "bench": "measure methods side by side, against plain decoding",
     "atlas": "show, verify, compare and share atlases",
     "plot": "draw an atlas: where prompts lie, and what is skipped for them",

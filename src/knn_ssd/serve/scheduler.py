@@ -1,0 +1,226 @@
+"""Requests of many clients on one engine: a single thread owns the model and advances them round by round, in turn.
+
+Whoever asks hears of a request through its listener, which is called on that thread: `Begun`, then a `Chunk` for each
+round, then a `Generation`, or an error in place of any of these. Nothing comes after a `Generation` or an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from knn_ssd.engine import Engine
+from knn_ssd.errors import KnnSsdError
+from knn_ssd.generation import Chunk, Generation, Stream
+from knn_ssd.plan import Plan
+from knn_ssd.route import Route
+from knn_ssd.tokens import PromptLike
+
+
+class BusyError(KnnSsdError):
+    """As many requests wait as may."""
+
+
+class ClosingError(KnnSsdError):
+    """The server is being shut down."""
+
+
+class DeadlineError(KnnSsdError):
+    """The request took longer than requests may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The prompt was read, and routed.
+
+    Args:
+        route: None without an atlas.
+        plan: what drafts.
+        prompt_tokens: length of the prompt.
+    """
+
+    route: Route | None
+    plan: Plan
+    prompt_tokens: int
+
+
+Event = Begun | Chunk | Generation | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is let in.
+
+    Args:
+        running: requests that are advanced in turn.
+        waiting: requests beyond these.
+        deadline_sec: of a request, from its arrival; None is no limit.
+    """
+
+    running: int = 8
+    waiting: int = 64
+    deadline_sec: float | None = 600.0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request.
+
+    Args:
+        prompt: as `Engine.stream` takes it.
+        options: of `Engine.stream`.
+        listener: told of every event.
+        due: when it must be done, on the monotonic clock.
+    """
+
+    prompt: PromptLike
+    options: Mapping[str, Any]
+    listener: Callable[[Event], None]
+    due: float
+    cancelled: bool = False
+    stream: Stream | None = field(default=None, repr=False)
+
+
+class Scheduler:
+    """Advances requests until it is closed.
+
+    Args:
+        engine: which nobody else uses meanwhile.
+        limits: how much is let in.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self.engine = engine
+        self.limits = limits or Limits()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closing = self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="knn-ssd-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Requests that are being advanced."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn to begin."""
+        return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, prompt: PromptLike, options: Mapping[str, Any], listener: Callable[[Event], None]) -> Job:
+        """Puts a request at the end of those that wait.
+
+        Raises:
+            BusyError: too many wait already.
+            ClosingError: nothing is taken any more.
+        """
+        due = time.monotonic() + (self.limits.deadline_sec or float("inf"))
+        job = Job(prompt, options, listener, due)
+        with self._changed:
+            if not self.alive:
+                raise ClosingError("the server is shutting down")
+            if len(self._waiting) >= self.limits.waiting:
+                raise BusyError(f"{len(self._waiting)} requests are waiting already", "Try again later.")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a request before its next round; its listener may still hear of the one that runs."""
+        with self._changed:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._changed.notify()
+
+    def close(self, patience_sec: float = 30.0) -> None:
+        """Takes nothing more, lets what was taken end for as long as that, and ends the rest with a `ClosingError`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(patience_sec)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._wait():
+            beginner = self._next_waiting()
+            if beginner is not None and not self._tend(beginner, self._begin):
+                self._running.remove(beginner)
+            for job in list(self._running):
+                if not self._tend(job, _advance):
+                    self._running.remove(job)
+        for job in (*self._running, *self._waiting):
+            _end(job, ClosingError("the server is shutting down"))
+        self._running.clear()
+        self._waiting.clear()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; whether there is."""
+        with self._changed:
+            while not (self._running or self._waiting or self._closing):
+                self._changed.wait()
+            return not self._stopping and bool(self._running or self._waiting)
+
+    def _next_waiting(self) -> Job | None:
+        """One at a time, so that prompts that are read do not hold up those who are answered for long."""
+        with self._changed:
+            free = len(self._running) < self.limits.running
+            if not free or not self._waiting:
+                return None
+            self._running.append(self._waiting.popleft())
+            return self._running[-1]
+
+    def _tend(self, job: Job, step: Callable[[Job], bool]) -> bool:
+        """One step of a request; whether it goes on. Whatever goes wrong ends this one alone."""
+        if job.cancelled:
+            _close(job)
+            return False
+        if time.monotonic() > job.due:
+            limit = self.limits.deadline_sec
+            _end(job, DeadlineError(f"the request took longer than {limit:g} seconds", "Ask for fewer tokens."))
+            return False
+        try:
+            return step(job)
+        except Exception as error:
+            _end(job, error)
+            return False
+
+    def _begin(self, job: Job) -> bool:
+        token_ids = self.engine.encode(job.prompt, job.options.get("chat", True))
+        job.stream = self.engine.stream(token_ids, **job.options)
+        job.listener(Begun(job.stream.route, job.stream.plan, len(token_ids)))
+        return True
+
+
+def _advance(job: Job) -> bool:
+    assert job.stream is not None
+    chunk = next(job.stream, None)
+    if chunk is not None:
+        job.listener(chunk)
+        return True
+    job.listener(job.stream.result)
+    return False
+
+
+def _end(job: Job, error: Exception) -> None:
+    _close(job)
+    job.listener(error)
+
+
+def _close(job: Job) -> None:
+    if job.stream is not None:
+        job.stream.close()

@@ -1,0 +1,122 @@
+"""What clients send and get: the parts of OpenAI's API that are served. Anything else is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from knn_ssd.decode import FinishReason
+from knn_ssd.generation import Generation
+from knn_ssd.tokens import PromptLike
+
+MOST_CHOICES = 16
+_SHORT_COMPLETION = 16  # tokens, the default of OpenAI's own /v1/completions
+
+FINISH_REASONS = {
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CONTEXT: "length",
+}
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates have it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(_Strict):
+    """What a stream has beside its text."""
+
+    include_usage: bool = False
+
+
+class _Request(_Strict):
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Options of `Engine.stream`."""
+        stop = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+        return {"temperature": self.temperature, "top_p": self.top_p, "stop": stop}
+
+    def seed_of(self, choice: int) -> int | None:
+        """Of one of the n answers: each has its own."""
+        return None if self.seed is None else (self.seed + choice) % 2**63
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+
+    @property
+    def prompt_like(self) -> PromptLike:
+        return [message.plain() for message in self.messages]
+
+    def options(self) -> dict[str, Any]:
+        """Of `Engine.stream`."""
+        return {**self.sampling(), "max_new_tokens": self.max_completion_tokens or self.max_tokens}
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions."""
+
+    prompt: Text | Annotated[list[int], Field(min_length=1)]
+    max_tokens: Tokens = _SHORT_COMPLETION
+
+    @property
+    def prompt_like(self) -> PromptLike:
+        return self.prompt
+
+    def options(self) -> dict[str, Any]:
+        """Of `Engine.stream`."""
+        return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False}
+
+
+def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:
+    """Counts over all answers; drafted tokens are the API's predicted ones."""
+    completion = sum(len(result.token_ids) for result in results)
+    accepted = sum(result.stats.accepted for result in results)
+    drafted = sum(result.stats.drafted for result in results)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
+    }
