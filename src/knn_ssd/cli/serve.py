@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         config = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=int(args.drain) + 1, timeout_keep_alive=30
         )
-        uvicorn.Server(config).run(sockets=[socket])
+        with suppress(KeyboardInterrupt):  # which is given on once everything has ended
+            uvicorn.Server(config).run(sockets=[socket])
     finally:
         socket.close()
     return 0
