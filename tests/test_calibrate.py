@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,24 @@ def test_a_search_goes_on_from_another_process_s_trials() -> None:
     first.tell(one, Score(one.plan, 1.0, 1.0, 1))
     assert [f.changes for f in second.finished()] == [frozenset()]
     assert second.num_begun() == 2
+
+
+def test_processes_that_share_a_database_never_take_the_same_trial(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/trials.db"
+    searches = [Search(create_study(storage, "x"), Strategy.BAYES, COST, num_layers=8, seed=i) for i in range(4)]
+
+    def work(search: Search) -> list[int]:
+        numbers = []
+        for _ in range(12):
+            trial = search.ask()
+            assert trial is not None
+            numbers.append(trial.number)
+            search.tell(trial, Score(trial.plan, 1.0, 0.9, 0))
+        return numbers
+
+    with ThreadPoolExecutor(len(searches)) as pool:
+        taken = [number for numbers in pool.map(work, searches) for number in numbers]
+    assert sorted(taken) == list(range(48))
 
 
 def test_rungs_close_in_on_the_best_number_and_changes_on_the_best_set() -> None:

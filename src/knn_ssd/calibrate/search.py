@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from knn_ssd.atlas import CostProfile
@@ -111,15 +111,15 @@ class Search:
         self._skippable = range(2 * num_layers) if skip else range(0)
         self._shared = shared
         self._asked: dict[int, optuna.trial.Trial] = {}
-        study.sampler = _sampler(strategy, seed + len(self.finished()))
+        self._sampler = _Proposing(_sampler(strategy, seed + len(self.finished())))
 
     def ask(self) -> Trial | None:
         """The next plan to try; None when the strategy has nothing left to try."""
         proposal = self._propose()
-        if proposal is not None:
-            self._study.enqueue_trial(self._params(proposal), user_attrs={_SET: sorted(proposal)})
-        elif self._strategy is Strategy.GREEDY:
+        if proposal is None and self._strategy is Strategy.GREEDY:
             return None
+        self._sampler.proposal = None if proposal is None else self._params(proposal)
+        self._study.sampler = self._sampler
         trial = self._study.ask(self._distributions())
         changes = self._read(trial.params)
         trial.set_user_attr(_SET, sorted(changes))
@@ -289,6 +289,51 @@ def _sampler(strategy: Strategy, seed: int) -> optuna.samplers.BaseSampler:
     if strategy is Strategy.EVOLVE:
         return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+class _Proposing(optuna.samplers.BaseSampler):
+    """Another sampler, or the values of a proposal where there is one.
+
+    Not by Optuna's queue of trials: two processes may take the same trial from it, since reading a trial and
+    claiming it is not one transaction in SQLite.
+    """
+
+    def __init__(self, base: optuna.samplers.BaseSampler) -> None:
+        self._base = base
+        self.proposal: Mapping[str, Any] | None = None
+
+    def reseed_rng(self) -> None:
+        self._base.reseed_rng()
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._base.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        sampled = self._base.sample_relative(study, trial, search_space)  # also for what it notes down of the trial
+        return sampled if self.proposal is None else {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, name: str, distribution: BaseDistribution
+    ) -> Any:
+        if self.proposal is not None:
+            return self.proposal[name]
+        return self._base.sample_independent(study, trial, name, distribution)
+
+    def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        self._base.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._base.after_trial(study, trial, state, values)
 
 
 def _name(sublayer: int) -> str:
