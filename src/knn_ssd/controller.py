@@ -36,26 +36,37 @@ _PRIOR_LOW, _PRIOR_SKIP = 0.85, 0.6  # acceptance of drafts whose plan has no ev
 
 
 class Costs:
-    """Seconds of passes: a profile's shape, corrected by what is seen. Shared by all requests of an engine."""
+    """Seconds of passes: a profile's shape, corrected by what is seen. Shared by all requests of an engine.
+
+    Attributes:
+        company: how many requests share each pass; its cost is what one of them bears of it, all asking for as much.
+    """
 
     def __init__(self, profile: CostProfile) -> None:
+        self.company = 1
         self._profile = profile
         self._level: float | None = None  # of the whole profile on this machine now
         self._by_rows = [1.0] * (_MOST_ROWS + 1)
-        self._by_modes: dict[tuple[Mode, ...], float] = {}
-        self._seen: dict[object, int] = {}  # by rows or modes
+        self._by_modes: dict[tuple[tuple[Mode, ...], int], float] = {}  # and company
+        self._seen: dict[object, int] = {}  # by rows, or modes and company
 
     def verification(self, rows: int) -> float:
-        return self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)] * (self._level or 1.0)
+        rows *= self.company
+        known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
+        return known * (self._level or 1.0) / self.company
 
     def step(self, plan: Plan) -> float:
-        return self._profile.draft_step_sec(plan) * self._by_modes.get(plan.modes, 1.0) * (self._level or 1.0)
+        more = self._profile.verification_sec(self.company) - self._profile.verification_sec(1)  # arithmetic, mostly
+        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, self.company), 1.0)
+        return known * (self._level or 1.0) / self.company
 
     def saw_verification(self, rows: int, seconds: float) -> None:
         """What is learned of a block of rows holds nearly as well for one of a few rows more. Else blocks that were
         never run would keep what the profile says, and look dear beside those that turned out cheap.
         """
-        factor = self._correction(rows, seconds / max(self.verification(rows), 1e-9))
+        ratio = seconds / max(self.verification(rows), 1e-9)
+        rows *= self.company
+        factor = self._correction(rows, ratio)
         if rows == 1:
             self._by_rows[1] *= factor
             return
@@ -63,8 +74,9 @@ class Costs:
             self._by_rows[other] *= factor ** (_LIKENESS ** abs(other - rows))
 
     def saw_steps(self, plan: Plan, count: int, seconds: float) -> None:
-        factor = self._correction(plan.modes, seconds / max(count * self.step(plan), 1e-9))
-        self._by_modes[plan.modes] = self._by_modes.get(plan.modes, 1.0) * factor
+        key = (plan.modes, self.company)
+        factor = self._correction(key, seconds / max(count * self.step(plan), 1e-9))
+        self._by_modes[key] = self._by_modes.get(key, 1.0) * factor
 
     def _correction(self, key: object, ratio: float) -> float:
         """What a key's factor is multiplied by; the first observation of all only sets the level."""

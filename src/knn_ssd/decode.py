@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,7 @@ def decode(
     max_new_tokens: int,
     ends: Callable[[int], FinishReason | None],
     at_limit: FinishReason = FinishReason.LENGTH,
+    clock: Callable[[], float] | None = None,
 ) -> Iterator[Round]:
     """Rounds until the output ends, exactly where decoding token by token would end it.
 
@@ -128,31 +129,32 @@ def decode(
         max_new_tokens: the longest output, at least 1; the session has room for it.
         ends: told every emitted token in order, says whether the output ends with it.
         at_limit: the reason given where `max_new_tokens` ends it.
+        clock: in seconds; None is the machine's own.
     """
-    started = time.perf_counter()
+    clock = clock or time.perf_counter
+    started = clock()
     left = max_new_tokens
 
     def ending(token: int, room: int) -> FinishReason | None:
         return ends(token) or (at_limit if room == 0 else None)
 
     first = sampler.pick(sampler.probs(first_logits[None], context)[0])
-    current = _emit(context, [first], left, ending, Round(()), started)
+    current = replace(_emit(context, [first], left, ending, Round(())), verify_sec=clock() - started)
     while True:
         yield current
         left -= len(current.tokens)
         if current.finish_reason is not None:
             return
-        started = time.perf_counter()
+        started = clock()
         draft = source.propose(context, left - 1) if source is not None and left > 1 else Draft()
-        draft_sec = time.perf_counter() - started
-        started = time.perf_counter()
+        drafted = clock()
         verdict = accept(verify(session, context, draft, sampler), draft, sampler)
         session.commit(verdict.accepted + 1)
         if source is not None:
-            source.learn(Outcome(draft, verdict.accepted, draft_sec, time.perf_counter() - started))
+            source.learn(Outcome(draft, verdict.accepted, drafted - started, clock() - drafted))
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
-        shape = Round((), len(draft.tokens), verdict.accepted, draft.sources, draft_sec)
-        current = _emit(context, tokens, left, ending, shape, started)
+        shape = Round((), len(draft.tokens), verdict.accepted, draft.sources, drafted - started)
+        current = replace(_emit(context, tokens, left, ending, shape), verify_sec=clock() - drafted)
 
 
 def _emit(
@@ -161,7 +163,6 @@ def _emit(
     left: int,
     ending: Callable[[int, int], FinishReason | None],
     shape: Round,
-    started: float,
 ) -> Round:
     """Appends tokens to the context up to where the output ends, and gives the round that they make."""
     emitted: list[int] = []
@@ -172,12 +173,5 @@ def _emit(
         reason = ending(token, left - len(emitted))
         if reason is not None:
             break
-    return Round(
-        tuple(emitted),
-        shape.drafted,
-        min(shape.accepted, len(emitted)),
-        shape.sources,
-        shape.draft_sec,
-        time.perf_counter() - started,
-        reason,
-    )
+    accepted = min(shape.accepted, len(emitted))
+    return replace(shape, tokens=tuple(emitted), accepted=accepted, finish_reason=reason)

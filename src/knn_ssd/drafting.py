@@ -29,7 +29,7 @@ class Drafting:
         self._target = target
         self._capacity = remember
         self._memories: dict[str | None, Memory] = {}
-        self._costs = Costs(cost or typical_profile(target.num_layers))
+        self.costs = Costs(cost or typical_profile(target.num_layers))
         self._experience: dict[object, Experience] = {}
 
     def source(
@@ -64,7 +64,7 @@ class Drafting:
         key = (label, plan.modes, plan.head, sampler.greedy)
         if key not in self._experience:
             self._experience[key] = new_experience(plan, agreement)
-        return Controller(plan, self._costs, self._experience[key], self_draft, lookup)
+        return Controller(plan, self.costs, self._experience[key], self_draft, lookup)
 
     def remember(self, label: str | None, token_ids: Sequence[int]) -> None:
         """A prompt with its output, for later look-ups of the same label."""

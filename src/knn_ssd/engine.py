@@ -55,6 +55,8 @@ class Engine:
         remember: how many tokens of earlier prompts and outputs look-up searches too, for each label of the atlas;
             0 is none. Output stays what it is; requests with plain decoding, a plan or a seed of their own neither
             add to it nor read it.
+        prefix_cache: how many bytes of keys and values to keep of earlier requests, so that a prompt that begins as
+            one of them did is run from where they part. Output stays what it is.
         target: what the model runs on; None takes the lean target where it can, else the general one.
 
     Raises:
@@ -70,6 +72,7 @@ class Engine:
         *,
         neighbours: int = 1,
         remember: int = 0,
+        prefix_cache: int = 0,
         target: Target | None = None,
     ) -> None:
         if remember != 0 and remember < LEAST_MEMORY:
@@ -78,7 +81,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.atlas = atlas
         self.target: Target = target or target_of(model)
+        self.target.keep_prefixes(prefix_cache)
         self.exactness = self.target.exactness
+        self.clock: Callable[[], float] | None = None
         self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None, remember)
         self._router: Router | None = None
@@ -98,6 +103,7 @@ class Engine:
         device: str | torch.device | None = None,
         neighbours: int = 1,
         remember: int = 0,
+        prefix_cache: int = 0,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -106,7 +112,7 @@ class Engine:
             atlas: an atlas, or the folder of one.
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
-            neighbours, remember: see the class.
+            neighbours, remember, prefix_cache: see the class.
 
         Raises:
             ModelError, AtlasError: what cannot be found, read or used together.
@@ -115,7 +121,8 @@ class Engine:
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
-        return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, remember=remember)
+        tokenizer = loaded.tokenizer
+        return cls(loaded.model, tokenizer, atlas, neighbours=neighbours, remember=remember, prefix_cache=prefix_cache)
 
     @property
     def memory(self) -> MemoryUse:
@@ -126,6 +133,15 @@ class Engine:
     def repetition_penalty(self) -> float:
         """What the model's generation config says, as in transformers; 1 is none."""
         return getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
+
+    @property
+    def company(self) -> int:
+        """How many requests share each pass of the model, which decides what drafts are worth."""
+        return self._drafting.costs.company
+
+    @company.setter
+    def company(self, count: int) -> None:
+        self._drafting.costs.company = count
 
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
@@ -209,7 +225,7 @@ class Engine:
         source = self._source(session, chosen, sampler, label, adaptive)
         at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
         ends = self._ending(text)
-        rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit)
+        rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock)
         if adaptive and not plain:
             rounds = self._remembering(rounds, label, token_ids)
         steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec)

@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     options.add_model_options(parser)
     options.add_atlas_options(parser)
+    options.add_prefix_option(parser)
     options.add_sampling_options(parser, max_new_tokens=1024)
 
 

@@ -214,6 +214,19 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         device=args.device,
         neighbours=args.neighbours or 1,
         remember=getattr(args, "remember", 0),
+        prefix_cache=int(getattr(args, "prefix_cache", 0) * 2**20),
+    )
+
+
+def add_prefix_option(parser: Any) -> None:
+    """What is kept of earlier requests' keys and values."""
+    parser.add_argument(
+        "--prefix-cache",
+        metavar="MIB",
+        type=number,
+        default=512.0,
+        help="memory for keys and values of earlier turns, which then need not be computed again; 0 is none "
+        "(default: 512)",
     )
 
 

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         type=options.whole_number(1),
         default=8,
-        help="requests that are answered at once, in turn (default: 8)",
+        help="requests that are answered at once, in shared passes of the model (default: 8)",
     )
     group.add_argument(
         "--waiting",
@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
         default=30.0,
         help="how long answers may go on after Ctrl-C (default: 30)",
     )
+    options.add_prefix_option(group)
     parser.epilog = f"Clients must give the API key that the environment variable {_KEY} has, if it is set."
     options.add_model_options(parser)
     options.add_atlas_options(parser)

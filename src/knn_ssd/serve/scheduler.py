@@ -1,4 +1,4 @@
-"""Requests of many clients on one engine: a single thread owns the model and advances them round by round, in turn.
+"""Requests of many clients on one engine: a single thread owns the model and advances them together.
 
 Whoever asks hears of a request through its listener, which is called on that thread: `Begun`, then a `Chunk` for each
 round, then a `Generation`, or an error in place of any of these. Nothing comes after a `Generation` or an error.
@@ -10,14 +10,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError
-from knn_ssd.generation import Chunk, Generation, Stream
+from knn_ssd.generation import Chunk, Generation
 from knn_ssd.plan import Plan
 from knn_ssd.route import Route
+from knn_ssd.serve.together import Left, Together, Turn
+from knn_ssd.target.native import leave_to_another_thread
 from knn_ssd.tokens import PromptLike
 
 
@@ -56,7 +59,7 @@ class Limits:
     """How much is let in.
 
     Args:
-        running: requests that are advanced in turn.
+        running: requests that are advanced together.
         waiting: requests beyond these.
         deadline_sec: of a request, from its arrival; None is no limit.
     """
@@ -82,7 +85,7 @@ class Job:
     listener: Callable[[Event], None]
     due: float
     cancelled: bool = False
-    stream: Stream | None = field(default=None, repr=False)
+    turn: Turn | None = field(default=None, repr=False)
 
 
 class Scheduler:
@@ -101,6 +104,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="knn-ssd-model", daemon=True)
+        leave_to_another_thread()
         self._thread.start()
 
     @property
@@ -156,17 +160,24 @@ class Scheduler:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._wait():
-            beginner = self._next_waiting()
-            if beginner is not None and not self._tend(beginner, self._begin):
-                self._running.remove(beginner)
-            for job in list(self._running):
-                if not self._tend(job, _advance):
-                    self._running.remove(job)
-        for job in (*self._running, *self._waiting):
-            _end(job, ClosingError("the server is shutting down"))
-        self._running.clear()
-        self._waiting.clear()
+        self._together = Together(self.engine.target)
+        self.engine.clock = self._together.clock
+        try:
+            while self._wait():
+                for job in self._due():
+                    self._begin(job)
+                for job in self._running:
+                    self._watch(job)
+                self.engine.company = self._together.company
+                self._together.step()
+                self._running = [job for job in self._running if job.turn is not None and not job.turn.ended]
+            for job in (*self._running, *self._waiting):
+                self._end(job, ClosingError("the server is shutting down"))
+            self._running.clear()
+            self._waiting.clear()
+        finally:
+            self._together.close()
+            self.engine.clock, self.engine.company = None, 1
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there is."""
@@ -175,52 +186,44 @@ class Scheduler:
                 self._changed.wait()
             return not self._stopping and bool(self._running or self._waiting)
 
-    def _next_waiting(self) -> Job | None:
-        """One at a time, so that prompts that are read do not hold up those who are answered for long."""
+    def _due(self) -> list[Job]:
+        """Requests for which there is room now."""
         with self._changed:
-            free = len(self._running) < self.limits.running
-            if not free or not self._waiting:
-                return None
-            self._running.append(self._waiting.popleft())
-            return self._running[-1]
+            room = min(self.limits.running - len(self._running), len(self._waiting))
+            beginners = [self._waiting.popleft() for _ in range(room)]
+            self._running += beginners
+        return beginners
 
-    def _tend(self, job: Job, step: Callable[[Job], bool]) -> bool:
-        """One step of a request; whether it goes on. Whatever goes wrong ends this one alone."""
+    def _watch(self, job: Job) -> None:
+        """Ends what nobody waits for any more, or for too long."""
         if job.cancelled:
-            _close(job)
-            return False
-        if time.monotonic() > job.due:
+            self._end(job)
+        elif time.monotonic() > job.due:
             limit = self.limits.deadline_sec
-            _end(job, DeadlineError(f"the request took longer than {limit:g} seconds", "Ask for fewer tokens."))
-            return False
-        try:
-            return step(job)
-        except Exception as error:
-            _end(job, error)
-            return False
+            error = DeadlineError(f"the request took longer than {limit:g} seconds", "Ask for fewer tokens.")
+            self._end(job, error)
 
-    def _begin(self, job: Job) -> bool:
+    def _begin(self, job: Job) -> None:
+        def work() -> None:
+            with suppress(Left):
+                try:
+                    self._answer(job)
+                except Exception as error:  # ends this request alone
+                    job.listener(error)
+
+        job.turn = self._together.start(work)
+
+    def _answer(self, job: Job) -> None:
         token_ids = self.engine.encode(job.prompt, job.options.get("chat", True))
-        job.stream = self.engine.stream(token_ids, **job.options)
-        job.listener(Begun(job.stream.route, job.stream.plan, len(token_ids)))
-        return True
+        with closing(self.engine.stream(token_ids, **job.options)) as stream:
+            job.listener(Begun(stream.route, stream.plan, len(token_ids)))
+            for chunk in stream:
+                job.listener(chunk)
+                self._together.rest()
+            job.listener(stream.result)
 
-
-def _advance(job: Job) -> bool:
-    assert job.stream is not None
-    chunk = next(job.stream, None)
-    if chunk is not None:
-        job.listener(chunk)
-        return True
-    job.listener(job.stream.result)
-    return False
-
-
-def _end(job: Job, error: Exception) -> None:
-    _close(job)
-    job.listener(error)
-
-
-def _close(job: Job) -> None:
-    if job.stream is not None:
-        job.stream.close()
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        if job.turn is not None and not job.turn.ended:
+            self._together.end(job.turn)
+        if error is not None:
+            job.listener(error)

@@ -35,12 +35,14 @@ class Prefill:
         mean: (D,) mean over the prompt's tokens of the last hidden state, after the final norm, float32.
         last: (D,) that of the last token.
         seconds: duration of the pass.
+        reused: how many of the prompt's tokens an earlier session had run.
     """
 
     logits: torch.Tensor
     mean: torch.Tensor
     last: torch.Tensor
     seconds: float
+    reused: int = 0
 
     def vector(self, pooling: Pooling) -> torch.Tensor:
         """The prompt vector (D,) under the given pooling."""
@@ -116,6 +118,11 @@ class Target(Protocol):
 
     def prepare(self, plan: Plan) -> None:
         """Makes what a plan needs before its first pass, once; else that pass does."""
+
+    def keep_prefixes(self, most_bytes: int) -> None:
+        """Lets sessions take over what earlier ones computed for the same first tokens, of which at most so much is
+        kept; 0 is nothing. A target that cannot do so runs every prompt whole.
+        """
 
     def open(self, capacity: int) -> Session:
         """A new session for at most `capacity` tokens."""

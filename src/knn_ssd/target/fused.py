@@ -8,7 +8,6 @@ bfloat16 it is what the same weights give in float32.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,16 @@ from transformers import PreTrainedModel
 
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.target.contract import Exactness, Prefill
+from knn_ssd.target.contract import Exactness
 from knn_ssd.target.exactness import probe
+from knn_ssd.target.fused_session import FusedSession, Pass, Passed
 from knn_ssd.target.linear import KINDS, Keeper, LowBit, matrix_of
 from knn_ssd.target.native import Attention, Matrix, Mlp, Place, address, kernels, why_unavailable
-from knn_ssd.target.pointer import Pointed
+from knn_ssd.target.prefixes import Prefixes
 from knn_ssd.target.structure import context_length, find_structure
 
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_CHUNK = 64  # rows of a prompt that go through the layers together
+_SAMPLE = 64  # tokens whose activations low-bit copies are fitted to
 _FIRST_POSITIONS = 2048
 
 
@@ -114,7 +114,9 @@ class FusedTarget:
         self.low = LowBit(self.attentions, self.mlps, self.head, self._run_tokens)
         self._rotary = base.rotary_emb
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._ways: dict[tuple[tuple[Mode, ...], Mode] | None, _Way] = {}
+        self._ways: dict[tuple[tuple[Mode, ...], Mode] | None, Way] = {}
+        self.gather: Callable[[Pass], Passed] | None = None
+        self.prefixes: Prefixes | None = None
         self._exactness: Exactness | None = None
 
     @property
@@ -131,8 +133,26 @@ class FusedTarget:
         """Makes the low-bit copies that a plan uses."""
         self.way(plan)
 
+    def keep_prefixes(self, most_bytes: int) -> None:
+        self.prefixes = Prefixes(most_bytes) if most_bytes else None
+
     def open(self, capacity: int) -> FusedSession:
         return FusedSession(self, capacity)
+
+    def run(self, wanted: Pass) -> Passed:
+        """A pass; whoever gathers passes may run it with others."""
+        return self.gather(wanted) if self.gather is not None else self.run_together([wanted])[0]
+
+    def run_together(self, passes: Sequence[Pass]) -> list[Passed]:
+        """Passes of several sessions; those under the same modes read the weights once for all their rows."""
+        groups: dict[int, list[Pass]] = {}
+        for wanted in passes:
+            groups.setdefault(id(self.way(wanted.plan)), []).append(wanted)
+        done: dict[int, Passed] = {}
+        for group in groups.values():
+            for wanted, passed in zip(group, self._run_rows(group, self.way(group[0].plan)), strict=True):
+                done[id(wanted)] = passed
+        return [done[id(wanted)] for wanted in passes]
 
     def positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (at least `count`, rotary), float32."""
@@ -141,30 +161,59 @@ class FusedTarget:
             self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
         return self._positions
 
-    def way(self, plan: Plan | None) -> _Way:
+    def way(self, plan: Plan | None) -> Way:
         """How a plan runs; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         if key not in self._ways:
             self._ways[key] = self._make_way(plan)
         return self._ways[key]
 
-    def _make_way(self, plan: Plan | None) -> _Way:
+    def _make_way(self, plan: Plan | None) -> Way:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
         head = self.low.head() if plan.head is Mode.LOW else self.head
         attentions = _pointers(plan.attention, self.attentions, self.low.attention)
-        return _Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
+        return Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_tokens(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Tokens from all over the vocabulary through sublayers and head like the model's own."""
-        count = min(_CHUNK, self.context_length)
+        count = min(_SAMPLE, self.context_length)
         session = self.open(count)
+        tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
-        way = _Way(_pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head)
-        session.run([i * self.vocab_size // count for i in range(count)], way, wanted=count)
+        way = Way(_pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head)
+        self._run_rows([Pass(session, tokens, None, wanted=count)], way)
         session.close()
+
+    def _run_rows(self, passes: Sequence[Pass], way: Way) -> list[Passed]:
+        counts = [len(wanted.token_ids) for wanted in passes]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        total = ends[-1]
+        rows = [row for end, wanted in zip(ends, passes, strict=True) for row in range(end - wanted.wanted, end)]
+        positions = self.positions(max(p.session.length + n for p, n in zip(passes, counts, strict=True)))
+        places = [p.session.place(n, p.run_length, positions) for p, n in zip(passes, counts, strict=True)]
+        tokens = [token for wanted in passes for token in wanted.token_ids]
+        x = self.embedding[torch.tensor(tokens)].float()  # (n, D)
+        hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
+        call = self.kernels
+        call.knn_ssd_pass(
+            way.attentions, way.mlps, self.num_layers, (Place * len(places))(*places), len(places), address(x)
+        )
+        call.knn_ssd_head(
+            way.head,
+            address(self.norm),
+            self.epsilon,
+            address(x),
+            total,
+            (ctypes.c_int64 * len(rows))(*rows),
+            len(rows),
+            address(hidden),
+            address(logits),
+        )
+        wanted_rows = torch.split(logits, [wanted.wanted for wanted in passes])
+        return list(zip(torch.split(hidden, counts), wanted_rows, strict=True))
 
     def _attention(self, layer: Any) -> Attention:
         module, keeper = layer.self_attn, self._keeper
@@ -204,8 +253,8 @@ class FusedTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """The sublayers of a pass, as the kernels take them."""
+class Way:
+    """The sublayers of passes, as the kernels take them."""
 
     attentions: Any
     mlps: Any
@@ -217,75 +266,3 @@ def _pointers(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], A
     made = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
     addresses = [None if mode is Mode.SKIP else ctypes.addressof(made[mode](i)) for i, mode in enumerate(modes)]
     return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-class FusedSession(Pointed):
-    """One request on a `FusedTarget`; see `contract.Session`."""
-
-    def __init__(self, target: FusedTarget, capacity: int) -> None:
-        super().__init__(capacity)
-        self._target = target
-        first = target.attentions[0]
-        shape = (target.num_layers, first.kv_heads, capacity, first.head_dim)
-        self._keys, self._values = torch.empty(shape), torch.empty(shape)
-
-    def prefill(self, token_ids: list[int]) -> Prefill:
-        assert self.length == 0, "prefill is for an empty session"
-        started = time.perf_counter()
-        total = torch.zeros(self._target.hidden_size, dtype=torch.float64)
-        for start in range(0, len(token_ids), _CHUNK):
-            chunk = token_ids[start : start + _CHUNK]
-            is_last = start + _CHUNK >= len(token_ids)
-            hidden, logits = self.run(chunk, self._target.way(None), wanted=1 if is_last else 0)
-            self._pointer.ran(len(chunk), None)
-            self._pointer.commit(len(chunk))
-            total += hidden.sum(dim=0, dtype=torch.float64)
-        mean = (total / len(token_ids)).float()
-        return Prefill(logits[-1], mean, hidden[-1].clone(), time.perf_counter() - started)
-
-    def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
-        self._pointer.check(plan)
-        _, logits = self.run(token_ids, self._target.way(plan), wanted=len(token_ids))
-        self._pointer.ran(len(token_ids), plan)
-        return logits
-
-    def rehearse(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
-        _, logits = self.run(token_ids, self._target.way(plan), wanted=len(token_ids), rehearsed=run_length)
-        return logits
-
-    def close(self) -> None:
-        self._keys = self._values = torch.empty(0)
-
-    def run(
-        self, token_ids: list[int], way: _Way, wanted: int, rehearsed: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (n, D) after the final norm, and logits (wanted, V) of the last rows, at the pointer, which
-        stays where it is; with a length of runs, as a rehearsal.
-        """
-        target, count = self._target, len(token_ids)
-        self._pointer.check_room(count)
-        cosines, sines = target.positions(self.length + count)
-        place = Place(
-            address(cosines),
-            address(sines),
-            address(self._keys),
-            address(self._values),
-            self.capacity,
-            self.length,
-            rehearsed,
-        )
-        x = target.embedding[torch.tensor(token_ids)].float()  # (n, D)
-        hidden, logits = torch.empty_like(x), torch.empty(wanted, target.vocab_size)
-        call = target.kernels
-        call.knn_ssd_pass(way.attentions, way.mlps, target.num_layers, place, address(x), count)
-        call.knn_ssd_head(
-            way.head,
-            address(target.norm),
-            target.epsilon,
-            address(x),
-            count,
-            count - wanted,
-            address(hidden),
-            address(logits),
-        )
-        return hidden, logits

@@ -75,6 +75,9 @@ class HuggingFaceTarget:
     def prepare(self, plan: Plan) -> None:
         """Nothing: a plan needs no more than the model has."""
 
+    def keep_prefixes(self, most_bytes: int) -> None:
+        """Runs every prompt whole: its rows' bits depend on where a block begins."""
+
     def open(self, capacity: int) -> HuggingFaceSession:
         return HuggingFaceSession(self, capacity)
 

@@ -57,12 +57,13 @@ typedef struct {
     double epsilon;
 } Mlp;
 
-/* Where a pass stands. In a rehearsal (`run` > 0) nothing is written to the cache: row i sees the cached keys up to the
- * start of its run of `run` rows, and the pass's own from there. */
+/* Where `count` rows of a pass stand; rows of several caches may run together. In a rehearsal (`run` > 0) nothing is
+ * written to the cache: row i sees the cached keys up to the start of its run of `run` rows, and the pass's own from
+ * there. */
 typedef struct {
     const float *cosines, *sines; /* (context, rotary) */
     float *keys, *values;         /* (layers, kv_heads, capacity, head_dim); of one layer within an attention */
-    int64_t capacity, position, run;
+    int64_t capacity, position, run, count;
 } Place;
 
 /* ---- memory that a thread keeps between calls ---- */
@@ -452,10 +453,9 @@ static void attend_row(const Attention *a, const Place *p, const Fresh *fresh, i
 }
 
 /* Puts queries and keys at their positions, and keys and values where they belong. */
-static void place_rows(const Attention *a, const Place *p, const Fresh *fresh, int64_t n, float *q, float *k,
-                       const float *v) {
+static void place_rows(const Attention *a, const Place *p, const Fresh *fresh, float *q, float *k, const float *v) {
     int64_t size = a->head_dim;
-    for (int64_t r = 0; r < n; r++) {
+    for (int64_t r = 0; r < p->count; r++) {
         const float *cosines = p->cosines + (p->position + r) * a->rotary, *sines = p->sines + (p->position + r) * a->rotary;
         for (int64_t h = 0; h < a->heads; h++) {
             float *head = q + (r * a->heads + h) * size;
@@ -472,24 +472,41 @@ static void place_rows(const Attention *a, const Place *p, const Fresh *fresh, i
     }
 }
 
-/* x (n, D) += attention(norm(x)), for tokens at p->position and after. */
-static void attention(const Attention *a, const Place *p, float *x, int64_t n) {
-    int64_t width = a->q.cols, inner = a->heads * a->head_dim, kv_inner = a->kv_heads * a->head_dim;
-    int64_t room = (p->position + n + 2 * LANES) / LANES * LANES; /* for one thread's scores */
-    arena_begin(linear_memory(&a->q, n) + linear_memory(&a->o, n) + 4096 +
+/* x (n, D) += attention(norm(x)), for rows at `places`. */
+static void attention(const Attention *a, const Place *places, int64_t num_places, float *x, int64_t n) {
+    int64_t width = a->q.cols, inner = a->heads * a->head_dim, kv_inner = a->kv_heads * a->head_dim, longest = 0;
+    for (int64_t i = 0; i < num_places; i++) {
+        int64_t end = places[i].position + places[i].count;
+        longest = end > longest ? end : longest;
+    }
+    int64_t room = (longest + 2 * LANES) / LANES * LANES; /* for one thread's scores */
+    arena_begin(linear_memory(&a->q, n) + linear_memory(&a->o, n) + 8192 + (size_t)16 * n +
+                (size_t)num_places * (sizeof(Fresh) + 128) +
                 (size_t)4 * (n * (2 * width + 2 * inner + 4 * kv_inner) + omp_get_max_threads() * room));
     float *normed = take((size_t)4 * n * width), *q = take((size_t)4 * n * inner), *k = take((size_t)4 * n * kv_inner);
     float *v = take((size_t)4 * n * kv_inner), *mixed = take((size_t)4 * n * inner), *out = take((size_t)4 * n * width);
     float *all_scores = take((size_t)4 * omp_get_max_threads() * room);
-    Fresh fresh = {p->keys + p->position * a->head_dim, p->values + p->position * a->head_dim, p->capacity};
-    if (p->run) fresh = (Fresh){take((size_t)4 * n * kv_inner), take((size_t)4 * n * kv_inner), n};
+    Fresh *fresh = take((size_t)num_places * sizeof(Fresh));
+    int64_t *owner = take((size_t)8 * n), *row_of = take((size_t)8 * n);
     for (int64_t r = 0; r < n; r++) normalise(x + r * width, width, a->norm, a->epsilon, normed + r * width);
     linear((const Matrix *[]){&a->q, &a->k, &a->v}, 3, normed, n, (float *[]){q, k, v});
-    place_rows(a, p, &fresh, n, q, k, v);
+    for (int64_t i = 0, first = 0; i < num_places; first += places[i++].count) {
+        const Place *p = places + i;
+        int64_t at = p->position * a->head_dim, size = p->count * kv_inner;
+        fresh[i] = (Fresh){p->keys + at, p->values + at, p->capacity};
+        if (p->run) fresh[i] = (Fresh){take((size_t)4 * size), take((size_t)4 * size), p->count};
+        place_rows(a, p, fresh + i, q + first * inner, k + first * kv_inner, v + first * kv_inner);
+        for (int64_t r = 0; r < p->count; r++) {
+            owner[first + r] = i;
+            row_of[first + r] = r;
+        }
+    }
 #pragma omp parallel for schedule(static)
-    for (int64_t item = 0; item < n * a->heads; item++)
-        attend_row(a, p, &fresh, item / a->heads, item % a->heads, q + item * a->head_dim,
+    for (int64_t item = 0; item < n * a->heads; item++) {
+        int64_t r = item / a->heads;
+        attend_row(a, places + owner[r], fresh + owner[r], row_of[r], item % a->heads, q + item * a->head_dim,
                    all_scores + omp_get_thread_num() * room, mixed + item * a->head_dim);
+    }
     linear((const Matrix *[]){&a->o}, 1, mixed, n, (float *[]){out});
     add_to(x, out, n * width);
 }
@@ -511,32 +528,47 @@ static void mlp(const Mlp *m, float *x, int64_t n) {
     add_to(x, out, n * width);
 }
 
-/* x (n, D) through all layers, for tokens at p->position and after. A sublayer whose pointer is null is skipped. */
-void knn_ssd_pass(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const Place *p, float *x,
-                  int64_t n) {
+/* x (n, D) through all layers, for rows at `places`. A sublayer whose pointer is null is skipped. */
+void knn_ssd_pass(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const Place *places,
+                  int64_t num_places, float *x) {
+    Place here[num_places];
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_places; i++) n += places[i].count;
     for (int64_t l = 0; l < layers; l++) {
         if (attentions[l]) {
-            Place here = *p;
-            int64_t size = attentions[l]->kv_heads * p->capacity * attentions[l]->head_dim;
-            here.keys += l * size;
-            here.values += l * size;
-            attention(attentions[l], &here, x, n);
+            for (int64_t i = 0; i < num_places; i++) {
+                int64_t size = attentions[l]->kv_heads * places[i].capacity * attentions[l]->head_dim;
+                here[i] = places[i];
+                here[i].keys += l * size;
+                here[i].values += l * size;
+            }
+            attention(attentions[l], here, num_places, x, n);
         }
         if (mlps[l]) mlp(mlps[l], x, n);
     }
 }
 
-/* hidden (n, D) = norm(x); logits (n - first, V) = head(hidden) of the rows from `first` on. */
-void knn_ssd_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n, int64_t first,
-                  float *hidden, float *logits) {
+/* hidden (n, D) = norm(x); logits (wanted, V) = head(hidden) of the rows that are wanted. */
+void knn_ssd_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
+                  const int64_t *rows, int64_t wanted, float *hidden, float *logits) {
     int64_t width = head->cols;
     for (int64_t r = 0; r < n; r++) normalise(x + r * width, width, norm, epsilon, hidden + r * width);
-    if (first == n) return;
-    arena_begin(linear_memory(head, n - first) + 2048);
-    linear((const Matrix *[]){head}, 1, hidden + first * width, n - first, (float *[]){logits});
+    if (!wanted) return;
+    arena_begin(linear_memory(head, wanted) + 4096 + (size_t)4 * wanted * width);
+    float *chosen = take((size_t)4 * wanted * width);
+    for (int64_t r = 0; r < wanted; r++) memcpy(chosen + r * width, hidden + rows[r] * width, (size_t)4 * width);
+    linear((const Matrix *[]){head}, 1, chosen, wanted, (float *[]){logits});
 }
 
 int64_t knn_ssd_lanes(void) { return LANES; }
+
+/* Ends the calling thread's idle helpers. While they live, another thread's helpers count as one too many for the
+ * processor, and go to sleep at each of a pass's hundreds of barriers instead of waiting awake. */
+void knn_ssd_dismiss_helpers(void) {
+#if __GNUC__ >= 9 || _OPENMP >= 201811
+    omp_pause_resource_all(omp_pause_hard);
+#endif
+}
 
 /* ---- 4-bit copies ---- */
 

@@ -67,17 +67,20 @@ class Mlp(ctypes.Structure):
 
 
 class Place(ctypes.Structure):
-    """Where a pass stands: positions, cache and pointer."""
+    """Where some rows of a pass stand: positions, cache, pointer, and how many they are."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("cosines", "sines", "keys", "values")),
-        *((name, c_int64) for name in ("capacity", "position", "run")),
+        *((name, c_int64) for name in ("capacity", "position", "run", "count")),
     )
 
 
 _SIGNATURES = {
-    "knn_ssd_pass": (c_void_p, c_void_p, c_int64, POINTER(Place), c_void_p, c_int64),
-    "knn_ssd_head": (POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "knn_ssd_pass": (c_void_p, c_void_p, c_int64, POINTER(Place), c_int64, c_void_p),
+    "knn_ssd_head": (
+        *(POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
+        *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
+    ),
     "knn_ssd_round": (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
 }
 
@@ -120,7 +123,16 @@ def _loaded() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     library.knn_ssd_lanes.restype = c_int64
+    library.knn_ssd_dismiss_helpers.restype = None
     return library
+
+
+def leave_to_another_thread() -> None:
+    """Called by a thread that has run the model, before another one does so for good; else passes take twice as long
+    there. It may run the model again, at the other's cost.
+    """
+    if why_unavailable() is None:
+        kernels().knn_ssd_dismiss_helpers()
 
 
 def address(array: torch.Tensor | None) -> int | None:

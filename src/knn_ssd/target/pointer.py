@@ -24,6 +24,11 @@ class Pointer:
         self._draft_plan: Plan | None = None  # under which the tokens beyond `_verified` were drafted
         self._verified = 0
 
+    @property
+    def verified(self) -> int:
+        """How many of the committed tokens the full model ran."""
+        return self._verified
+
     def check_room(self, count: int) -> None:
         if self.length + count > self.capacity:
             raise UsageError(f"a session opened for {self.capacity} tokens was given {self.length + count}")

@@ -1,0 +1,108 @@
+"""What many clients of one server get together, against one client alone.
+
+    python benchmarks/serving.py [--prompts FILE.jsonl…] [--model M] [--clients 8] [--limit N] [--max-new-tokens N]
+
+Starts `knn-ssd serve` without a prefix cache, so that no prompt is cheaper the second time. In each turn, one client
+asks for all prompts one after the other, then so many clients ask for the same ones together. Prints total tokens over
+wall time of both, the ratio's median over turns, the time to the first text, and whether every answer was the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+
+from knn_ssd.prompts import builtin_prompts, read_prompts
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, and how long its client waited."""
+
+    text: str
+    tokens: int
+    first_sec: float
+
+
+def ask(client: httpx.Client, model: str, prompt: object, count: int) -> Reply:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": count, "stream": True}
+    started, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    with client.stream(
+        "POST", "/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}
+    ) as lines:
+        for line in lines.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if event.get("usage"):
+                tokens = event["usage"]["completion_tokens"]
+            piece = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+            first = first or (time.perf_counter() - started if piece else 0.0)
+            text += piece
+    return Reply(text, tokens, first)
+
+
+def together(
+    client: httpx.Client, model: str, prompts: Sequence[object], count: int, clients: int
+) -> tuple[float, list[Reply]]:
+    """Tokens per second over all, and the answers."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        replies = list(pool.map(lambda prompt: ask(client, model, prompt, count), prompts))
+    return sum(reply.tokens for reply in replies) / (time.perf_counter() - started), replies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", nargs="+")
+    parser.add_argument("--model")
+    parser.add_argument("--atlas")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=16, help="prompts in all, taken from the domains in turn")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=3)
+    args = parser.parse_args()
+    known = [p for path in args.prompts for p in read_prompts(path)] if args.prompts else builtin_prompts()
+    domains = {prompt.domain: [p for p in known if p.domain == prompt.domain] for prompt in known}
+    spread = [own[i] for i in range(args.limit) for own in domains.values() if i < len(own)]
+    prompts = [prompt.prompt for prompt in spread[: args.limit]]
+    options = [
+        item for name in ("model", "atlas") if getattr(args, name) for item in (f"--{name}", getattr(args, name))
+    ]
+    command = [sys.executable, "-m", "knn_ssd", "serve", "--port", "0", "--prefix-cache", "0", "--name", "m"]
+    command += ["--running", str(args.clients), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = next(found[1] for line in server.stderr if (found := re.search(r"(http://\S+)/v1", line)))
+        try:
+            with httpx.Client(base_url=address, timeout=600) as client:
+                together(client, "m", prompts[: args.clients], 16, args.clients)  # the warm-up
+                alone, crowd, ratios = [], [], []
+                for _ in range(args.turns):
+                    one, replies = together(client, "m", prompts, args.max_new_tokens, 1)
+                    many, others = together(client, "m", prompts, args.max_new_tokens, args.clients)
+                    ratios.append(many / one)
+                    same = sum(a.text == b.text for a, b in zip(replies, others, strict=True))
+                    alone += [reply.first_sec for reply in replies]
+                    crowd += [reply.first_sec for reply in others]
+                    print(f"one {one:.1f} tokens/s, {args.clients} together {many:.1f}: {many / one:.2f}x, ", end="")
+                    print(f"{same} of {len(prompts)} answers the same", flush=True)
+        finally:
+            server.terminate()
+    waits = [f"{statistics.median(w):.2f} s (worst {max(w):.2f})" for w in (alone, crowd)]
+    print(f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} alone, {waits[1]} together")
+
+
+if __name__ == "__main__":
+    main()
