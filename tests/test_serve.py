@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from helpers import endless
 
 from knn_ssd.cli import main
@@ -25,6 +26,7 @@ from knn_ssd.generation import Chunk, Generation
 from knn_ssd.serve.app import ServeSettings, make_app
 from knn_ssd.serve.listen import listen
 from knn_ssd.serve.scheduler import Begun, BusyError, ClosingError, DeadlineError, Event, Limits, Scheduler
+from knn_ssd.target.fused import FusedTarget
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 MODEL = "tiny"
@@ -315,6 +317,16 @@ def test_a_request_is_heard_from_beginning_to_end(scheduler: Scheduler) -> None:
     assert isinstance(result, Generation)
     assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == result.text
     assert len(result.token_ids) == 12
+
+
+def test_a_conversation_s_next_turn_is_not_computed_whole() -> None:
+    engine = Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), tiny_tokenizer(), prefix_cache=2**20)
+    with TestClient(make_app(engine, ServeSettings("tiny"))) as http:
+        body = {"model": "tiny", "prompt": list(range(3, 63)), "max_tokens": 4, "temperature": 0}
+        first, second = (http.post("/v1/completions", json=body).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (first, second)]
+    assert cached == [0, 59 if isinstance(engine.target, FusedTarget) else 0]
 
 
 def test_requests_take_turns() -> None:

@@ -40,43 +40,51 @@ class Costs:
 
     Attributes:
         company: how many requests share each pass; its cost is what one of them bears of it, all asking for as much.
+        by_pass: whether somebody else tells what each pass took; rounds do not know it of passes that they share.
     """
 
     def __init__(self, profile: CostProfile) -> None:
         self.company = 1
+        self.by_pass = False
         self._profile = profile
         self._level: float | None = None  # of the whole profile on this machine now
         self._by_rows = [1.0] * (_MOST_ROWS + 1)
-        self._by_modes: dict[tuple[tuple[Mode, ...], int], float] = {}  # and company
-        self._seen: dict[object, int] = {}  # by rows, or modes and company
+        self._by_modes: dict[tuple[tuple[Mode, ...], int], float] = {}  # and rows
+        self._seen: dict[object, int] = {}  # by rows, or modes and rows
 
     def verification(self, rows: int) -> float:
-        rows *= self.company
-        known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
-        return known * (self._level or 1.0) / self.company
+        """Of one request's rows."""
+        return self._block(rows * self.company) / self.company
 
     def step(self, plan: Plan) -> float:
-        more = self._profile.verification_sec(self.company) - self._profile.verification_sec(1)  # arithmetic, mostly
-        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, self.company), 1.0)
-        return known * (self._level or 1.0) / self.company
+        """Of one request's draft by a token."""
+        return self._step(plan, self.company) / self.company
 
     def saw_verification(self, rows: int, seconds: float) -> None:
-        """What is learned of a block of rows holds nearly as well for one of a few rows more. Else blocks that were
-        never run would keep what the profile says, and look dear beside those that turned out cheap.
+        """What a pass took. What is learned of a block of rows holds nearly as well for one of a few rows more. Else
+        blocks that were never run would keep what the profile says, and look dear beside those that turned out cheap.
         """
-        ratio = seconds / max(self.verification(rows), 1e-9)
-        rows *= self.company
-        factor = self._correction(rows, ratio)
+        factor = self._correction(rows, seconds / max(self._block(rows), 1e-9))
         if rows == 1:
             self._by_rows[1] *= factor
             return
         for other in range(2, _MOST_ROWS + 1):
             self._by_rows[other] *= factor ** (_LIKENESS ** abs(other - rows))
 
-    def saw_steps(self, plan: Plan, count: int, seconds: float) -> None:
-        key = (plan.modes, self.company)
-        factor = self._correction(key, seconds / max(count * self.step(plan), 1e-9))
+    def saw_steps(self, plan: Plan, count: int, seconds: float, rows: int = 1) -> None:
+        """What so many drafting passes, each of so many rows, took together."""
+        key = (plan.modes, rows)
+        factor = self._correction(key, seconds / max(count * self._step(plan, rows), 1e-9))
         self._by_modes[key] = self._by_modes.get(key, 1.0) * factor
+
+    def _block(self, rows: int) -> float:
+        known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
+        return known * (self._level or 1.0)
+
+    def _step(self, plan: Plan, rows: int) -> float:
+        more = self._profile.verification_sec(rows) - self._profile.verification_sec(1)  # arithmetic, mostly
+        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, rows), 1.0)
+        return known * (self._level or 1.0)
 
     def _correction(self, key: object, ratio: float) -> float:
         """What a key's factor is multiplied by; the first observation of all only sets the level."""
@@ -230,10 +238,11 @@ class Controller:
     def learn(self, outcome: Outcome) -> None:
         """Corrects costs and acceptance."""
         draft, experience = outcome.draft, self._experience
-        self._costs.saw_verification(len(draft.tokens) + 1, outcome.verify_sec)
         own = len(draft.sure)
-        if own:
-            self._costs.saw_steps(self._plan, own, outcome.draft_sec)
+        if not self._costs.by_pass:
+            self._costs.saw_verification(len(draft.tokens) + 1, outcome.verify_sec)
+            if own:
+                self._costs.saw_steps(self._plan, own, outcome.draft_sec)
         for index in range(min(outcome.accepted + 1, len(draft.tokens))):
             kept = index < outcome.accepted
             if index < own:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knn_ssd.atlas import Atlas
+from knn_ssd.controller import Costs
 from knn_ssd.decode import FinishReason, Round, decode
 from knn_ssd.draft.contract import DraftSource
 from knn_ssd.draft.lookup import LEAST_MEMORY
@@ -135,13 +136,9 @@ class Engine:
         return getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
 
     @property
-    def company(self) -> int:
-        """How many requests share each pass of the model, which decides what drafts are worth."""
-        return self._drafting.costs.company
-
-    @company.setter
-    def company(self, count: int) -> None:
-        self._drafting.costs.company = count
+    def costs(self) -> Costs:
+        """What passes of the model take, as far as this engine's requests have seen."""
+        return self._drafting.costs
 
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
@@ -228,7 +225,7 @@ class Engine:
         rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock)
         if adaptive and not plain:
             rounds = self._remembering(rounds, label, token_ids)
-        steps = self._steps(session, rounds, text, route, chosen, prefill.seconds, route_sec)
+        steps = self._steps(session, rounds, text, route, chosen, prefill, route_sec)
         return Stream(route, chosen, steps)
 
     def custom_generate(
@@ -301,7 +298,7 @@ class Engine:
         text: TextStream | None,
         route: Route | None,
         plan: Plan,
-        prefill_sec: float,
+        prefill: Prefill,
         route_sec: float,
     ) -> Generator[Chunk, None, Generation]:
         seen: list[Round] = []
@@ -321,11 +318,12 @@ class Engine:
             rounds=len(seen),
             drafted=sum(r.drafted for r in seen),
             accepted=sum(r.accepted for r in seen),
-            prefill_sec=prefill_sec,
+            prefill_sec=prefill.seconds,
             route_sec=route_sec,
             decode_sec=sum(r.draft_sec + r.verify_sec for r in seen),
             exactness=self.exactness,
             memory=self.memory,
+            reused=prefill.reused,
         )
         token_ids = tuple(token for r in seen for token in r.tokens)
         return Generation("".join(pieces), token_ids, route, plan, stats, reason)

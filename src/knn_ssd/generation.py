@@ -27,6 +27,7 @@ class Stats:
         decode_sec: drafting, verifying and accepting.
         exactness: what the target's passes promise.
         memory: what the engine and the process held at the end.
+        reused: how many of the prompt's tokens an earlier request had run.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class Stats:
     decode_sec: float
     exactness: Exactness
     memory: MemoryUse
+    reused: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -160,7 +160,7 @@ class Scheduler:
         self._thread.join()
 
     def _work(self) -> None:
-        self._together = Together(self.engine.target)
+        self._together = Together(self.engine.target, self.engine.costs)
         self.engine.clock = self._together.clock
         try:
             while self._wait():
@@ -168,7 +168,6 @@ class Scheduler:
                     self._begin(job)
                 for job in self._running:
                     self._watch(job)
-                self.engine.company = self._together.company
                 self._together.step()
                 self._running = [job for job in self._running if job.turn is not None and not job.turn.ended]
             for job in (*self._running, *self._waiting):
@@ -177,7 +176,7 @@ class Scheduler:
             self._waiting.clear()
         finally:
             self._together.close()
-            self.engine.clock, self.engine.company = None, 1
+            self.engine.clock = None
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there is."""

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from greenlet import getcurrent, greenlet
 
+from knn_ssd.controller import Costs
 from knn_ssd.target.contract import Target
 from knn_ssd.target.fused_session import Pass, Passed
 
@@ -63,27 +64,23 @@ class Together:
 
     Args:
         target: gives its passes here until `close`.
+        costs: are told how many share a pass, and what it took.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, costs: Costs) -> None:
         self._target = target if isinstance(target, Shares) else None
+        self._costs = costs
         self._hub = getcurrent()
         self._turns: list[Turn] = []
         self._current: Turn | None = None
         self._since = 0.0  # when the current one was let go on
         if self._target is not None:
-            self._target.gather = self._gather
+            self._target.gather, costs.by_pass = self._gather, True
 
     def close(self) -> None:
         """Gives the target its passes back."""
         if self._target is not None:
-            self._target.gather = None
-
-    @property
-    def company(self) -> int:
-        """How many answers share each pass."""
-        answering = sum(turn.wants is not None and not turn.wants.is_prompt for turn in self._turns)
-        return max(1, answering) if self._target is not None else 1
+            self._target.gather, self._costs.by_pass, self._costs.company = None, False, 1
 
     def clock(self) -> float:
         """Seconds for which the current turn kept the machine busy."""
@@ -114,6 +111,7 @@ class Together:
         if not wanted:
             return
         assert self._target is not None, "passes are run at once where they are not shared"
+        self._costs.company = max(1, sum(turn.wants is not None and not turn.wants.is_prompt for turn in self._turns))
         rows = sum(len(each.token_ids) for _, each in wanted)
         started = time.perf_counter()
         results: Sequence[Passed | Exception]
@@ -122,9 +120,20 @@ class Together:
         except Exception as error:
             results = [error] * len(wanted)
         seconds = time.perf_counter() - started
+        self._tell([each for _, each in wanted], rows, seconds)
         for (turn, each), result in zip(wanted, results, strict=True):
             turn.busy_sec += seconds * len(each.token_ids) / rows
             self._go_on(turn, result)
+
+    def _tell(self, passes: list[Pass], rows: int, seconds: float) -> None:
+        plans = {each.plan for each in passes}
+        plan = plans.pop()
+        if plans or any(each.is_prompt or each.run_length for each in passes):
+            return  # several passes in fact, or other work beside
+        if plan is None:
+            self._costs.saw_verification(rows, seconds)
+        else:
+            self._costs.saw_steps(plan, 1, seconds, rows)
 
     def _gather(self, wanted: Pass) -> Passed:
         assert self._current is not None, "passes outside of a turn have nobody to wait for"

@@ -1,0 +1,177 @@
+"""Passes of several sessions run together, and what each gets from them is what it gets alone, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from helpers import endless
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fused import DTYPES, random_plan, tokens, wide_model
+
+from knn_ssd import Engine
+from knn_ssd.controller import Costs
+from knn_ssd.generation import Generation
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.serve.scheduler import Event, Limits, Scheduler
+from knn_ssd.target import native
+from knn_ssd.target.contract import Session
+from knn_ssd.target.fused import LEAN_FAMILIES, FusedTarget
+from knn_ssd.target.fused_session import Pass, Passed
+
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="no kernels here")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", LEAN_FAMILIES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_passes_run_together_are_the_same_bits_as_alone(family: str, dtype: torch.dtype, seed: int) -> None:
+    chooser = random.Random(seed)
+    target = FusedTarget(wide_model(family, dtype, intermediate_size=608))
+    plans = [None, None, random_plan(chooser), Plan.low(4)]
+    shapes = [
+        (chooser.randint(1, 60), chooser.randint(1, 12), chooser.choice(plans)) for _ in range(chooser.randint(1, 6))
+    ]
+
+    def sessions() -> list[Session]:
+        opened = [target.open(80) for _ in shapes]
+        for index, (session, (prompt, _, _)) in enumerate(zip(opened, shapes, strict=True)):
+            session.prefill(tokens(prompt, seed + index))
+        return opened
+
+    def passes(opened: list[Any]) -> list[Pass]:
+        return [
+            Pass(session, tokens(count, seed + 50 + i), plan, wanted=chooser.choice((0, 1, count)) if i == 0 else count)
+            for i, (session, (_, count, plan)) in enumerate(zip(opened, shapes, strict=True))
+        ]
+
+    state = chooser.getstate()
+    alone = [target.run_together([one])[0] for one in passes(sessions())]
+    chooser.setstate(state)
+    opened = sessions()
+    together = target.run_together(passes(opened))
+    for (hidden, logits), (own_hidden, own_logits) in zip(together, alone, strict=True):
+        assert torch.equal(hidden, own_hidden)
+        assert torch.equal(logits, own_logits)
+    for session, (_, count, plan) in zip(opened, shapes, strict=True):  # and what they wrote is only their own
+        fresh = target.open(80)
+        fresh.prefill(tokens(session.length, seed + opened.index(session)))
+        if plan is None:
+            assert torch.equal(session.forward(tokens(count)), fresh.forward(tokens(count)))
+
+
+class Counting:
+    """Stands before a target's `run_together`: counts passes, and may fail."""
+
+    def __init__(self, target: FusedTarget) -> None:
+        self._run = target.run_together
+        self.sizes: list[int] = []
+        self.fails = False
+        target.run_together = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, passes: list[Pass]) -> list[Passed]:
+        self.sizes.append(len(passes))
+        if self.fails and len(passes) > 1:
+            self.fails = False
+            raise MemoryError("no room")
+        return self._run(passes)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(endless(wide_model("llama")))
+
+
+def answers(
+    scheduler: Scheduler, requests: list[tuple[list[int], dict[str, Any]]], seconds: float = 60
+) -> list[Generation | Exception]:
+    """What each request came to, all of them submitted at once."""
+    results: dict[int, Generation | Exception] = {}
+    done = threading.Semaphore(0)
+
+    def listener(index: int) -> Any:
+        def hear(event: Event) -> None:
+            if isinstance(event, Generation | Exception):
+                results[index] = event
+                done.release()
+
+        return hear
+
+    for index, (prompt, options) in enumerate(requests):
+        scheduler.submit(prompt, options, listener(index))
+    assert all(done.acquire(timeout=seconds) for _ in requests)
+    return [results[index] for index in range(len(requests))]
+
+
+def test_requests_share_passes_and_get_what_they_get_alone(engine: Engine) -> None:
+    chooser = random.Random(1)
+    plans = [{}, {"plain": True}, {"plan": Plan.low(4, Policy(5, 0.0))}, {"plan": random_plan(chooser)}]
+    sampled = {"temperature": 1.0, "seed": 3}
+    requests: list[tuple[list[int], dict[str, Any]]] = [
+        (tokens(chooser.randint(1, 150), i), {"max_new_tokens": chooser.randint(1, 40), **plans[i % 4], **extra})
+        for i, extra in enumerate([{}, {}, sampled, {}, sampled, {}, {}, sampled, {}, {}, {}, {}])
+    ]
+    alone = [engine.generate(prompt, **options).token_ids for prompt, options in requests]
+    counting = Counting(engine.target)  # type: ignore[arg-type]
+    scheduler = Scheduler(engine, Limits(running=8, waiting=20))
+    try:
+        results = answers(scheduler, requests)
+    finally:
+        scheduler.close(0)
+    assert [result.token_ids for result in results if isinstance(result, Generation)] == alone
+    assert max(counting.sizes) >= 6
+    assert sum(counting.sizes) > 2 * len(counting.sizes)
+    assert engine.target.gather is None  # type: ignore[attr-defined]
+    assert engine.generate(requests[0][0], **requests[0][1]).token_ids == alone[0]  # the engine is its owner's again
+
+
+def test_a_failed_pass_ends_those_who_shared_it_and_nobody_else(engine: Engine) -> None:
+    counting = Counting(engine.target)  # type: ignore[arg-type]
+    scheduler = Scheduler(engine, Limits(running=3))
+    try:
+        counting.fails = True
+        results = answers(scheduler, [(tokens(9, i), {"max_new_tokens": 30, "plain": True}) for i in range(6)])
+        assert sum(isinstance(result, MemoryError) for result in results) in (2, 3)
+        assert sum(isinstance(result, Generation) for result in results) in (3, 4)
+    finally:
+        scheduler.close(0)
+
+
+def test_a_request_can_be_cancelled_while_its_prompt_is_read(engine: Engine) -> None:
+    counting = Counting(engine.target)  # type: ignore[arg-type]
+    scheduler = Scheduler(engine, Limits(running=2))
+    try:
+        heard: list[Event] = []
+        read = threading.Event()
+        job = scheduler.submit(tokens(200), {"max_new_tokens": 5}, heard.append)
+        counting_call = counting.__call__
+
+        def cancelling(passes: list[Pass]) -> list[Passed]:
+            scheduler.cancel(job)
+            read.set()
+            return counting_call(passes)
+
+        engine.target.run_together = cancelling  # type: ignore[attr-defined]
+        assert read.wait(20)
+        assert answers(scheduler, [(tokens(4), {"max_new_tokens": 3})])
+        assert heard == [] or not isinstance(heard[-1], Generation)
+    finally:
+        scheduler.close(0)
+
+
+def test_in_company_rows_cost_what_they_add() -> None:
+    from knn_ssd.controller import typical_profile
+
+    costs = Costs(typical_profile(4))
+    alone = costs.verification(4) - costs.verification(1), costs.verification(1)
+    costs.company = 4
+    crowded = costs.verification(4) - costs.verification(1), costs.verification(1)
+    assert crowded[0] > alone[0]  # a drafted token more
+    assert crowded[1] < alone[1] / 2  # and a token without drafts
+    costs.company = 1
+    assert (costs.verification(4) - costs.verification(1), costs.verification(1)) == alone
