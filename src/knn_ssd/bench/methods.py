@@ -66,6 +66,13 @@ Method = Callable[[list[int], int], Output]
 """From a prompt's token ids and the longest output in tokens to an output."""
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises a `UsageError` if there is no such method."""
+    unknown = [name for name in names if name not in DESCRIPTIONS]
+    if unknown:
+        raise UsageError(f"there is no method '{unknown[0]}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
+
+
 def make_methods(
     names: Sequence[str], engine: Engine, first_domain: str | None = None, temperature: float = 0.0, seed: int = 0
 ) -> dict[str, Method]:
@@ -83,9 +90,8 @@ def make_methods(
         BenchError: one that needs an atlas, or something that the atlas does not have.
     """
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed} if temperature else {}
+    check_names(names)
     for name in names:
-        if name not in DESCRIPTIONS:
-            raise UsageError(f"there is no method '{name}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
         if name in NEEDS_ATLAS and engine.atlas is None:
             raise BenchError(f"the method '{name}' needs an atlas", "Give one with --atlas, or choose other --methods.")
     return {name: _make(name, engine, first_domain, sampling) for name in names}
