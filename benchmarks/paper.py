@@ -29,7 +29,7 @@ from knn_ssd.plan import Mode
 from knn_ssd.provenance import write_whole
 from knn_ssd.target.resolve import load_model
 
-METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "lookup", "low", "auto")
+METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "lookup", "low", "auto")
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="M,…",
-        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, lookup, low, auto "
+        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, low, auto "
         "(default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
     )
     stream = parser.add_argument_group("prompts")
