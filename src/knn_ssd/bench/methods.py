@@ -30,6 +30,7 @@ from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.target.contract import Session
 from knn_ssd.target.fused import FusedTarget
+from knn_ssd.target.fused_session import FusedSession
 from knn_ssd.tokens import eos_token_ids
 
 HF, HF_LOOKUP = "hf", "hf-lookup"
@@ -138,13 +139,18 @@ def _choosing(name: str, engine: Engine, sampling: dict[str, Any]) -> Method:
                 "the method 'clasp' runs layers one by one, which this model's target cannot",
                 "See `knn-ssd doctor`, or choose other --methods.",
             )
-        return _drafting(engine, sampling, lambda session, sampler, _: ClaspDraft(session, sampler, layers))
+        return _drafting(engine, sampling, lambda session, sampler, _: _clasp(session, sampler, layers))
     if layers < LEAST_LAYERS:
         raise BenchError(
             f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
         )
     search = SwiftSearch(layers, seed=sampling.get("seed", 0))
     return _drafting(engine, sampling, partial(SwiftDraft, search))
+
+
+def _clasp(session: Session, sampler: Sampler, num_layers: int) -> DraftSource:
+    assert isinstance(session, FusedSession)
+    return ClaspDraft(session, sampler, num_layers)
 
 
 def _as_published(
