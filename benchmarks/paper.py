@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from knn_ssd import Engine
@@ -64,7 +66,10 @@ def main() -> None:
             asked = BenchSettings(args.max_new_tokens, mix_ratio=ratio)
             ways = {name: methods[name] for name in names}
             summary = run_bench(engine, ordered, ways, out, asked, progress, loaded.name)
-        write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), "benchmarks/paper.py"))
+        write_whole(
+            out / "report.html",
+            report(summary, read_records(out / "records.jsonl"), shlex.join(["python", *sys.argv]), engine.atlas),
+        )
         print(
             f"\nmix ratio {ratio:g}, {len(ordered)} prompts; different from plain: {json.dumps(summary['differing'])}\n"
         )

@@ -71,9 +71,10 @@ def test_figures_are_those_worked_out_by_hand() -> None:
         record("plain", 0, range(10), 5.0, prefill_sec=0.5),
         record("plain", 1, range(20), 9.0, prefill_sec=1.0),
         record("fast", 0, range(10), 2.0, prefill_sec=0.5, rounds=4, drafted={"self": 9}, accepted={"self": 6},
-               routed=True, label="a", route_sec=0.1),
+               routed=True, label="a", route_sec=0.1, draft_sec=0.25, verify_sec=1.0, by_length={"0": [1, 0], "3": [3, 6]}),
         record("fast", 1, range(20), 5.0, prefill_sec=1.0, rounds=6, drafted={"self": 3, "lookup": 8},
-               accepted={"self": 2, "lookup": 6}, routed=True, label="a", route_sec=0.3, peak_memory_bytes=7),
+               accepted={"self": 2, "lookup": 6}, routed=True, label="a", route_sec=0.3, peak_memory_bytes=7,
+               draft_sec=0.75, verify_sec=3.0, by_length={"3": [1, 2], "8": [1, 6]}),
     ]  # fmt: skip
     fast = summarize(records)["fast"]
     assert fast["tokens_per_sec"] == pytest.approx(30 / 7)
@@ -88,6 +89,12 @@ def test_figures_are_those_worked_out_by_hand() -> None:
     assert fast["route_sec_mean"] == pytest.approx(0.2)
     assert fast["first_token_sec_mean"] == pytest.approx(0.75)
     assert fast["peak_memory_bytes"] == 7
+    assert fast["seconds"] == pytest.approx({"prompt": 1.5, "drafting": 1.0, "verifying": 4.0, "rest": 0.5})
+    assert fast["accepted_by_length"] == {
+        "0": {"rounds": 1, "accepted": 0.0},
+        "3": {"rounds": 4, "accepted": 2.0},
+        "8": {"rounds": 1, "accepted": 6.0},
+    }
     low, high = fast["speedup_ci95"]
     assert (low, high) == (pytest.approx(9 / 5), pytest.approx(5 / 2)), "two prompts: either of them, or both"
     assert fast["per_domain"]["a"]["speedup"] == pytest.approx(2.5)
@@ -101,6 +108,7 @@ def test_other_lengths_are_weighed_by_tokens_and_unknown_times_stay_unknown() ->
     assert hf["speedup"] == pytest.approx(0.5)
     assert hf["identical_to_plain"] == 0.0
     assert hf["decode_speedup"] is hf["decode_tokens_per_sec"] is hf["first_token_sec_mean"] is None
+    assert hf["seconds"] is None
     assert hf["acceptance_rate"] is hf["tokens_per_round"] is hf["routing_accuracy"] is None
     assert differing(records) == [], "it does not claim to say the same"
     assert differing([records[0], replace(records[1], lossless=True)])

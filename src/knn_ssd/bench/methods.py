@@ -270,8 +270,20 @@ def _told(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
         "lossless": not sampling,
         "drafted": drafted,
         "accepted": accepted,
+        "draft_sec": sum(each.draft_sec for each in rounds),
+        "verify_sec": sum(each.verify_sec for each in rounds),
+        "by_length": _by_length(rounds[1:]),
         "peak_memory_bytes": peak_bytes(),
     }
+
+
+def _by_length(rounds: list[Round]) -> dict[str, list[int]]:
+    result: dict[str, list[int]] = {}
+    for each in rounds:
+        sums = result.setdefault(str(each.drafted), [0, 0])
+        sums[0] += 1
+        sums[1] += each.accepted
+    return result
 
 
 def _by_source(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:

@@ -6,7 +6,7 @@ It knows nothing of engines, so that records of any program can be read, merged 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Record:
         route_sec: the routing alone.
         rounds: passes of the full model after the prompt's, and one.
         drafted, accepted: tokens by source; accepted ones reached the output.
+        draft_sec, verify_sec: the parts of the rounds; None where the program does not say.
+        by_length: for each length of a draft, how many rounds had it, and how many of their tokens were accepted.
         label: where the prompt was routed; None without a router, or where it went to the fallback.
         routed: whether a router was asked.
         lossless: whether the method claims to say what plain decoding says.
@@ -50,6 +52,9 @@ class Record:
     rounds: int = 0
     drafted: Mapping[str, int] = field(default_factory=dict)
     accepted: Mapping[str, int] = field(default_factory=dict)
+    draft_sec: float | None = None
+    verify_sec: float | None = None
+    by_length: Mapping[str, Sequence[int]] = field(default_factory=dict)
     label: str | None = None
     routed: bool = False
     lossless: bool = True

@@ -1,7 +1,4 @@
-"""The report: one HTML file with everything in it, for a phone, a desktop, a printer; light and dark.
-
-Pictures are SVG written here, so that their colours follow the page and nothing needs to be installed or loaded.
-"""
+"""The report: one HTML file with everything in it, for a phone, a desktop, a printer; light and dark."""
 
 from __future__ import annotations
 
@@ -10,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from knn_ssd.atlas import Atlas
 from knn_ssd.bench.methods import DESCRIPTIONS
+from knn_ssd.bench.pictures import Axes, bars, key, lines, mode_map, scatter, stacks
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE, running_speedup, shown
+from knn_ssd.projection import Points
+
+_FEWEST_ROUNDS = 5  # that a mean is shown of
 
 _STYLE = """
 :root { --ink: #1c2430; --quiet: #5b6675; --paper: #ffffff; --line: #d9dee5; --soft: #f3f5f8; --bad: #b3261e;
@@ -35,19 +37,22 @@ svg { display: block; width: 100%; height: auto; max-width: 34rem }
 svg text { fill: var(--ink); font-size: 13px; paint-order: stroke; stroke: var(--paper); stroke-width: 3px }
 svg .axis { stroke: var(--line) } svg .one { stroke: var(--quiet); stroke-dasharray: 4 3 }
 svg .small { fill: var(--quiet) }
+svg .m-keep { fill: var(--soft); stroke: var(--line) } svg .m-low { fill: var(--c0); fill-opacity: .55 }
+svg .m-skip { fill: var(--ink) }
 ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .4rem 0 }
 ul.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem; margin-right: .35rem }
 @media print { body { max-width: none } h2 { break-after: avoid } svg, table { break-inside: avoid } }
 """
 
 
-def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) -> str:
+def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, atlas: Atlas | None = None) -> str:
     """The page.
 
     Args:
         summary: as `summary.json` has it.
         records: all of the run.
         command: what was typed.
+        atlas: whose prompts, anchors and plans are shown; None is none.
     """
     methods: Mapping[str, Any] = summary["methods"]
     colours = {name: f"var(--c{i % 9})" for i, name in enumerate(methods)}
@@ -60,7 +65,7 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
         "<h2>Speed-up over plain decoding</h2>",
         "<p class=quiet>Tokens per second over those of plain decoding by the same engine on the same prompts, end to "
         "end; bars are 95 % intervals over prompts.</p>",
-        _bars([(name, methods[name]["speedup"], methods[name]["speedup_ci95"], colours[name]) for name in others]),
+        bars([(name, methods[name]["speedup"], methods[name]["speedup_ci95"], colours[name]) for name in others]),
         _table(methods),
     ]
     domains = sorted({domain for figures in methods.values() for domain in figures["per_domain"]})
@@ -79,15 +84,20 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
                 for name in others
                 if (own := methods[name]["per_domain"].get(domain))
             ]
-            parts += [f"<p><b>{escape(domain)}</b></p>", _bars(rows, max(bounds, default=0.0))]
-    curves = {name: curve for name in others if len(curve := running_speedup(records, name)) > 2}
+            parts += [f"<p><b>{escape(domain)}</b></p>", bars(rows, max(bounds, default=0.0))]
+    curves = {
+        name: [(i, ratio) for i, ratio in enumerate(curve, start=1)]
+        for name in others
+        if len(curve := running_speedup(records, name)) > 2
+    }
     if curves:
         parts += [
             "<h2>Along the stream</h2>",
             "<p class=quiet>Average speed-up over the prompts so far.</p>",
-            _key(list(curves), colours),
-            _lines(curves, colours),
+            key(list(curves), colours),
+            lines(curves, colours, Axes("prompts", "x", 1.0, unsteady=1)),
         ]
+    parts += [_by_length(methods, colours), _times(summary), _atlas(atlas)]
     parts += [
         "<h2>How to get this again</h2>",
         f"<p><code>{escape(command)}</code></p>",
@@ -98,6 +108,62 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str) 
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<meta name=color-scheme content='light dark'><title>knn-ssd bench: {escape(summary['model'])}</title>"
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    curves = {
+        name: [
+            (int(length), each["accepted"])
+            for length, each in own["accepted_by_length"].items()
+            if int(length) and each["rounds"] >= _FEWEST_ROUNDS
+        ]
+        for name, own in methods.items()
+    }
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return ""
+    return (
+        "<h2>Accepted, by length of the draft</h2>"
+        "<p class=quiet>Tokens of a draft that were kept, in the mean over the rounds that drafted so many; lengths of fewer "
+        f"than {_FEWEST_ROUNDS} rounds are left out.</p>"
+        + key(list(curves), colours)
+        + lines(curves, colours, Axes("tokens drafted", dots=True))
+    )
+
+
+def _times(summary: Mapping[str, Any]) -> str:
+    rows = {
+        name: {part: 1e3 * sec / own["tokens"] for part, sec in own["seconds"].items()}
+        for name, own in summary["methods"].items()
+        if own["seconds"]
+    }
+    if not rows:
+        return ""
+    colours = {"prompt": "var(--c7)", "drafting": "var(--c1)", "verifying": "var(--c0)", "rest": "var(--c4)"}
+    return (
+        "<h2>Where the time goes</h2>"
+        "<p class=quiet>Milliseconds for a token of output. The floor is the time in which this machine can read the "
+        "weights once, at the speed that it was measured to read memory with.</p>"
+        + key(list(colours), colours)
+        + stacks(rows, colours, "ms", 1e3 * summary["floor_sec"])
+    )
+
+
+def _atlas(atlas: Atlas | None) -> str:
+    if atlas is None:
+        return ""
+    points = Points.of(atlas)
+    colours = {name: f"var(--c{i % 9})" for i, name in enumerate(points.names)}
+    plans = {**{name: label.plan for name, label in atlas.labels.items()}, "fallback": atlas.fallback}
+    modes = {"keep": "var(--soft)", "low": "var(--c0)", "skip": "var(--ink)"}
+    return (
+        f"<h2>{escape(points.title)}</h2><p class=quiet>{escape(points.caption)}.</p>"
+        + key(list(colours), colours)
+        + scatter(points, colours)
+        + "<h2>Plans of the atlas</h2><p class=quiet>Attention above, MLP below, layer by layer.</p>"
+        + key(list(modes), modes)
+        + mode_map(plans)
     )
 
 
@@ -131,64 +197,3 @@ def _table(methods: Mapping[str, Any]) -> str:
         rows.append(f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in head)
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-def _key(names: Sequence[str], colours: Mapping[str, str]) -> str:
-    items = "".join(f"<li><i style='background:{colours[name]}'></i>{escape(name)}</li>" for name in names)
-    return f"<ul class=key>{items}</ul>"
-
-
-def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]], reach: float = 0.0) -> str:
-    """Horizontal bars with intervals, and a line at 1; `reach` is a value for which there is room at least."""
-    known = [(name, value, bounds, colour) for name, value, bounds, colour in rows if value is not None]
-    most = max([1.2, reach, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
-    left, width, row = 88, 280, 26
-    scale = width / most
-    height = row * len(known) + 24
-    parts = [f"<line class=axis x1={left} y1=0 x2={left} y2={height - 20} />"]
-    for i, (name, value, bounds, colour) in enumerate(known):
-        y = i * row + 4
-        parts.append(f"<text x={left - 8} y={y + 14} text-anchor=end>{escape(name)}</text>")
-        parts.append(f"<rect x={left} y={y} width={value * scale:.1f} height=18 rx=2 style='fill:{colour}' />")
-        end = value
-        if bounds:
-            low, high = (left + bound * scale for bound in bounds)
-            parts.append(
-                f"<path d='M{low:.1f} {y + 9}H{high:.1f}M{low:.1f} {y + 5}v8M{high:.1f} {y + 5}v8' "
-                "style='stroke:var(--ink);fill:none' />"
-            )
-            end = max(value, bounds[1])
-        parts.append(f"<text x={left + end * scale + 8:.1f} y={y + 14}>{value:.2f}x</text>")
-    one = left + scale
-    parts.append(f"<line class=one x1={one:.1f} y1=0 x2={one:.1f} y2={height - 20} />")
-    parts.append(f"<text class=small x={one:.1f} y={height - 5} text-anchor=middle>1x</text>")
-    return f"<svg viewBox='0 0 {left + width + 54} {height}' role=img aria-label='speed-ups'>{''.join(parts)}</svg>"
-
-
-def _lines(curves: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> str:
-    """A curve for each method over the stream, with a line at 1."""
-    left, width, height = 44, 370, 200
-    longest = max(len(curve) for curve in curves.values())
-    top = max([1.2, *(value for curve in curves.values() for value in curve[1:])]) * 1.05
-
-    def x(index: int) -> float:
-        return left + width * index / max(longest - 1, 1)
-
-    def y(value: float) -> float:
-        return height - height * min(value, top) / top
-
-    parts = []
-    ticks = [0.5 * i for i in range(int(top / 0.5) + 1)]
-    for tick in ticks:
-        style = "one" if tick == 1 else "axis"
-        parts.append(f"<line class={style} x1={left} y1={y(tick):.1f} x2={left + width} y2={y(tick):.1f} />")
-        parts.append(f"<text class=small x={left - 8} y={y(tick) + 4:.1f} text-anchor=end>{tick:.1f}x</text>")
-    for name, curve in curves.items():
-        points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(curve))
-        parts.append(f"<polyline points='{points}' style='fill:none;stroke:{colours[name]};stroke-width:2' />")
-    parts.append(f"<text class=small x={left + width} y={height + 18} text-anchor=end>prompts: {longest}</text>")
-    return (
-        f"<svg viewBox='0 -8 {left + width + 10} {height + 34}' role=img aria-label='along the stream'>"
-        + "".join(parts)
-        + "</svg>"
-    )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from knn_ssd.bench.methods import Method, Output, record_of
 from knn_ssd.bench.records import Record, RecordFile
 from knn_ssd.bench.summary import BASELINE, differing, summarize
-from knn_ssd.doctor import measure_step
+from knn_ssd.doctor import measure_bandwidth, measure_step, read_bytes_per_token
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError
 from knn_ssd.prompts import Prompt
@@ -158,6 +158,7 @@ def _summary(
         "exactness": engine.exactness.value,
         "settings": asdict(settings),
         "step_sec": step_sec,
+        "floor_sec": read_bytes_per_token(engine.model) / measure_bandwidth(engine.target.device),
         "baseline_slowed": speed is not None and 1 / speed > _SLOWED * step_sec,
         "differing": [{"method": r.method, "prompt": r.prompt, "repeat": r.repeat} for r in differing(records)],
         "methods": methods,

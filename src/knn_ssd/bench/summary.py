@@ -78,7 +78,34 @@ def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], see
         "route_sec_mean": _mean([r.route_sec for r in routed]),
         "first_token_sec_mean": _mean(prefills),
         "peak_memory_bytes": max(peaks, default=None),
+        "seconds": _seconds(own),
+        "accepted_by_length": _by_length(own),
     }
+
+
+def _seconds(own: Sequence[Record]) -> dict[str, float] | None:
+    """Where the time goes: reading prompts, drafting, verifying, and the rest."""
+    parts = [
+        (r.prefill_sec, r.draft_sec, r.verify_sec, r.total_sec)
+        for r in own
+        if r.prefill_sec is not None and r.draft_sec is not None and r.verify_sec is not None
+    ]
+    if len(parts) < len(own):
+        return None
+    prompt, drafting, verifying, total = (float(part) for part in np.sum(parts, axis=0))
+    rest = max(total - prompt - drafting - verifying, 0.0)
+    return {"prompt": prompt, "drafting": drafting, "verifying": verifying, "rest": rest}
+
+
+def _by_length(own: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """For each length of a draft, how many rounds had it, and how many tokens of one were accepted in the mean."""
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for record in own:
+        for length, (rounds, accepted) in record.by_length.items():
+            sums[length][0] += rounds
+            sums[length][1] += accepted
+    ordered = sorted(sums.items(), key=lambda item: int(item[0]))
+    return {length: {"rounds": rounds, "accepted": accepted / rounds} for length, (rounds, accepted) in ordered}
 
 
 def _total(record: Record, plain: Record) -> tuple[float, float, float, float]:

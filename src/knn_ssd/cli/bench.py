@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     with ProgressReporter() as progress:
         summary = run_bench(engine, ordered, methods, out, settings, progress, model)
     command = shlex.join(["knn-ssd", *sys.argv[1:]])
-    write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), command))
+    write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), command, atlas))
     output.write_table(_table(summary["methods"]))
     for each in summary["differing"]:
         output.note(f"DIFFERENT: {each['method']} said something else than plain decoding on '{each['prompt']}'")
