@@ -125,8 +125,8 @@ def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         return ""
     return (
         "<h2>Accepted, by length of the draft</h2>"
-        "<p class=quiet>Tokens of a draft that were kept, in the mean over the rounds that drafted so many; lengths of fewer "
-        f"than {_FEWEST_ROUNDS} rounds are left out.</p>"
+        "<p class=quiet>Tokens of a draft that were kept, in the mean over the rounds that drafted so many; lengths "
+        f"of fewer than {_FEWEST_ROUNDS} rounds are left out.</p>"
         + key(list(curves), colours)
         + lines(curves, colours, Axes("tokens drafted", dots=True))
     )
