@@ -191,7 +191,7 @@ def body(**extension: bool) -> dict[str, Any]:
 
 
 def chat(served: Served, **extension: bool) -> httpx.Response:
-    return httpx.post(f"{served.url}/v1/chat/completions", json=body(**extension))
+    return httpx.post(f"{served.url}/v1/chat/completions", json=body(**extension), timeout=60)
 
 
 def test_plain_decoding_can_be_asked_for(served: Served) -> None:
@@ -229,7 +229,7 @@ def test_a_stream_tells_the_route_first_and_then_its_rounds(served: Served, path
     if path == "completions":
         asked = {**asked, "prompt": "a fox"}
         del asked["messages"]
-    stream = httpx.stream("POST", f"{served.url}/v1/{path}", json=asked)
+    stream = httpx.stream("POST", f"{served.url}/v1/{path}", json=asked, timeout=60)
     with stream as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     events = [json.loads(line) for line in lines if line != "[DONE]"]

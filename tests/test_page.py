@@ -81,7 +81,7 @@ def page(browser: Browser) -> Iterator[Page]:
     complaints: list[str] = []
     with browser.new_context(viewport={"width": 1200, "height": 800}) as context:
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # a busy machine takes long even with tiny models
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         yield page
@@ -105,7 +105,7 @@ def reply(served: Served, text: str) -> dict[str, Any]:
     """What the server says without a page."""
     messages = [{"role": "user", "content": text}]
     body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 1024}
-    said: dict[str, Any] = httpx.post(f"{served.url}/v1/chat/completions", json=body).json()
+    said: dict[str, Any] = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
     return said
 
 
