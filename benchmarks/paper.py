@@ -20,25 +20,16 @@ from knn_ssd.bench.records import read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.summary import shown
-from knn_ssd.bench.workload import limit_each, stream
+from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.search import Strategy
 from knn_ssd.calibrate.settings import Settings
 from knn_ssd.cli.progress import ProgressReporter
 from knn_ssd.plan import Mode
-from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
+from knn_ssd.provenance import write_whole
 from knn_ssd.target.resolve import load_model
 
-METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "lookup", "low", "auto")
-
-
-def halves(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The first and the second half of every domain's prompts."""
-    domains: dict[str | None, list[Prompt]] = {}
-    for prompt in prompts:
-        domains.setdefault(prompt.domain, []).append(prompt)
-    first = [prompt for members in domains.values() for prompt in members[: len(members) // 2]]
-    return first, [prompt for prompt in prompts if prompt not in first]
+METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "lookup", "low", "auto")
 
 
 def main() -> None:
@@ -53,8 +44,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
-    prompts = [p for path in args.prompts for p in read_prompts(path)] or builtin_prompts()
-    calibrating, measured = halves(prompts)
+    calibrating, measured = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")
     folder = args.out / "atlas"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -67,15 +57,14 @@ def main() -> None:
     names = [name for name in args.methods if name != "low" or Mode.LOW in engine.target.modes]
     for ratio in args.ratios:
         ordered = stream(limit_each(measured, args.limit), ratio)
-        methods = {
-            name: make_methods([name], engine if name in NEEDS_ATLAS else bare, ordered[0].domain)[name]
-            for name in names
-        }
+        routed = make_methods([name for name in names if name in NEEDS_ATLAS], engine, ordered[0].domain)
+        methods = routed | make_methods([name for name in names if name not in NEEDS_ATLAS], bare)
         out = args.out / f"ratio-{ratio:g}"
         with ProgressReporter() as progress:
             asked = BenchSettings(args.max_new_tokens, mix_ratio=ratio)
-            summary = run_bench(engine, ordered, methods, out, asked, progress, loaded.name)
-        (out / "report.html").write_text(report(summary, read_records(out / "records.jsonl"), "benchmarks/paper.py"))
+            ways = {name: methods[name] for name in names}
+            summary = run_bench(engine, ordered, ways, out, asked, progress, loaded.name)
+        write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), "benchmarks/paper.py"))
         print(
             f"\nmix ratio {ratio:g}, {len(ordered)} prompts; different from plain: {json.dumps(summary['differing'])}\n"
         )
@@ -84,9 +73,10 @@ def main() -> None:
         print("|---|" + "--:|" * (len(domains) + 3))
         for name, own in summary["methods"].items():
             cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
-            low, high = own["speedup_ci95"] or (1.0, 1.0)
+            bounds = own["speedup_ci95"]
+            interval = f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
             accepted = shown(own["acceptance_rate"], "{:.2f}")
-            print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {low:.2f}–{high:.2f} | {accepted} |")
+            print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {interval} | {accepted} |")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,23 @@ import torch
 
 from knn_ssd import Engine
 from knn_ssd.atlas import Pooling
-from knn_ssd.bench.workload import limit_each
+from knn_ssd.bench.workload import halves, limit_each, read_workloads
 from knn_ssd.calibrate.anchors import fit_anchors
-from knn_ssd.prompts import builtin_prompts, read_prompts
+from knn_ssd.prompts import Prompt
 from knn_ssd.route import Router
+
+
+def vectors_of(engine: Engine, prompts: list[Prompt]) -> dict[Pooling, np.ndarray]:
+    """Prompt vectors (N, D) under every pooling."""
+    vectors: dict[Pooling, list[np.ndarray]] = {pooling: [] for pooling in Pooling}
+    for prompt in prompts:
+        token_ids = engine.encode(prompt.prompt)
+        session = engine.target.open(len(token_ids))
+        prefill = session.prefill(token_ids)
+        session.close()
+        for pooling, known in vectors.items():
+            known.append(prefill.vector(pooling).numpy())
+    return {pooling: np.stack(known) for pooling, known in vectors.items()}
 
 
 def main() -> None:
@@ -30,32 +43,21 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 5])
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
-    prompts = [p for path in args.prompts for p in read_prompts(path)] or builtin_prompts()
-    prompts = limit_each(prompts, args.limit)
-    vectors: dict[Pooling, list[np.ndarray]] = {pooling: [] for pooling in Pooling}
-    for prompt in prompts:
-        token_ids = engine.encode(prompt.prompt)
-        session = engine.target.open(len(token_ids))
-        prefill = session.prefill(token_ids)
-        session.close()
-        for pooling, known in vectors.items():
-            known.append(prefill.vector(pooling).numpy())
-    labels = [prompt.domain or "none" for prompt in prompts]
-    first_half = np.array([2 * labels[:i].count(name) < labels.count(name) for i, name in enumerate(labels)])
-    own, others = np.array(labels)[first_half], np.array(labels)[~first_half]
+    first, second = halves(limit_each(read_workloads(args.prompts), args.limit))
+    own, others = (np.array([prompt.domain or "none" for prompt in half]) for half in (first, second))
+    ours, theirs = vectors_of(engine, first), vectors_of(engine, second)
     print(f"{len(own)} prompts make the anchors, {len(others)} are routed")
     print("pooling  anchors per domain  " + "  ".join(f"k = {k}".rjust(7) for k in args.k))
-    for pooling, known in vectors.items():
-        points = np.stack(known)
+    for pooling in Pooling:
         for count in args.anchors:
-            anchors = fit_anchors(points[first_half], own, count, seed=0)
+            anchors = fit_anchors(ours[pooling], own, count, seed=0)
             shares = []
             for k in args.k:
                 if k > len(anchors.points):
                     shares.append("–")
                     continue
                 router = Router(k).fit(torch.from_numpy(anchors.points), anchors.labels)
-                found = [router.predict(torch.from_numpy(vector)).label for vector in points[~first_half]]
+                found = [router.predict(torch.from_numpy(vector)).label for vector in theirs[pooling]]
                 shares.append(f"{np.mean(np.array(found) == others):.3f}")
             print(f"{pooling.value:7}  {count:18}  " + "  ".join(share.rjust(7) for share in shares))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from knn_ssd.prompts import builtin_prompts, read_prompts
+from knn_ssd.bench.workload import read_workloads, stream
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,15 @@ def together(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", nargs="+")
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
     parser.add_argument("--model")
     parser.add_argument("--atlas")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=16, help="prompts in all, taken from the domains in turn")
+    parser.add_argument("--limit", type=int, default=16, help="prompts in all, each of another domain than the last")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    known = [p for path in args.prompts for p in read_prompts(path)] if args.prompts else builtin_prompts()
-    domains = {prompt.domain: [p for p in known if p.domain == prompt.domain] for prompt in known}
-    spread = [own[i] for i in range(args.limit) for own in domains.values() if i < len(own)]
-    prompts = [prompt.prompt for prompt in spread[: args.limit]]
+    prompts = [prompt.prompt for prompt in stream(read_workloads(args.prompts), 1.0)[: args.limit]]
     options = [
         item for name in ("model", "atlas") if getattr(args, name) for item in (f"--{name}", getattr(args, name))
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from knn_ssd.atlas import Atlas, Label
+from knn_ssd.bench.clasp import ClaspDraft
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE
 from knn_ssd.bench.swift import LEAST_LAYERS, SwiftDraft, SwiftSearch
@@ -28,6 +29,8 @@ from knn_ssd.memory import peak_bytes
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.target.contract import Session
+from knn_ssd.target.fused import FusedTarget
+from knn_ssd.target.fused_session import FusedSession
 from knn_ssd.tokens import eos_token_ids
 
 HF, HF_LOOKUP = "hf", "hf-lookup"
@@ -39,6 +42,7 @@ DESCRIPTIONS = {
     "self-sd-mix": "skips what is best for a mixture of domains, for all prompts",
     "knn-ssd": "skips what is best for the nearest anchor's domain: the paper",
     "swift": "skips what it finds to agree while it serves (arXiv 2410.06916, without its token tree)",
+    "clasp": "skips the layers that the last token's states miss least (arXiv 2505.24196)",
     "lookup": "drafts by look-up alone",
     "low": "drafts with everything low-bit, without routing",
     "auto": "what `generate` does: everything, routed and controlled",
@@ -66,6 +70,13 @@ Method = Callable[[list[int], int], Output]
 """From a prompt's token ids and the longest output in tokens to an output."""
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises a `UsageError` if there is no such method."""
+    unknown = [name for name in names if name not in DESCRIPTIONS]
+    if unknown:
+        raise UsageError(f"there is no method '{unknown[0]}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
+
+
 def make_methods(
     names: Sequence[str], engine: Engine, first_domain: str | None = None, temperature: float = 0.0, seed: int = 0
 ) -> dict[str, Method]:
@@ -83,9 +94,8 @@ def make_methods(
         BenchError: one that needs an atlas, or something that the atlas does not have.
     """
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed} if temperature else {}
+    check_names(names)
     for name in names:
-        if name not in DESCRIPTIONS:
-            raise UsageError(f"there is no method '{name}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
         if name in NEEDS_ATLAS and engine.atlas is None:
             raise BenchError(f"the method '{name}' needs an atlas", "Give one with --atlas, or choose other --methods.")
     return {name: _make(name, engine, first_domain, sampling) for name in names}
@@ -101,8 +111,8 @@ def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[st
         return _own(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
     if name == "auto":
         return _own(engine, atlas, sampling, adaptive=True)
-    if name == "swift":
-        return _swift(engine, sampling)
+    if name in ("swift", "clasp"):
+        return _choosing(name, engine, sampling)
     assert atlas is not None
     return _as_published(name, engine, atlas, first_domain, sampling)
 
@@ -120,14 +130,27 @@ def _unrouted(name: str, engine: Engine) -> Plan:
     return Plan.low(layers, Policy(lookup=False))
 
 
-def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
-    layers = engine.target.num_layers
+def _choosing(name: str, engine: Engine, sampling: dict[str, Any]) -> Method:
+    """Methods that choose what to skip while they serve."""
+    target, layers = engine.target, engine.target.num_layers
+    if name == "clasp":
+        if not isinstance(target, FusedTarget):
+            raise BenchError(
+                "the method 'clasp' runs layers one by one, which this model's target cannot",
+                "See `knn-ssd doctor`, or choose other --methods.",
+            )
+        return _drafting(engine, sampling, lambda session, sampler, _: _clasp(session, sampler, layers))
     if layers < LEAST_LAYERS:
         raise BenchError(
             f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
         )
     search = SwiftSearch(layers, seed=sampling.get("seed", 0))
     return _drafting(engine, sampling, partial(SwiftDraft, search))
+
+
+def _clasp(session: Session, sampler: Sampler, num_layers: int) -> DraftSource:
+    assert isinstance(session, FusedSession)
+    return ClaspDraft(session, sampler, num_layers)
 
 
 def _as_published(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd.errors import PromptError, UsageError
-from knn_ssd.prompts import Prompt, read_prompts
+from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
 
 
 def stream(prompts: Sequence[Prompt], mix_ratio: float, seed: int = 0) -> list[Prompt]:
@@ -57,6 +57,25 @@ def limit_each(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
         if limit is None or seen[prompt.domain] <= limit:
             chosen.append(prompt)
     return chosen
+
+
+def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The first half of every domain's prompts, to calibrate with, and the second, to measure with."""
+    domains: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        domains.setdefault(prompt.domain, []).append(prompt)
+    first = [prompt for members in domains.values() for prompt in members[: len(members) // 2]]
+    second = [prompt for members in domains.values() for prompt in members[len(members) // 2 :]]
+    return first, second
+
+
+def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
+    """The prompts of several files, or the built-in ones where none is given.
+
+    Raises:
+        PromptError: as `read_prompts`.
+    """
+    return [prompt for path in paths for prompt in read_workload(path)] or builtin_prompts()
 
 
 def read_workload(path: str | Path) -> list[Prompt]:

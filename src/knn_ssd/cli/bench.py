@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="M,…",
-        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, lookup, low, auto "
+        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, low, auto "
         "(default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
     )
     stream = parser.add_argument_group("prompts")
@@ -84,23 +84,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, and shows the table."""
-    from knn_ssd.bench.methods import DESCRIPTIONS, make_methods
+    from knn_ssd.bench.methods import check_names, make_methods
     from knn_ssd.bench.records import read_records
     from knn_ssd.bench.report import report
     from knn_ssd.bench.run import BenchSettings, run_bench
-    from knn_ssd.bench.workload import limit_each, read_workload, stream
+    from knn_ssd.bench.workload import limit_each, read_workloads, stream
     from knn_ssd.plan import Mode
-    from knn_ssd.prompts import builtin_prompts
     from knn_ssd.provenance import write_whole
 
     names = [name.strip() for name in args.methods.split(",")] if args.methods is not None else None
-    unknown = [name for name in names or () if name not in DESCRIPTIONS]
-    if unknown:
-        raise UsageError(f"there is no method '{unknown[0]}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
+    check_names(names or ())
     if args.temperature < 0:
         raise UsageError(f"--temperature must be 0 or more, got {args.temperature}")
-    prompts = [prompt for path in args.prompts for prompt in read_workload(path)] or builtin_prompts()
-    ordered = stream(limit_each(prompts, args.limit), args.mix_ratio, args.seed)
+    ordered = stream(limit_each(read_workloads(args.prompts), args.limit), args.mix_ratio, args.seed)
     atlas = options.read_atlas(args)
     engine = options.load_engine(args, atlas)
     if names is None:

@@ -177,6 +177,14 @@ class FusedTarget:
         attentions = _pointers(plan.attention, self.attentions, self.low.attention)
         return Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
 
+    def run_layer(self, layer: int, states: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+        """States (m, D) after one layer of the full model, each at its place in that layer's cache."""
+        way = self.way(None)
+        x = states.clone(memory_format=torch.contiguous_format)
+        attention, mlp = ((ctypes.c_void_p * 1)(pointers[layer]) for pointers in (way.attentions, way.mlps))
+        self.kernels.knn_ssd_pass(attention, mlp, 1, (Place * len(places))(*places), len(places), address(x))
+        return x
+
     def _run_tokens(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Tokens from all over the vocabulary through sublayers and head like the model's own."""
         count = min(_SAMPLE, self.context_length)

@@ -84,6 +84,20 @@ class FusedSession(Pointed):
         self._pointer.check_room(len(token_ids))
         return self._target.run(Pass(self, token_ids, plan, len(token_ids), run_length))[1]
 
+    def embed(self, token: int) -> torch.Tensor:
+        """The state (1, D) of a token before the first layer."""
+        return self._target.embedding[token][None].float()
+
+    def run_layer(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """States (m, D) of the token at the pointer after one layer of the full model, each as if it stood there
+        alone; nothing is written.
+        """
+        self._pointer.check_room(1)
+        positions = map(address, self._target.positions(self.length + 1))
+        caches = map(address, (self._keys[layer], self._values[layer]))
+        place = Place(*positions, *caches, self.capacity, self.length, 1, 1)
+        return self._target.run_layer(layer, states, [place] * len(states))
+
     def close(self) -> None:
         self._keep()
         self._keys = self._values = self._hidden = torch.empty(0)

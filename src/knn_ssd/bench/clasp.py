@@ -1,0 +1,97 @@
+"""CLaSp (arXiv 2505.24196): every so often, the layers to skip are chosen anew from the last token's hidden states.
+
+Dynamic programming: of all ways to come through the first i layers with j of them skipped, the one is kept whose state
+has the greatest cosine with the full model's after layer i. Layer i + 1 is then run on all kept states at once, or
+skipped by them. Whole layers are skipped, a fixed number of them.
+
+From the paper's description, section 3, on this package's rounds. The full model's states come with each choice, of
+which they are the states with nothing skipped, instead of from the verification before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from knn_ssd.draft.contract import Draft, Outcome
+from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.sampling import Sampler
+from knn_ssd.target.fused_session import FusedSession
+
+
+@dataclass(frozen=True, slots=True)
+class ClaspSettings:
+    """How layers are chosen.
+
+    Args:
+        share: of the layers that is skipped.
+        interval: tokens from one choice to the next.
+        policy: of the drafts.
+    """
+
+    share: float = 0.5
+    interval: int = 128
+    policy: Policy = field(default_factory=lambda: Policy(12, 0.7))
+
+
+def choose_layers(session: FusedSession, token: int, num_layers: int, count: int) -> list[int]:
+    """Which `count` of L layers to skip, for the token at the session's pointer, in order."""
+    states = session.embed(token)  # (j + 1, D), row j with j layers skipped
+    skips: list[list[int]] = [[]]
+    for layer in range(num_layers):
+        ran = session.run_layer(layer, states)
+        full = ran[:1]
+        scores = torch.nn.functional.cosine_similarity(ran, full)
+        skipped = torch.nn.functional.cosine_similarity(states, full)
+        longest = min(len(states), count)
+        rows, sets = [], []
+        for j in range(longest + 1):
+            runs = j < len(states)
+            if runs and (j == 0 or scores[j] >= skipped[j - 1]):
+                rows.append(ran[j])
+                sets.append(skips[j])
+            else:
+                rows.append(states[j - 1])
+                sets.append([*skips[j - 1], layer])
+        states, skips = torch.stack(rows), sets
+    return skips[count]
+
+
+class ClaspDraft:
+    """Drafts of one request, under layers chosen for it.
+
+    Args:
+        session: of the request.
+        sampler: of the request.
+        num_layers: of the model.
+        settings: of the choice.
+    """
+
+    def __init__(
+        self, session: FusedSession, sampler: Sampler, num_layers: int, settings: ClaspSettings | None = None
+    ) -> None:
+        self._session = session
+        self._sampler = sampler
+        self._num_layers = num_layers
+        self._settings = settings or ClaspSettings()
+        self._chosen_at: int | None = None  # length of the context
+        self.plan = Plan.plain(num_layers)
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """At most `limit` tokens to follow `context`."""
+        settings = self._settings
+        if len(context) > 1 and (self._chosen_at is None or len(context) - self._chosen_at >= settings.interval):
+            with self._session.looking_back(1):
+                count = round(settings.share * self._num_layers)
+                layers = choose_layers(self._session, context[-2], self._num_layers, count)
+            self.plan = Plan.skipping(self._num_layers, layers, layers, settings.policy)
+            self._chosen_at = len(context)
+        if self._chosen_at is None:
+            return Draft()
+        return SelfDraft(self._session, self.plan, self._sampler).propose(context, limit)
+
+    def learn(self, outcome: Outcome) -> None:
+        """The choice rests on states, not on what was accepted."""
