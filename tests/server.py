@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 import uvicorn
 from helpers import endless
 
+from knn_ssd.decode import FinishReason
 from knn_ssd.engine import Engine
 from knn_ssd.serve.app import ServeSettings, make_app
 from knn_ssd.serve.listen import listen
@@ -18,6 +20,19 @@ from knn_ssd.serve.scheduler import Scheduler
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 MODEL = "tiny"
+
+
+class SlowEngine(Engine):
+    """Takes its time over each token, so that people have some to stop it."""
+
+    def _ending(self, *args: Any) -> Callable[[int], FinishReason | None]:
+        ends = super()._ending(*args)
+
+        def slowly(token: int) -> FinishReason | None:
+            time.sleep(0.01)
+            return ends(token)
+
+        return slowly
 
 
 @dataclass

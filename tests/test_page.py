@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from helpers import endless
-from server import MODEL, Served, serving
+from server import MODEL, Served, SlowEngine, serving
 from test_logprobs import tiny_atlas
 
-from knn_ssd.decode import FinishReason
 from knn_ssd.engine import Engine
 from knn_ssd.serve.app import ServeSettings
 from knn_ssd.serve.scheduler import Limits
@@ -43,19 +41,6 @@ def browser() -> Iterator[Browser]:
         pytest.skip("needs a browser: install Chromium (Debian: `apt-get install chromium`)")
     with driver.sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
-
-
-class SlowEngine(Engine):
-    """Takes its time over each token, so that people have some to stop it."""
-
-    def _ending(self, *args: Any) -> Callable[[int], FinishReason | None]:
-        ends = super()._ending(*args)
-
-        def slowly(token: int) -> FinishReason | None:
-            time.sleep(0.01)
-            return ends(token)
-
-        return slowly
 
 
 def tiny_engine(length: int, kind: type[Engine] = Engine) -> Engine:

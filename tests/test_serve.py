@@ -16,7 +16,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from helpers import endless
-from server import MODEL, Served, serving
+from server import MODEL, Served, SlowEngine, serving
 
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
@@ -147,6 +147,15 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert sentence in error["message"]
     if param is not None:
         assert error["param"].startswith(param)
+
+
+def test_an_error_within_a_stream_is_an_event() -> None:
+    engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    for own in serving(ServeSettings(MODEL, limits=Limits(deadline_sec=1.0)), engine):
+        stream = ask(own.client, "a fox", stream=True, max_tokens=200)
+        next(stream)
+        with pytest.raises(openai.APIError, match="took longer than 1 seconds"):
+            list(stream)
 
 
 def test_another_model_is_not_found(served: Served) -> None:
