@@ -81,7 +81,7 @@ def test_an_anchor_itself_is_within_any_radius(case: tuple[torch.Tensor, torch.T
 
 def test_the_nearest_anchor_names_the_label() -> None:
     route = compass().predict(direction(60) * 30)
-    assert route == Route("story", pytest.approx(distance(15), abs=1e-6), fallback=False)
+    assert route == Route("story", pytest.approx(distance(15), abs=1e-6), fallback=False, anchor=0)
     assert compass().predict(direction(65)).label == "math"
     assert compass().predict(direction(-90)).label == "sql"
 

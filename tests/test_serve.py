@@ -9,15 +9,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from helpers import endless
+from server import MODEL, Served, SlowEngine, serving
 
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
@@ -29,37 +28,7 @@ from knn_ssd.serve.scheduler import Begun, BusyError, ClosingError, DeadlineErro
 from knn_ssd.target.fused import FusedTarget
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
-MODEL = "tiny"
 PROMPTS = ["once upon a time", "3 + 4 = ", "a fox", "SELECT name", "guten Tag"]
-
-
-@dataclass
-class Served:
-    """A server on a free port, and the engine that nobody else may use while it answers."""
-
-    engine: Engine
-    scheduler: Scheduler
-    url: str
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-def serving(settings: ServeSettings) -> Iterator[Served]:
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
-    app = make_app(engine, settings)
-    own = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
-    own.close()
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +123,10 @@ def test_parts_of_text_and_a_developer_are_understood(served: Served) -> None:
     ("change", "param", "sentence"),
     [
         ({"logit_bias": {"5": 1}}, "logit_bias", "'logit_bias' is not supported"),
-        ({"logprobs": True}, "logprobs", "'logprobs' is not supported"),
+        ({"presence_penalty": 1}, "presence_penalty", "'presence_penalty' is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs' to be true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"knn_ssd": {"plane": True}}, "knn_ssd.plane", "'knn_ssd.plane' is not supported"),
         ({"tools": []}, "tools", "'tools' is not supported"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -175,6 +147,15 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert sentence in error["message"]
     if param is not None:
         assert error["param"].startswith(param)
+
+
+def test_an_error_within_a_stream_is_an_event() -> None:
+    engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    for own in serving(ServeSettings(MODEL, limits=Limits(deadline_sec=1.0)), engine):
+        stream = ask(own.client, "a fox", stream=True, max_tokens=200)
+        next(stream)
+        with pytest.raises(openai.APIError, match="took longer than 1 seconds"):
+            list(stream)
 
 
 def test_another_model_is_not_found(served: Served) -> None:

@@ -3,7 +3,7 @@
 Speculative decoding (arXiv 2211.17192): a source drafts k tokens, the target runs them in one pass, and the longest
 prefix that the acceptance rule lets through is kept, with one token of the target's own after it. In a round's
 tokens, the drafted ones that were kept are *accepted*; the last is *corrected* where a drafted token was rejected and
-*bonus* where none was.
+*bonus* where none was. Without a draft it is *plain*, and the token that the prompt's own pass gave is *prefill*.
 
 This module knows token ids and nothing of text.
 """
@@ -34,6 +34,21 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the target holds of one emitted token: the log-softmax of its raw logits, before temperature and penalties.
+
+    Args:
+        token: the emitted one.
+        logprob: its own.
+        top: the most likely tokens at its place with theirs, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """One draft–verify–accept cycle, as it reached the output.
 
@@ -45,6 +60,8 @@ class Round:
         draft_sec: seconds spent drafting.
         verify_sec: seconds spent verifying and accepting.
         finish_reason: why the output ends with this round, None where it goes on.
+        logprobs: of each of `tokens`, where they were asked for.
+        is_prefill: whether this is the first round.
     """
 
     tokens: tuple[int, ...]
@@ -54,6 +71,29 @@ class Round:
     draft_sec: float = 0.0
     verify_sec: float = 0.0
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    is_prefill: bool = False
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Where each of `tokens` came from: who drafted it, `corrected`, `bonus`, `plain` or `prefill`."""
+        if self.is_prefill:
+            return ("prefill",)
+        own = "corrected" if self.accepted < self.drafted else "bonus" if self.drafted else "plain"
+        return (*self.sources[: self.accepted], own)[: len(self.tokens)]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What the target makes of k drafted positions and the one after them.
+
+    Args:
+        logits: (k + 1, V), as the model gave them.
+        probs: (k + 1, V), what tokens are drawn from.
+    """
+
+    logits: torch.Tensor
+    probs: Probs
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +109,10 @@ class Verdict:
     token: int
 
 
-def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Probs:
-    """The target's distributions (k + 1, V) at the k drafted positions and after them, in one pass."""
+def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Verified:
+    """The target's distributions at the drafted positions and after them, in one pass."""
     logits = session.forward([context[-1], *draft.tokens])  # (k + 1, V)
-    return sampler.probs(logits, context, draft.tokens)
+    return Verified(logits, sampler.probs(logits, context, draft.tokens))
 
 
 def accept(target_probs: Probs, draft: Draft, sampler: Sampler) -> Verdict:
@@ -117,6 +157,7 @@ def decode(
     ends: Callable[[int], FinishReason | None],
     at_limit: FinishReason = FinishReason.LENGTH,
     clock: Callable[[], float] | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[Round]:
     """Rounds until the output ends, exactly where decoding token by token would end it.
 
@@ -130,6 +171,7 @@ def decode(
         ends: told every emitted token in order, says whether the output ends with it.
         at_limit: the reason given where `max_new_tokens` ends it.
         clock: in seconds; None is the machine's own.
+        logprobs: for each token, tell its logarithmic probability and those of so many likeliest; None is neither.
     """
     clock = clock or time.perf_counter
     started = clock()
@@ -139,7 +181,8 @@ def decode(
         return ends(token) or (at_limit if room == 0 else None)
 
     first = sampler.pick(sampler.probs(first_logits[None], context)[0])
-    current = replace(_emit(context, [first], left, ending, Round(())), verify_sec=clock() - started)
+    current = _emit(context, [first], left, ending, Round((), is_prefill=True))
+    current = _scored(replace(current, verify_sec=clock() - started), first_logits[None], logprobs)
     while True:
         yield current
         left -= len(current.tokens)
@@ -148,13 +191,15 @@ def decode(
         started = clock()
         draft = source.propose(context, left - 1) if source is not None and left > 1 else Draft()
         drafted = clock()
-        verdict = accept(verify(session, context, draft, sampler), draft, sampler)
+        verified = verify(session, context, draft, sampler)
+        verdict = accept(verified.probs, draft, sampler)
         session.commit(verdict.accepted + 1)
         if source is not None:
             source.learn(Outcome(draft, verdict.accepted, drafted - started, clock() - drafted))
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
         shape = Round((), len(draft.tokens), verdict.accepted, draft.sources, drafted - started)
         current = replace(_emit(context, tokens, left, ending, shape), verify_sec=clock() - drafted)
+        current = _scored(current, verified.logits, logprobs)
 
 
 def _emit(
@@ -175,3 +220,17 @@ def _emit(
             break
     accepted = min(shape.accepted, len(emitted))
     return replace(shape, tokens=tuple(emitted), accepted=accepted, finish_reason=reason)
+
+
+def _scored(current: Round, logits: torch.Tensor, most: int | None) -> Round:
+    """The round with its tokens' logarithmic probabilities, from logits (n, V) that begin with their rows."""
+    if most is None:
+        return current
+    logprobs = logits[: len(current.tokens)].float().log_softmax(dim=-1)
+    values, tokens = logprobs.topk(min(most, logprobs.shape[-1]))  # (n, most)
+    tops = zip(tokens.tolist(), values.tolist(), strict=True)
+    scored = (
+        TokenLogprobs(token, float(row[token]), tuple(zip(*top, strict=True)))
+        for token, row, top in zip(current.tokens, logprobs, tops, strict=True)
+    )
+    return replace(current, logprobs=tuple(scored))

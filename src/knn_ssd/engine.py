@@ -176,6 +176,7 @@ class Engine:
         plan: Plan | None = None,
         adaptive: bool | None = None,
         chat: bool = True,
+        logprobs: int | None = None,
     ) -> Stream:
         """Runs the prompt, routes it, and gives the output round by round.
 
@@ -192,6 +193,7 @@ class Engine:
                 else follow the policy to the letter. Which random numbers are used up depends on what was drafted, and
                 that on the clock: so None is adaptive unless `plan` or, for sampling, a `seed` is given.
             chat: put text through the tokenizer's chat template if it has one.
+            logprobs: for each token, tell its logarithmic probability and those of so many likeliest; None is neither.
 
         Raises:
             PromptError: a prompt that cannot be used.
@@ -203,12 +205,9 @@ class Engine:
         sampler = Sampler.from_params(params, self.target.device)
         token_ids = self.encode(prompt, chat)
         limit = self._limit(len(token_ids), max_new_tokens)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise UsageError("a stop string must have at least one character, got an empty one")
-        if stops and self.tokenizer is None:
-            raise UsageError(f"stop strings need a tokenizer, got {list(stops)} and a model without one")
-        text = TextStream(self.tokenizer, stops) if self.tokenizer is not None else None
+        text = self._text((stop,) if isinstance(stop, str) else tuple(stop))
+        if logprobs is not None and logprobs < 0:
+            raise UsageError(f"logprobs must be 0 or more, got {logprobs}")
 
         session = self.target.open(len(token_ids) + limit)
         prefill = session.prefill(token_ids)
@@ -221,11 +220,14 @@ class Engine:
         label = domain or (route.plan_label if route is not None else None)
         source = self._source(session, chosen, sampler, label, adaptive)
         at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
-        ends = self._ending(text)
-        rounds = decode(session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock)
+        pieces: list[str] = []
+        ends = self._ending(text, pieces)
+        rounds = decode(
+            session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock, logprobs
+        )
         if adaptive and not plain:
             rounds = self._remembering(rounds, label, token_ids)
-        steps = self._steps(session, rounds, text, route, chosen, prefill, route_sec)
+        steps = self._steps(session, rounds, text, pieces, route, chosen, prefill, route_sec)
         return Stream(route, chosen, steps)
 
     def custom_generate(
@@ -296,19 +298,19 @@ class Engine:
         session: Session,
         rounds: Iterator[Round],
         text: TextStream | None,
+        pieces: list[str],
         route: Route | None,
         plan: Plan,
         prefill: Prefill,
         route_sec: float,
     ) -> Generator[Chunk, None, Generation]:
         seen: list[Round] = []
-        pieces: list[str] = []
         try:
             for current in rounds:
                 seen.append(current)
-                fresh = "" if text is None else text.finish() if current.finish_reason else text.take()
-                pieces.append(fresh)
-                yield Chunk(fresh, current)
+                if current.finish_reason is not None and text is not None:
+                    pieces[-1] += text.finish()
+                yield Chunk(tuple(pieces[-len(current.tokens) :]), current)
         finally:
             session.close()
         reason = seen[-1].finish_reason
@@ -326,13 +328,23 @@ class Engine:
             reused=prefill.reused,
         )
         token_ids = tuple(token for r in seen for token in r.tokens)
-        return Generation("".join(pieces), token_ids, route, plan, stats, reason)
+        logprobs = tuple(each for r in seen for each in r.logprobs)
+        return Generation("".join(pieces), token_ids, route, plan, stats, reason, logprobs)
 
-    def _ending(self, text: TextStream | None) -> Callable[[int], FinishReason | None]:
+    def _text(self, stops: tuple[str, ...]) -> TextStream | None:
+        if not all(stops):
+            raise UsageError("a stop string must have at least one character, got an empty one")
+        if stops and self.tokenizer is None:
+            raise UsageError(f"stop strings need a tokenizer, got {list(stops)} and a model without one")
+        return TextStream(self.tokenizer, stops) if self.tokenizer is not None else None
+
+    def _ending(self, text: TextStream | None, pieces: list[str]) -> Callable[[int], FinishReason | None]:
+        """Adds to `pieces` the text that became certain with each token."""
         eos = eos_token_ids(self.model)
 
         def ends(token: int) -> FinishReason | None:
             stopped = text.push(token) if text is not None else False
+            pieces.append(text.take() if text is not None else "")
             if token in eos:
                 return FinishReason.EOS
             return FinishReason.STOP if stopped else None

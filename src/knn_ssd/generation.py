@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from knn_ssd.decode import FinishReason, Round
+from knn_ssd.decode import FinishReason, Round, TokenLogprobs
 from knn_ssd.errors import UsageError
 from knn_ssd.memory import MemoryUse
 from knn_ssd.plan import Plan
@@ -67,6 +67,7 @@ class Generation:
         plan: what drafted; a plain one where nothing did.
         stats: what it took.
         finish_reason: why it ended.
+        logprobs: of each of `token_ids`, where they were asked for.
     """
 
     text: str
@@ -75,14 +76,24 @@ class Generation:
     plan: Plan
     stats: Stats
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One round of a stream, and the text that became certain with it."""
+    """One round of a stream, and the text that became certain with it.
 
-    text: str
+    Args:
+        pieces: what became certain with each of the round's tokens; it may belong to those before it, too.
+        round: the round.
+    """
+
+    pieces: tuple[str, ...]
     round: Round
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class Stream(Iterator[Chunk]):

@@ -20,16 +20,23 @@ class Route:
         label: the domain of the nearest anchors.
         distance: cosine distance to the nearest anchor of that label, in [0, 2].
         fallback: whether that is beyond the label's radius, so that the fallback plan runs.
+        anchor: which of the anchors that nearest one is.
     """
 
     label: str
     distance: float
     fallback: bool
+    anchor: int
 
     @property
     def plan_label(self) -> str | None:
         """The label whose plan runs; None is the fallback."""
         return None if self.fallback else self.label
+
+    @property
+    def plan_name(self) -> str:
+        """That label, or `fallback`."""
+        return self.plan_label or "fallback"
 
 
 class Router:
@@ -74,10 +81,11 @@ class Router:
         """The route for a prompt vector (D,)."""
         distances, indices = self.kneighbors(vector)
         votes: dict[str, float] = {}
-        nearest: dict[str, float] = {}
+        nearest: dict[str, tuple[float, int]] = {}
         for distance, index in zip(distances, indices, strict=True):
             label = self.labels_[index]
             votes[label] = votes.get(label, 0.0) + 2 - distance  # in [0, 2], larger is nearer
-            nearest.setdefault(label, distance)
+            nearest.setdefault(label, (distance, index))
         label = max(votes, key=lambda name: votes[name])
-        return Route(label, nearest[label], nearest[label] > self.radii_.get(label, float("inf")) + _ROUNDING)
+        distance, anchor = nearest[label]
+        return Route(label, distance, distance > self.radii_.get(label, float("inf")) + _ROUNDING, anchor)

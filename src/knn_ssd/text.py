@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all arrived
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names the token of a single byte
 
 
 class TextStream:
@@ -74,3 +77,40 @@ class TextStream:
             (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])),
             default=0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One token by itself.
+
+    Args:
+        text: with a sign for unknown bytes where its own are no whole characters.
+        data: its bytes; None where they cannot be told.
+    """
+
+    text: str
+    data: bytes | None
+
+
+def spell(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> Spelling:
+    """A token as it stands within a text, special tokens too; nothing can be told without a tokenizer."""
+    if tokenizer is None:
+        return Spelling("", None)
+    once, twice = (
+        str(tokenizer.decode([token_id] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for n in (1, 2)
+    )
+    if _UNFINISHED in once:
+        return Spelling(once, _bytes_of(str(tokenizer.convert_ids_to_tokens(token_id))))
+    text = twice[len(once) :]  # at the beginning of a text some tokenizers drop a token's space
+    return Spelling(text, text.encode())
+
+
+def _bytes_of(name: str) -> bytes | None:
+    """The bytes of a token by its name in the vocabulary, for SentencePiece's bytes and GPT-2's alphabet of bytes."""
+    if match := _BYTE.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as they are; the others from 256 on
+    hidden = [byte for byte in range(256) if byte not in shown]
+    byte_of = {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    return bytes(byte_of[character] for character in name) if set(name) <= set(byte_of) else None

@@ -19,7 +19,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "serve",
         description="Answers over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models; "
-        "besides, /health, /ready and /metrics. Clients may stream. Needs `pip install knn-ssd[serve]`.",
+        "besides, a page to try it at /, and /health, /ready and /metrics. Clients may stream. "
+        "Needs `pip install knn-ssd[serve]`.",
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")

@@ -13,10 +13,14 @@ from typing import Any
 
 from starlette.requests import Request
 
+from knn_ssd.errors import KnnSsdError
 from knn_ssd.generation import Chunk, Generation
+from knn_ssd.serve.bodies import error_body, inside
+from knn_ssd.serve.logprobs import Logprobs
 from knn_ssd.serve.metrics import Metrics
 from knn_ssd.serve.scheduler import Begun, Event, Job, Scheduler
 from knn_ssd.serve.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
+from knn_ssd.serve.told import opening, round_told
 
 DONE = "data: [DONE]\n\n"
 
@@ -33,17 +37,22 @@ class Answer:
         request: what was asked.
         scheduler: who advances them.
         metrics: are told.
+        logprobs: writes them.
     """
 
     request: ChatRequest | CompletionRequest
     scheduler: Scheduler
     metrics: Metrics
+    logprobs: Logprobs
     id: str = ""
     created: int = 0
     begun: Begun | None = None
     results: dict[int, Generation] = field(default_factory=dict)
     _jobs: list[Job] = field(default_factory=list)
     _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # only what is needed of them later
+    _offsets: dict[int, int] = field(default_factory=dict)  # how much of each text was sent
+    _opening: dict[str, Any] = field(default_factory=dict)  # goes along with the first event
 
     async def begin(self) -> None:
         """Submits the jobs and waits until the first one's prompt is read, so that what is wrong is known by then.
@@ -61,6 +70,7 @@ class Answer:
                 listener = _listener(loop, self._events, index)
                 self._jobs.append(self.scheduler.submit(self.request.prompt_like, seeded, listener))
             self.begun = await self._first()
+            self._opening = opening(self.begun) if self.request.knn_ssd.rounds else {}
         except BaseException:
             self.cancel()
             raise
@@ -113,8 +123,12 @@ class Answer:
                     await task
             self.cancel()
         results = [self.results[index] for index in range(self.request.n)]
-        choices = [self._choice(index, result.text, result) for index, result in enumerate(results)]
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage()}
+        choices = [
+            self._choice(index, result.text, self._logprobs_of(index, *self._chunks.get(index, [])), result)
+            for index, result in enumerate(results)
+        ]
+        told = {"knn_ssd": {**self._opening, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **told}
 
     async def server_sent(self) -> AsyncIterator[str]:
         """The response as server-sent events; an error after the first of them is an event, too."""
@@ -122,20 +136,46 @@ class Answer:
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         if self.is_chat:
             for index in range(self.request.n):
-                yield self._event([_delta(index, {"role": "assistant", "content": ""})], extra)
-        async for index, event in self.events():
-            if isinstance(event, Chunk):
-                if event.text:
-                    yield self._event([self._piece(index, event.text)], extra)
-            else:
-                yield self._event([self._piece(index, "", event)], extra)
+                yield self._event([_delta(index, {"role": "assistant", "content": ""}, None)], extra)
+        try:
+            async for index, event in self.events():
+                if isinstance(event, Generation):
+                    yield self._event([self._piece(index, None, None, event)], extra)
+                elif event.text or self._is_detailed:
+                    told = round_told(event) if self.request.knn_ssd.rounds else None
+                    logprobs = self._logprobs_of(index, event)
+                    yield self._event([self._piece(index, event.text, logprobs)], extra, told)
+        except Exception as error:
+            said = str(error) if isinstance(error, KnnSsdError) else inside(error)
+            yield f"data: {json.dumps(error_body(said, 'server_error'), ensure_ascii=False)}\n\n"
+            return
         if with_usage:
             yield self._event([], {"usage": self._usage()})
         yield DONE
 
+    @property
+    def _is_detailed(self) -> bool:
+        """Whether rounds count that bring no text."""
+        return self.request.knn_ssd.rounds or self.request.most_logprobs is not None
+
     async def _collect(self) -> None:
-        async for _ in self.events():
-            pass
+        async for index, event in self.events():
+            if isinstance(event, Chunk) and self._is_detailed:
+                self._chunks.setdefault(index, []).append(event)
+
+    def _rounds(self) -> list[dict[str, Any]]:
+        return [
+            {"index": index, **round_told(chunk)} for index in range(self.request.n) for chunk in self._chunks[index]
+        ]
+
+    def _logprobs_of(self, index: int, *chunks: Chunk) -> dict[str, Any] | None:
+        if self.request.most_logprobs is None:
+            return None
+        if self.is_chat:
+            return self.logprobs.chat(chunks)
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(chunk.text) for chunk in chunks)
+        return self.logprobs.completion(chunks, offset)
 
     async def _first(self) -> Begun:
         """Chunks come after it in the queue, but other jobs' events may come before."""
@@ -159,22 +199,31 @@ class Answer:
         kind = "text_completion" if not self.is_chat else "chat.completion" + ".chunk" * streamed
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
-    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> str:
+    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any], told: dict[str, Any] | None = None) -> str:
         data = {**self._head(streamed=True), "choices": choices, **extra}
+        if self._opening or told:
+            data["knn_ssd"] = {**self._opening, **(told or {})}
+            self._opening = {}
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
-    def _piece(self, index: int, text: str, result: Generation | None = None) -> dict[str, Any]:
+    def _piece(
+        self, index: int, text: str | None, logprobs: dict[str, Any] | None, result: Generation | None = None
+    ) -> dict[str, Any]:
         if not self.is_chat:
-            return self._choice(index, text, result)
-        return _delta(index, {"content": text} if text else {}, result)
+            return self._choice(index, text or "", logprobs, result)
+        return _delta(index, {} if text is None else {"content": text}, logprobs, result)
 
-    def _choice(self, index: int, text: str, result: Generation | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, result: Generation | None
+    ) -> dict[str, Any]:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": _reason(result)}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": _reason(result)}
 
 
-def _delta(index: int, delta: dict[str, str], result: Generation | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": _reason(result)}
+def _delta(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, result: Generation | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _reason(result)}
 
 
 def _reason(result: Generation | None) -> str | None:

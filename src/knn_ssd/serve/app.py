@@ -17,8 +17,10 @@ from starlette.exceptions import HTTPException
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, PromptError, UsageError
 from knn_ssd.serve.answers import Answer, GoneError
-from knn_ssd.serve.bodies import BodyLimit, error_body
+from knn_ssd.serve.bodies import BodyLimit, error_body, inside
+from knn_ssd.serve.logprobs import Logprobs
 from knn_ssd.serve.metrics import Metrics
+from knn_ssd.serve.page import add_page
 from knn_ssd.serve.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
 from knn_ssd.serve.schemas import ChatRequest, CompletionRequest
 
@@ -66,20 +68,24 @@ def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     _add_watch(app, settings, metrics)
     _add_answers(app, settings, scheduler, metrics)
     _add_status(app, settings, scheduler, metrics)
+    add_page(app, engine.atlas)
     return app
 
 
 def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+    logprobs = Logprobs(scheduler.engine.tokenizer)
+
     async def answer(request: ChatRequest | CompletionRequest, http: Request) -> Response:
         if request.model != settings.model:
             message = f"the model '{request.model}' is not served; '{settings.model}' is"
             return JSONResponse(error_body(message, _INVALID, "model", "model_not_found"), 404)
-        current = Answer(request, scheduler, metrics)
+        current = Answer(request, scheduler, metrics, logprobs)
         await current.begin()
         assert current.begun is not None
-        headers = {"x-knn-ssd-exactness": scheduler.engine.exactness.value}
+        exactness, plan = scheduler.engine.exactness.value, current.begun.plan.describe()
+        headers = {"x-knn-ssd-exactness": exactness, "x-knn-ssd-plan": plan}
         if current.begun.route is not None:
-            headers["x-knn-ssd-route"] = current.begun.route.plan_label or "fallback"
+            headers["x-knn-ssd-route"] = current.begun.route.plan_name
         if request.stream:
             return StreamingResponse(current.server_sent(), media_type="text/event-stream", headers=headers)
         try:
@@ -164,4 +170,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_http: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(f"an error inside the server: {type(error).__name__}", "server_error"), 500)
+        return JSONResponse(error_body(inside(error), "server_error"), 500)

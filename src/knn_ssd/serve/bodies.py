@@ -14,6 +14,11 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def inside(error: Exception) -> str:
+    """What clients are told of a fault of ours."""
+    return f"an error inside the server: {type(error).__name__}"
+
+
 class BodyLimit:
     """Reads a request's body whole before the application sees it.
 

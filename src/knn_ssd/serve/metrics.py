@@ -34,16 +34,10 @@ class Metrics:
         self._tokens.inc(len(result.token_ids))
         self._drafted.inc(result.stats.drafted)
         self._accepted.inc(result.stats.accepted)
-        self._routes.labels(label_of(result)).inc()
+        self._routes.labels("none" if result.route is None else result.route.plan_name).inc()
         self._prefill.observe(result.stats.prefill_sec)
         self._decode.observe(result.stats.decode_sec)
 
     def text(self) -> bytes:
         """In Prometheus's format."""
         return generate_latest(self._registry)
-
-
-def label_of(routed: Generation) -> str:
-    """The route's label, `fallback` or `none`."""
-    route = routed.route
-    return "none" if route is None else route.plan_label or "fallback"

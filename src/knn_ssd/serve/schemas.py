@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from knn_ssd.decode import FinishReason
 from knn_ssd.generation import Generation
@@ -54,6 +55,13 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class Drafting(_Strict):
+    """What is this server's own: how drafts are used, and what is told of them."""
+
+    plain: bool = False
+    rounds: bool = False
+
+
 class _Request(_Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
@@ -64,11 +72,12 @@ class _Request(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    knn_ssd: Drafting = Drafting()
 
     def sampling(self) -> dict[str, Any]:
         """Options of `Engine.stream`."""
         stop = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
-        return {"temperature": self.temperature, "top_p": self.top_p, "stop": stop}
+        return {"temperature": self.temperature, "top_p": self.top_p, "stop": stop, "plain": self.knn_ssd.plain}
 
     def seed_of(self, choice: int) -> int | None:
         """Of one of the n answers: each has its own."""
@@ -81,6 +90,20 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, most: int | None, info: ValidationInfo) -> int | None:
+        if most is not None and not info.data.get("logprobs"):
+            raise PydanticCustomError("needs_logprobs", "needs 'logprobs' to be true")
+        return most
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told; None if nothing is."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def prompt_like(self) -> PromptLike:
@@ -88,7 +111,8 @@ class ChatRequest(_Request):
 
     def options(self) -> dict[str, Any]:
         """Of `Engine.stream`."""
-        return {**self.sampling(), "max_new_tokens": self.max_completion_tokens or self.max_tokens}
+        limit = self.max_completion_tokens or self.max_tokens
+        return {**self.sampling(), "max_new_tokens": limit, "logprobs": self.most_logprobs}
 
 
 class CompletionRequest(_Request):
@@ -96,6 +120,12 @@ class CompletionRequest(_Request):
 
     prompt: Text | Annotated[list[int], Field(min_length=1)]
     max_tokens: Tokens = _SHORT_COMPLETION
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """As in `ChatRequest`."""
+        return self.logprobs
 
     @property
     def prompt_like(self) -> PromptLike:
@@ -103,7 +133,7 @@ class CompletionRequest(_Request):
 
     def options(self) -> dict[str, Any]:
         """Of `Engine.stream`."""
-        return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False}
+        return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False, "logprobs": self.logprobs}
 
 
 def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:

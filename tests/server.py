@@ -1,0 +1,65 @@
+"""A server on a free port, for tests that speak HTTP with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import uvicorn
+from helpers import endless
+
+from knn_ssd.decode import FinishReason
+from knn_ssd.engine import Engine
+from knn_ssd.serve.app import ServeSettings, make_app
+from knn_ssd.serve.listen import listen
+from knn_ssd.serve.scheduler import Scheduler
+from knn_ssd.testing import tiny_model, tiny_tokenizer
+
+MODEL = "tiny"
+
+
+class SlowEngine(Engine):
+    """Takes its time over each token, so that people have some to stop it."""
+
+    def _ending(self, *args: Any) -> Callable[[int], FinishReason | None]:
+        ends = super()._ending(*args)
+
+        def slowly(token: int) -> FinishReason | None:
+            time.sleep(0.01)
+            return ends(token)
+
+        return slowly
+
+
+@dataclass
+class Served:
+    """A server on a free port, and the engine that nobody else may use while it answers."""
+
+    engine: Engine
+    scheduler: Scheduler
+    url: str
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+def serving(settings: ServeSettings, engine: Engine | None = None) -> Iterator[Served]:
+    """A tiny model's server, or that of another engine, until the test is done with it."""
+    engine = engine or Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    app = make_app(engine, settings)
+    own = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+    own.close()

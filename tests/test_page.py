@@ -1,0 +1,289 @@
+"""The page at `/`, used in a browser as people use it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from helpers import endless
+from server import MODEL, Served, SlowEngine, serving
+from test_logprobs import tiny_atlas
+
+from knn_ssd.engine import Engine
+from knn_ssd.serve.app import ServeSettings
+from knn_ssd.serve.scheduler import Limits
+from knn_ssd.testing import tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+pytestmark = pytest.mark.xdist_group("page")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    driver = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    if _CHROMIUM is None:
+        pytest.skip("needs a browser: install Chromium (Debian: `apt-get install chromium`)")
+    with driver.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
+
+
+def tiny_engine(length: int, kind: type[Engine] = Engine) -> Engine:
+    model = endless(tiny_model(max_position_embeddings=length))
+    return kind(model, tiny_tokenizer(chat=True))
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """A model that writes 1024 tokens in ten seconds unless it is stopped."""
+    yield from serving(ServeSettings(MODEL), tiny_engine(4096, SlowEngine))
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[Served]:
+    """A model whose context is soon full, so that answers are short."""
+    yield from serving(ServeSettings(MODEL), tiny_engine(128))
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page of a browser that knows nothing of earlier tests; what it complains of fails the test."""
+    complaints: list[str] = []
+    with browser.new_context(viewport={"width": 1200, "height": 800}) as context:
+        page = context.new_page()
+        page.set_default_timeout(60_000)  # a busy machine takes long even with tiny models
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        yield page
+    assert not [each for each in complaints if "Failed to load resource" not in each]
+
+
+def say(page: Page, text: str) -> None:
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+
+
+def ended(page: Page) -> None:
+    page.get_by_role("button", name="Send").wait_for()
+
+
+def answer(page: Page) -> str:
+    return page.locator(".assistant .said").last.text_content() or ""
+
+
+def reply(served: Served, text: str) -> dict[str, Any]:
+    """What the server says without a page."""
+    messages = [{"role": "user", "content": text}]
+    body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 1024}
+    said: dict[str, Any] = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
+    return said
+
+
+def test_a_message_is_answered_and_every_token_has_its_source(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "a fox")
+    ended(page)
+    own = reply(brief, "a fox")
+    assert answer(page) == own["choices"][0]["message"]["content"]
+    sources = {span.get_attribute("data-source") for span in page.locator(".token").all()}
+    assert "prefill" in sources
+    assert sources - {"prefill"} <= {"self", "lookup", "corrected", "bonus", "plain"}
+    assert re.match(r"first: ", page.locator(".token").first.get_attribute("title") or "")
+    assert float(page.locator("#speed").text_content() or "") > 0
+    assert float(page.locator("#perround").text_content() or "") >= 1
+    counts = [text for text in page.locator("#legend output").all_text_contents() if text]
+    assert sum(map(int, counts)) == own["usage"]["completion_tokens"]
+    assert "no atlas" in (page.locator("#route").text_content() or "")
+    assert page.locator("#map").is_hidden()
+    assert page.get_by_text("Cut where answers may be no longer.").is_visible()
+
+
+def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, served: Served) -> None:
+    page.goto(served.url)
+    say(page, "a fox")
+    page.locator(".token").nth(3).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    ended(page)
+    first = answer(page)
+    assert 3 < len(first) < 1000
+    page.get_by_text("Stopped.").wait_for()
+    say(page, "and a goose")
+    page.locator(".assistant").nth(1).locator(".token").nth(3).wait_for()
+    page.get_by_label("Message").press("Escape")
+    ended(page)
+    assert page.get_by_text("Stopped.").count() == 2
+    while served.scheduler.running:
+        page.wait_for_timeout(10)
+
+
+def test_messages_are_still_there_after_a_reload(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "line one")
+    ended(page)
+    said, tokens = answer(page), page.locator(".token").count()
+    page.reload()
+    assert page.locator(".user .said").text_content() == "line one"
+    assert (answer(page), page.locator(".token").count()) == (said, tokens)
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator("article").count() == 0
+    page.reload()
+    assert page.locator("article").count() == 0
+
+
+def test_an_error_is_a_sentence_and_the_message_is_not_lost(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "long " * 60)
+    page.get_by_role("alert").filter(has_text="and the model's context is 128").wait_for()
+    assert page.get_by_label("Message").input_value() == "long " * 60
+    assert page.locator("article").count() == 0
+    say(page, "short")
+    ended(page)
+    assert page.get_by_role("alert").count() == 0
+    assert answer(page)
+
+
+def test_an_error_within_an_answer_is_a_sentence_too(page: Page) -> None:
+    settings = ServeSettings(MODEL, limits=Limits(deadline_sec=0.3))
+    for own in serving(settings, tiny_engine(4096, SlowEngine)):
+        page.goto(own.url)
+        say(page, "a fox")
+        page.get_by_role("alert").filter(has_text="The request took longer than 0.3 seconds").wait_for()
+        ended(page)
+
+
+def test_a_server_that_is_gone_is_told_of(page: Page) -> None:
+    for own in serving(ServeSettings(MODEL)):
+        page.goto(own.url)
+        page.get_by_text(MODEL, exact=True).wait_for()
+    say(page, "a fox")
+    page.get_by_role("alert").filter(has_text="The server cannot be reached.").wait_for()
+    assert page.get_by_label("Message").input_value() == "a fox"
+
+
+def test_without_acceleration_nothing_is_drafted_and_both_ways_are_compared(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    comparison = page.locator("#comparison")
+    say(page, "a fox")
+    ended(page)
+    fast = answer(page)
+    assert "x plain" not in (comparison.text_content() or "")
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("switch", name="Acceleration").uncheck()
+    say(page, "a fox")
+    ended(page)
+    assert answer(page) == fast
+    sources = [span.get_attribute("data-source") for span in page.locator(".token").all()]
+    assert sources == ["prefill", *["plain"] * (len(sources) - 1)]
+    assert page.get_by_text("Without acceleration.").is_visible()
+    assert re.match(r"\d+\.\dx plain on the last answers: .* Measured on this page", comparison.text_content() or "")
+    page.reload()
+    assert not page.get_by_role("switch", name="Acceleration").is_checked()
+
+
+def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Served) -> None:
+    page.goto(served.url)
+    keyboard = page.keyboard
+    keyboard.type("one")  # the message has the focus from the beginning
+    keyboard.press("Shift+Enter")
+    keyboard.type("two")
+    keyboard.press("Enter")
+    page.locator(".token").nth(3).wait_for()
+    keyboard.press("Escape")
+    ended(page)
+    assert page.locator(".user .said").text_content() == "one\ntwo"
+    reached = []
+    for _ in range(7):
+        keyboard.press("Tab")
+        focused: dict[str, Any] = page.evaluate(
+            "() => { const e = document.activeElement;"
+            " return {id: e.id, outline: getComputedStyle(e).outlineStyle, label: e.labels?.[0]?.textContent ?? ''} }"
+        )
+        reached.append(focused["id"])
+        assert focused["id"] in {"", "text"} or focused["outline"] == "solid", focused
+        if focused["id"] == "fast":
+            assert focused["label"] == "Acceleration"
+            keyboard.press("Space")
+            assert not page.get_by_role("switch", name="Acceleration").is_checked()
+    page.get_by_role("button", name="New chat").focus()
+    keyboard.press("Enter")
+    assert page.locator("article").count() == 0
+    assert {"send", "fast", "colour", "new", "log"} <= set(reached)
+
+
+def test_a_key_is_asked_for_once_the_server_wants_one(page: Page) -> None:
+    for own in serving(ServeSettings(MODEL, api_key="secret")):
+        page.goto(own.url)
+        page.get_by_role("alert").filter(has_text="The API key is missing or wrong").wait_for()
+        page.get_by_label("API key").fill("secret")
+        page.get_by_label("API key").press("Enter")
+        page.get_by_label("API key").wait_for(state="hidden")
+        say(page, "a fox")
+        page.locator(".token").nth(3).wait_for()
+        ended(page)
+        page.reload()
+        page.get_by_text(MODEL, exact=True).wait_for()
+        assert page.get_by_label("API key").is_hidden()
+
+
+def test_the_nearest_anchor_is_shown_on_the_map(page: Page) -> None:
+    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True), tiny_atlas())
+    for own in serving(ServeSettings(MODEL), engine):
+        page.goto(own.url)
+        page.locator("#map circle").nth(1).wait_for()
+        assert page.locator("#map .ring").count() == 0
+        say(page, "a fox")
+        ended(page)
+        assert page.locator("#map .ring").count() == 1
+        assert page.locator("#map .here").text_content() == "fox"
+        assert (page.locator("#route").text_content() or "").startswith("fox at cosine distance 0.000")
+        page.get_by_text("Plan: skip MLP 2; draft up to 4").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(page: Page, brief: Served, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(brief.url)
+    say(page, "a fox")
+    ended(page)
+    assert page.get_by_role("switch", name="Acceleration").is_hidden()
+    page.get_by_text("tokens/s,").click()
+    assert page.get_by_role("switch", name="Acceleration").is_visible()
+    assert page.get_by_role("button", name="Send").is_visible()
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+
+
+def test_what_a_model_says_is_text_and_never_markup(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "<b id=bold>bold</b><img src=x onerror=alert(1)>")
+    ended(page)
+    assert page.locator("#log b, #log img").count() == 0
+    assert (page.locator(".user .said").text_content() or "").startswith("<b id=bold>")
+
+
+def test_the_page_asks_nobody_else_and_runs_nothing_foreign(brief: Served) -> None:
+    page = httpx.get(brief.url)
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "connect-src 'self'" in policy
+    for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert name not in page.text
+    links = re.findall(r"https?://[^\s'\"]+", page.text)
+    assert set(links) == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert not re.findall(r"<[^>]+ (?:style|on\w+)=", page.text)
