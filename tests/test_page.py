@@ -198,7 +198,8 @@ def test_without_acceleration_nothing_is_drafted_and_both_ways_are_compared(page
 def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Served) -> None:
     page.goto(served.url)
     keyboard = page.keyboard
-    keyboard.type("one")  # the message has the focus from the beginning
+    page.wait_for_function("document.hasFocus() && document.activeElement.id === 'text'")  # from the beginning
+    keyboard.type("one")
     keyboard.press("Shift+Enter")
     keyboard.type("two")
     keyboard.press("Enter")
