@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, PromptError, UsageError
 from knn_ssd.serve.answers import Answer, GoneError
-from knn_ssd.serve.bodies import BodyLimit, error_body
+from knn_ssd.serve.bodies import CLIENT_GONE, BodyLimit, error_body
 from knn_ssd.serve.metrics import Metrics
 from knn_ssd.serve.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
 from knn_ssd.serve.schemas import ChatRequest, CompletionRequest
@@ -25,7 +25,6 @@ from knn_ssd.serve.schemas import ChatRequest, CompletionRequest
 _INVALID = "invalid_request_error"
 _STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
 _RETRY_SEC = 1
-_CLIENT_GONE = 499  # what servers log for a client that did not wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, me
         try:
             return JSONResponse(await current.whole(http), headers=headers)
         except GoneError:
-            return Response(status_code=_CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
@@ -150,6 +149,12 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_http: Request, error: RequestValidationError) -> Response:
         problems = [([str(part) for part in each["loc"] if part != "body"], each) for each in error.errors()]
         place, first = problems[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON, at character {place[0]}: {first['ctx']['error']}"
+            return JSONResponse(error_body(message, _INVALID), 400)
+        if first["type"] in ("model_attributes_type", "missing") and not place:
+            message = "the body must be a JSON object, and the header content-type: application/json"
+            return JSONResponse(error_body(message, _INVALID), 400)
         if first["type"] == "extra_forbidden":
             name = ".".join(place)
             refusal = error_body(f"'{name}' is not supported", _INVALID, name, "unsupported_parameter")

@@ -78,7 +78,7 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
 
@@ -94,7 +94,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1)]
+    prompt: Text | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     max_tokens: Tokens = _SHORT_COMPLETION
 
     @property
