@@ -259,6 +259,7 @@ def test_a_slow_reader_holds_nobody_up_and_is_not_buffered_for_without_end(
         # 16 answers x 256 tokens x about 300 bytes of an event are 1.2 MB; the rest is the allocator's.
         assert server.resident_bytes() - before < 30 * 2**20
         slow.settimeout(20)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
         rest = read_all(slow)
     assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert rest.count(b'"finish_reason": "length"') == 16
