@@ -104,9 +104,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     ),
     "more tokens than the context": (lambda: post(body(prompt="x" * CONTEXT)), 400, "the model's context is 256"),
     "half a million wrong messages": (
-        lambda: post(
-            b'{"model":"tiny","messages":[' + b"1," * 500_000 + b"1]}", path="/v1/chat/completions"
-        ),
+        lambda: post(b'{"model":"tiny","messages":[' + b"1," * 500_000 + b"1]}", path="/v1/chat/completions"),
         400,
         "messages",
     ),
@@ -238,9 +236,7 @@ def test_a_long_prompt_holds_nobody_up(server: ServerProcess, normal: str) -> No
     assert longest < max(0.6 * whole, 1.0)
 
 
-def test_a_slow_reader_holds_nobody_up_and_is_not_buffered_for_without_end(
-    server: ServerProcess, normal: str
-) -> None:
+def test_a_slow_reader_holds_nobody_up_and_is_not_buffered_for_without_end(server: ServerProcess, normal: str) -> None:
     """Its 16 answers are as long as the context lets them be, which is all that is ever kept for it."""
     before = server.resident_bytes()
     with socket.socket() as slow:

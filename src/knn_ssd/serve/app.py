@@ -20,7 +20,7 @@ from knn_ssd.serve.answers import Answer, GoneError
 from knn_ssd.serve.bodies import CLIENT_GONE, BodyLimit, error_body
 from knn_ssd.serve.metrics import Metrics
 from knn_ssd.serve.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
-from knn_ssd.serve.schemas import ChatRequest, CompletionRequest
+from knn_ssd.serve.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRequest
 
 _INVALID = "invalid_request_error"
 _STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
@@ -86,12 +86,12 @@ def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, me
         except GoneError:
             return Response(status_code=CLIENT_GONE)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses={**STREAMED, **REFUSALS})
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Answers a conversation."""
         return await answer(request, http)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses={**STREAMED, **REFUSALS})
     async def completions(request: CompletionRequest, http: Request) -> Response:
         """Continues a text."""
         return await answer(request, http)
@@ -100,7 +100,7 @@ def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, me
 def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={status: REFUSALS[status] for status in (401, "4XX")})
     async def models() -> dict[str, Any]:
         """The one model that is served."""
         own = {"id": settings.model, "object": "model", "created": started, "owned_by": "knn-ssd"}
@@ -111,12 +111,12 @@ def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, met
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
     async def ready() -> Response:
         """Whether requests are taken."""
         return JSONResponse({"status": "ready" if scheduler.alive else "closing"}, 200 if scheduler.alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
         """For Prometheus."""
         return PlainTextResponse(metrics.text())

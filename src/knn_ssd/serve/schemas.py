@@ -106,6 +106,44 @@ class CompletionRequest(_Request):
         return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False}
 
 
+class Problem(BaseModel):
+    """What is wrong, in a sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """How every error is answered."""
+
+    error: Problem
+
+
+_REFUSALS: dict[int | str, str] = {
+    400: "What was asked cannot be used: an option that is unknown or out of range, a prompt that is too long.",
+    401: "The API key is missing or wrong.",
+    404: "The model is not served.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
+    429: "Too many requests are waiting; Retry-After says when to try again.",
+    500: "An error inside the server.",
+    503: "The server is shutting down.",
+    504: "The answer took longer than answers may.",
+    "4XX": "Whatever else cannot be answered.",
+}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in _REFUSALS.items()
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, its chunks as server-sent events that end with `[DONE]`.",
+        "content": {"text/event-stream": {}},
+    }
+}
+
+
 def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:
     """Counts over all answers; drafted tokens are the API's predicted ones."""
     completion = sum(len(result.token_ids) for result in results)
