@@ -5,6 +5,7 @@ After each of these the server still gives its normal answer, and no error of it
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from server_process import (
     CONTEXT,
@@ -33,6 +35,7 @@ from server_process import (
 from test_serve import serving
 
 from knn_ssd.serve.app import ServeSettings
+from knn_ssd.serve.scheduler import Limits
 
 pytestmark = pytest.mark.xdist_group("server process")
 
@@ -175,8 +178,6 @@ def test_what_is_no_http_is_refused(server: ServerProcess, raw: bytes) -> None:
 
 
 def test_a_client_that_sends_too_much_hears_it_through_the_official_library(server: ServerProcess) -> None:
-    import openai
-
     with pytest.raises(openai.APIStatusError, match="the body is longer than 4194304 bytes") as refused:
         server.client.completions.create(model=MODEL, prompt="x" * 10_000_000)
     assert refused.value.status_code == 413
@@ -198,6 +199,14 @@ def test_a_body_that_trickles_in_is_given_up() -> None:
                     continue
         assert status_of(reply) == 408
         assert "did not arrive within 1 seconds" in error_of(reply)["message"]
+
+
+def test_an_error_in_mid_stream_is_the_stream_s_last_event() -> None:
+    for own in serving(ServeSettings(MODEL, limits=Limits(running=16, deadline_sec=1.0))):
+        own.client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+        stream = own.client.completions.create(model=MODEL, prompt="a", max_tokens=CONTEXT, n=16, stream=True)
+        with pytest.raises(openai.APIError, match="took longer than 1 seconds"):
+            collections.deque(stream)
 
 
 def test_clients_that_hang_up_are_not_answered(server: ServerProcess) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from starlette.requests import Request
 
+from knn_ssd.errors import KnnSsdError
 from knn_ssd.generation import Chunk, Generation
+from knn_ssd.serve.bodies import error_body
 from knn_ssd.serve.metrics import Metrics
 from knn_ssd.serve.scheduler import Begun, Event, Job, Scheduler
 from knn_ssd.serve.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
@@ -126,12 +128,16 @@ class Answer:
         if self.is_chat:
             for index in range(self.request.n):
                 yield self._event([_delta(index, {"role": "assistant", "content": ""})], extra)
-        async for index, event in self.events():
-            if isinstance(event, Chunk):
-                if event.text:
-                    yield self._event([self._piece(index, event.text)], extra)
-            else:
-                yield self._event([self._piece(index, "", event)], extra)
+        try:
+            async for index, event in self.events():
+                if isinstance(event, Chunk):
+                    if event.text:
+                        yield self._event([self._piece(index, event.text)], extra)
+                else:
+                    yield self._event([self._piece(index, "", event)], extra)
+        except KnnSsdError as error:  # the status was sent; the official client raises what such an event says
+            yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
+            return
         if with_usage:
             yield self._event([], {"usage": self._usage()})
         yield DONE
