@@ -328,3 +328,21 @@ def test_a_request_leaves_torchs_own_random_numbers_alone() -> None:
 def test_settings_out_of_their_range_are_refused_with_the_value(settings: dict[str, float], fact: str) -> None:
     with pytest.raises(UsageError, match=fact):
         SamplingParams(**settings)
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40, 5e-324])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    """Logits divided by it would be infinite, and their distribution not a number."""
+    greedy, cold = (
+        tiny_engine().generate(PROMPT, plan=skip_something(), max_new_tokens=16, temperature=each).token_ids
+        for each in (0.0, temperature)
+    )
+    assert cold == greedy
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-6, 1e30])
+def test_the_coldest_and_the_hottest_distributions_are_distributions(temperature: float) -> None:
+    sampler = drawing(SamplingParams(temperature=temperature), seed=11)
+    probs = sampler.probs(torch.tensor([[-3e4, 0.0, 3e4, 2.9e4]]), PROMPT)
+    assert isinstance(probs, torch.Tensor)
+    assert float(probs.sum()) == pytest.approx(1.0)

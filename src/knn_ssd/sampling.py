@@ -21,13 +21,16 @@ from transformers.generation.logits_process import (
 
 from knn_ssd.errors import UsageError
 
+# Below it, float32 logits that differ at all leave the most likely token alone, and divided by it they would overflow.
+_COLDEST = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen; the names and meanings are those of transformers' `GenerationConfig`.
 
     Args:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0, or next to nothing, is greedy; otherwise logits are divided by it.
         top_k: only the k most likely tokens; 0 is all.
         top_p: only the smallest set of most likely tokens with this much probability; 1 is all.
         min_p: only tokens at least this likely relative to the most likely one; 0 is all.
@@ -55,7 +58,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < _COLDEST
 
     def processors(self) -> LogitsProcessorList:
         """The processors that these settings ask for, in transformers' order."""

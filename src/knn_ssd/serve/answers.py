@@ -64,11 +64,14 @@ class Answer:
         self.created = int(time.time())
         options = self.request.options()
         loop = asyncio.get_running_loop()
+        # Not on the model's thread: a prompt of megabytes, refused after seconds, must not hold up the others.
+        encode = self.scheduler.engine.encode
+        token_ids = await asyncio.to_thread(encode, self.request.prompt_like, options.get("chat", True))
         try:
             for index in range(self.request.n):
                 seeded = {**options, "seed": self.request.seed_of(index)}
                 listener = _listener(loop, self._events, index)
-                self._jobs.append(self.scheduler.submit(self.request.prompt_like, seeded, listener))
+                self._jobs.append(self.scheduler.submit(token_ids, seeded, listener))
             self.begun = await self._first()
             self._opening = opening(self.begun) if self.request.knn_ssd.rounds else {}
         except BaseException:

@@ -17,17 +17,16 @@ from starlette.exceptions import HTTPException
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, PromptError, UsageError
 from knn_ssd.serve.answers import Answer, GoneError
-from knn_ssd.serve.bodies import BodyLimit, error_body, inside
+from knn_ssd.serve.bodies import CLIENT_GONE, BodyLimit, error_body, inside
 from knn_ssd.serve.logprobs import Logprobs
 from knn_ssd.serve.metrics import Metrics
 from knn_ssd.serve.page import add_page
 from knn_ssd.serve.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
-from knn_ssd.serve.schemas import ChatRequest, CompletionRequest
+from knn_ssd.serve.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRequest
 
 _INVALID = "invalid_request_error"
 _STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
 _RETRY_SEC = 1
-_CLIENT_GONE = 499  # what servers log for a client that did not wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +90,14 @@ def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, me
         try:
             return JSONResponse(await current.whole(http), headers=headers)
         except GoneError:
-            return Response(status_code=_CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses={**STREAMED, **REFUSALS})
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Answers a conversation."""
         return await answer(request, http)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses={**STREAMED, **REFUSALS})
     async def completions(request: CompletionRequest, http: Request) -> Response:
         """Continues a text."""
         return await answer(request, http)
@@ -107,7 +106,7 @@ def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, me
 def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={status: REFUSALS[status] for status in (401, "4XX")})
     async def models() -> dict[str, Any]:
         """The one model that is served."""
         own = {"id": settings.model, "object": "model", "created": started, "owned_by": "knn-ssd"}
@@ -118,12 +117,12 @@ def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, met
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
     async def ready() -> Response:
         """Whether requests are taken."""
         return JSONResponse({"status": "ready" if scheduler.alive else "closing"}, 200 if scheduler.alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
         """For Prometheus."""
         return PlainTextResponse(metrics.text())
@@ -156,6 +155,12 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_http: Request, error: RequestValidationError) -> Response:
         problems = [([str(part) for part in each["loc"] if part != "body"], each) for each in error.errors()]
         place, first = problems[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON, at character {place[0]}: {first['ctx']['error']}"
+            return JSONResponse(error_body(message, _INVALID), 400)
+        if first["type"] in ("model_attributes_type", "missing") and not place:
+            message = "the body must be a JSON object, and the header content-type: application/json"
+            return JSONResponse(error_body(message, _INVALID), 400)
         if first["type"] == "extra_forbidden":
             name = ".".join(place)
             refusal = error_body(f"'{name}' is not supported", _INVALID, name, "unsupported_parameter")

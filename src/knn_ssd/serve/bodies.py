@@ -8,10 +8,25 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+CLIENT_GONE = 499  # what servers log for a client that did not wait
+
+_MOST_SAID = 1000  # characters of what a client sent that an error repeats
+_READ_BEYOND = 16  # times the limit: who sends without listening would not hear the refusal of a connection that ends
+
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API has it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An error as OpenAI's API has it; what a client sent can be said back to it, whatever it is."""
+    return {"error": {"message": _sayable(message), "type": kind, "param": param and _sayable(param), "code": code}}
+
+
+def _sayable(text: str) -> str:
+    """Lone surrogates are no Unicode text, and a name of a megabyte is nothing to repeat."""
+    short = text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+    return short.encode("utf-8", "backslashreplace").decode()
+
+
+class _TooLongError(Exception):
+    """A body beyond the limit."""
 
 
 def inside(error: Exception) -> str:
@@ -43,10 +58,11 @@ class BodyLimit:
         except TimeoutError:
             await _refuse(send, 408, f"the body did not arrive within {self._patience_sec:g} seconds")
             return
-        if body is None:
-            return  # the client went away
-        if len(body) > self._most_bytes:
+        except _TooLongError:
             await _refuse(send, 413, f"the body is longer than {self._most_bytes} bytes")
+            return
+        if body is None:
+            await _refuse(send, CLIENT_GONE, "the client went away")  # which nobody hears, but it is counted
             return
         given = False
 
@@ -60,20 +76,29 @@ class BodyLimit:
         await self._app(scope, again, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, or enough of it to see that it is too long; None if the client went away."""
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._most_bytes:
-            return b" " * (self._most_bytes + 1)
-        parts, size, more = [], 0, True
-        while more and size <= self._most_bytes:
+        """The body; None if the client went away.
+
+        Raises:
+            _TooLongError: what is too long was read on for a while and thrown away; unless the client asked before it
+                sent anything, or says itself that there is no end of it.
+        """
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._most_bytes * (1 if b"expect" in headers else _READ_BEYOND):
+            raise _TooLongError
+        body, size, more = bytearray(), 0, True
+        while more and size <= self._most_bytes * _READ_BEYOND:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             part: bytes = message.get("body", b"")
-            parts.append(part)
             size += len(part)
+            if size <= self._most_bytes:
+                body += part
             more = bool(message.get("more_body"))
-        return b"".join(parts)
+        if size > self._most_bytes:
+            raise _TooLongError
+        return bytes(body)
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

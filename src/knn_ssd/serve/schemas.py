@@ -87,7 +87,7 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool = False
@@ -118,7 +118,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1)]
+    prompt: Text | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     max_tokens: Tokens = _SHORT_COMPLETION
     logprobs: int | None = Field(None, ge=0, le=5)
 
@@ -134,6 +134,44 @@ class CompletionRequest(_Request):
     def options(self) -> dict[str, Any]:
         """Of `Engine.stream`."""
         return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False, "logprobs": self.logprobs}
+
+
+class Problem(BaseModel):
+    """What is wrong, in a sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """How every error is answered."""
+
+    error: Problem
+
+
+_REFUSALS: dict[int | str, str] = {
+    400: "What was asked cannot be used: an option that is unknown or out of range, a prompt that is too long.",
+    401: "The API key is missing or wrong.",
+    404: "The model is not served.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
+    429: "Too many requests are waiting; Retry-After says when to try again.",
+    500: "An error inside the server.",
+    503: "The server is shutting down.",
+    504: "The answer took longer than answers may.",
+    "4XX": "Whatever else cannot be answered.",
+}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in _REFUSALS.items()
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, its chunks as server-sent events that end with `[DONE]`.",
+        "content": {"text/event-stream": {}},
+    }
+}
 
 
 def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:
