@@ -47,7 +47,9 @@ def reference(engine: Engine, prompt: list[int], output: tuple[int, ...]) -> tor
         {"stop": ["e"], "plan": keep_everything()},
     ],
 )
-def test_log_probabilities_are_those_of_transformers_logits(engine: Engine, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "head_dim": 32}], ids=["general", "lean"])
+def test_log_probabilities_are_those_of_transformers_logits(sizes: dict[str, Any], options: dict[str, Any]) -> None:
+    engine = Engine(endless(tiny_model(**sizes)), tiny_tokenizer())
     result = engine.generate(PROMPT, max_new_tokens=40, logprobs=3, **options)
     expected = reference(engine, PROMPT, result.token_ids)
     values, _ = expected.topk(3)
