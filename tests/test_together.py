@@ -130,6 +130,16 @@ def test_requests_share_passes_and_get_what_they_get_alone(engine: Engine) -> No
     assert engine.generate(requests[0][0], **requests[0][1]).token_ids == alone[0]  # the engine is its owner's again
 
 
+def test_a_prepared_engine_makes_nothing_more_at_the_first_request() -> None:
+    engine = Engine(endless(wide_model("llama")))
+    assert engine.target.low_bit_bytes == 0
+    engine.prepare()
+    made = engine.target.low_bit_bytes
+    assert made > 0
+    engine.generate(tokens(9), max_new_tokens=20)
+    assert engine.target.low_bit_bytes == made
+
+
 def test_a_failed_pass_ends_those_who_shared_it_and_nobody_else(engine: Engine) -> None:
     counting = Counting(engine.target)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=3))

@@ -140,6 +140,13 @@ class Engine:
         """What passes of the model take, as far as this engine's requests have seen."""
         return self._drafting.costs
 
+    def prepare(self) -> None:
+        """Makes now what the first request would otherwise wait for: the low-bit copies that plans use."""
+        atlas = self.atlas
+        routed = [atlas.plan_for(label) for label in (*atlas.labels, None)] if atlas is not None else []
+        for plan in routed or [general_plan(self.target)]:
+            self.target.prepare(plan)
+
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
 

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     socket = listen(args.host, args.port)
     try:
         engine = options.load_engine(args, atlas)
+        engine.prepare()
         name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
         settings = ServeSettings(
             model=name,
