@@ -153,11 +153,8 @@ static void arrange_row(const float *x, float *to, int64_t cols, int64_t rows, i
         }
 }
 
-/* The first row of a part when n rows are cut into parts of nearly the same size. */
-INLINE int64_t part_start(int64_t n, int64_t part) {
-    int64_t parts = (n + MOST_ROWS - 1) / MOST_ROWS;
-    return n * part / parts;
-}
+/* The first row of a part when n rows are cut into parts of as many as are multiplied at once. */
+INLINE int64_t part_start(int64_t n, int64_t part) { return part * MOST_ROWS < n ? part * MOST_ROWS : n; }
 
 static void round_group(const float *x, int64_t count, int8_t *bytes, float *scale, float *sum) {
     float most = 0;
