@@ -2,9 +2,9 @@
 
     python benchmarks/paper.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--limit N] [--ratios 0 0.5 1]
 
-The first half of every domain's prompts calibrates, skip only, the search as chosen; `--limit` prompts of the second
-half are measured. `FOLDER` keeps the atlas, and records, summary and page of every stream; what is there already is not
-done again. Where the atlas says nothing of a method, as of `low` and `auto`, the method has the general plan.
+Of the first half of every domain's prompts `--calibrating` calibrate, skip only, the search as chosen; `--limit` of the
+second half are measured. `FOLDER` keeps the atlas, and records, summary and page of every stream; what is there already
+is not done again. Where the atlas says nothing of a method, as of `low` and `auto`, the method has the general plan.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
+    parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--search", choices=[strategy.value for strategy in Strategy], default="bayes")
@@ -53,7 +54,9 @@ def main() -> None:
     if not folder.exists():
         settings = Settings(search=Strategy(args.search), trials=args.trials, low=False, lookup=False)
         with ProgressReporter() as progress:
-            calibrate(loaded, calibrating, folder, settings, resume=True, reporter=progress)
+            calibrate(
+                loaded, limit_each(calibrating, args.calibrating), folder, settings, resume=True, reporter=progress
+            )
     engine = Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
     bare = Engine(loaded.model, loaded.tokenizer, target=engine.target)
     names = [name for name in args.methods if name != "low" or Mode.LOW in engine.target.modes]
