@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import openai
 from helpers import endless
+from server import MODEL
 
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
-MODEL = "tiny"
 CONTEXT = 256  # tokens of the tiny model; one character is one token
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_fused import DTYPES, tokens, wide_model
 
 from knn_ssd import Engine
+from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.target import native
 from knn_ssd.target.fused import LEAN_FAMILIES, FusedTarget
@@ -72,9 +73,9 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_the_same_bits(family: str, dt
     chooser = random.Random(seed)
     model = wide_model(family, dtype)
     keeping, forgetful = FusedTarget(model), FusedTarget(model)
-    keeping.keep_prefixes(2**30)
+    store = Prefixes(2**30)
     text = tokens(200, seed)
-    earlier = keeping.open(200)
+    earlier = keeping.open(200, store)
     prompt = chooser.randint(1, 100)
     earlier.prefill(text[:prompt])
     earlier.forward(text[prompt : prompt + 20])
@@ -84,7 +85,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_the_same_bits(family: str, dt
     ran = earlier.length - 1
     earlier.close()
     own = text[: chooser.randint(1, 180)]
-    one, other = keeping.open(200), forgetful.open(200)
+    one, other = keeping.open(200, store), forgetful.open(200)
     reused, whole = one.prefill(own), other.prefill(own)
     expected = min(ran, len(own) - 1)
     assert reused.reused == (expected if expected >= LEAST_LENGTH else 0)
@@ -115,3 +116,15 @@ def test_nothing_is_kept_unless_asked_and_no_more_than_asked() -> None:
         engine = Engine(model, prefix_cache=room)
         engine.generate(tokens(60), max_new_tokens=4)
         assert (engine.generate(tokens(60), max_new_tokens=4).stats.reused > 0) == reuses
+
+
+def test_engines_on_one_target_keep_their_own() -> None:
+    keeping = Engine(endless(wide_model("llama")), prefix_cache=2**24)
+    keeping.generate(tokens(60), max_new_tokens=4)
+    other = Engine(keeping.model, target=keeping.target)
+    assert [engine.generate(tokens(60), max_new_tokens=4).stats.reused for engine in (other, keeping)] == [0, 59]
+
+
+def test_less_than_nothing_cannot_be_kept() -> None:
+    with pytest.raises(UsageError, match="prefix_cache must be 0 or more bytes, got -1"):
+        Engine(endless(wide_model("llama")), prefix_cache=-1)

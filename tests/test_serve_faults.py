@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from server import serving
 from server_process import (
     CONTEXT,
     HEAD,
@@ -32,7 +33,6 @@ from server_process import (
     server_process,
     status_of,
 )
-from test_serve import serving
 
 from knn_ssd.serve.app import ServeSettings
 from knn_ssd.serve.scheduler import Limits

@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import Phase, given, settings
 from schemathesis import GenerationMode, checks
 from schemathesis.config import SchemathesisConfig
-from test_serve import MODEL, Served, serving
+from server import MODEL, Served, serving
 
 from knn_ssd.serve.app import ServeSettings
 from knn_ssd.serve.scheduler import Limits

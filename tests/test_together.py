@@ -152,6 +152,27 @@ def test_a_failed_pass_ends_those_who_shared_it_and_nobody_else(engine: Engine) 
         scheduler.close(0)
 
 
+def test_a_failed_pass_tells_nothing_of_what_passes_take(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(engine.costs, "saw_verification", lambda rows, seconds: told.append(rows))
+
+    def fails(passes: list[Pass]) -> list[Passed]:
+        raise MemoryError("no room")
+
+    request: tuple[list[int], dict[str, Any]] = (tokens(1), {"max_new_tokens": 5, "plain": True})
+    run_together = engine.target.run_together  # type: ignore[attr-defined]
+    scheduler = Scheduler(engine)
+    try:
+        engine.target.run_together = fails  # type: ignore[attr-defined]
+        assert isinstance(answers(scheduler, [request])[0], MemoryError)
+        assert told == []
+        engine.target.run_together = run_together  # type: ignore[attr-defined]
+        assert isinstance(answers(scheduler, [request])[0], Generation)
+        assert told == [1] * 5
+    finally:
+        scheduler.close(0)
+
+
 def test_a_request_can_be_cancelled_while_its_prompt_is_read(engine: Engine) -> None:
     counting = Counting(engine.target)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=2))

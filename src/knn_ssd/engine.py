@@ -23,6 +23,7 @@ from knn_ssd.route import Route, Router
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.target.contract import Prefill, Session, Target
 from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.target.prefixes import Prefixes
 from knn_ssd.target.select import target_of
 from knn_ssd.text import TextStream
 from knn_ssd.tokens import PromptLike, encode, eos_token_ids
@@ -78,15 +79,17 @@ class Engine:
     ) -> None:
         if remember != 0 and remember < LEAST_MEMORY:
             raise UsageError(f"remember must be 0 or at least {LEAST_MEMORY} tokens, got {remember}")
+        if prefix_cache < 0:
+            raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
         self.tokenizer = tokenizer
         self.atlas = atlas
         self.target: Target = target or target_of(model)
-        self.target.keep_prefixes(prefix_cache)
         self.exactness = self.target.exactness
         self.clock: Callable[[], float] | None = None
         self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None, remember)
+        self._prefixes = Prefixes(prefix_cache) if prefix_cache else None
         self._router: Router | None = None
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
@@ -216,7 +219,7 @@ class Engine:
         if logprobs is not None and logprobs < 0:
             raise UsageError(f"logprobs must be 0 or more, got {logprobs}")
 
-        session = self.target.open(len(token_ids) + limit)
+        session = self.target.open(len(token_ids) + limit, self._prefixes)
         prefill = session.prefill(token_ids)
         started = time.perf_counter()
         route = self._route(prefill)
@@ -235,7 +238,7 @@ class Engine:
         if adaptive and not plain:
             rounds = self._remembering(rounds, label, token_ids)
         steps = self._steps(session, rounds, text, pieces, route, chosen, prefill, route_sec)
-        return Stream(route, chosen, steps)
+        return Stream(route, chosen, len(token_ids), steps)  # which grow from the first step on
 
     def custom_generate(
         self,
@@ -257,7 +260,7 @@ class Engine:
         token_ids = self.encode(input_ids[0].tolist())
         limit = min(int(generation_config.max_length), self.target.context_length) - len(token_ids)
         sampler = Sampler(logits_processor, greedy=not generation_config.do_sample)
-        session = self.target.open(len(token_ids) + limit)
+        session = self.target.open(len(token_ids) + limit, self._prefixes)
         context = list(token_ids)
 
         def ends(token: int) -> FinishReason | None:

@@ -102,11 +102,15 @@ class Stream(Iterator[Chunk]):
     Attributes:
         route: known before the first chunk; None without an atlas.
         plan: what drafts.
+        prompt_tokens: length of the prompt.
     """
 
-    def __init__(self, route: Route | None, plan: Plan, steps: Generator[Chunk, None, Generation]) -> None:
+    def __init__(
+        self, route: Route | None, plan: Plan, prompt_tokens: int, steps: Generator[Chunk, None, Generation]
+    ) -> None:
         self.route = route
         self.plan = plan
+        self.prompt_tokens = prompt_tokens
         self._steps = steps
         self._result: Generation | None = None
 

@@ -24,7 +24,7 @@ from knn_ssd.target.fused_session import FusedSession
 
 @dataclass(frozen=True, slots=True)
 class ClaspSettings:
-    """How layers are chosen.
+    """How layers are chosen. The defaults are this package's own.
 
     Args:
         share: of the layers that is skipped.
@@ -49,8 +49,7 @@ def choose_layers(session: FusedSession, token: int, num_layers: int, count: int
         longest = min(len(states), count)
         rows, sets = [], []
         for j in range(longest + 1):
-            runs = j < len(states)
-            if runs and (j == 0 or scores[j] >= skipped[j - 1]):
+            if j < len(states) and (j == 0 or scores[j] >= skipped[j - 1]):
                 rows.append(ran[j])
                 sets.append(skips[j])
             else:

@@ -111,8 +111,8 @@ def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[st
         return _own(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
     if name == "auto":
         return _own(engine, atlas, sampling, adaptive=True)
-    if name in ("swift", "clasp"):
-        return _choosing(name, engine, sampling)
+    if name in _CHOOSING:
+        return _CHOOSING[name](engine, sampling)
     assert atlas is not None
     return _as_published(name, engine, atlas, first_domain, sampling)
 
@@ -130,16 +130,8 @@ def _unrouted(name: str, engine: Engine) -> Plan:
     return Plan.low(layers, Policy(lookup=False))
 
 
-def _choosing(name: str, engine: Engine, sampling: dict[str, Any]) -> Method:
-    """Methods that choose what to skip while they serve."""
-    target, layers = engine.target, engine.target.num_layers
-    if name == "clasp":
-        if not isinstance(target, FusedTarget):
-            raise BenchError(
-                "the method 'clasp' runs layers one by one, which this model's target cannot",
-                "See `knn-ssd doctor`, or choose other --methods.",
-            )
-        return _drafting(engine, sampling, lambda session, sampler, _: _clasp(session, sampler, layers))
+def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
+    layers = engine.target.num_layers
     if layers < LEAST_LAYERS:
         raise BenchError(
             f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
@@ -148,9 +140,22 @@ def _choosing(name: str, engine: Engine, sampling: dict[str, Any]) -> Method:
     return _drafting(engine, sampling, partial(SwiftDraft, search))
 
 
-def _clasp(session: Session, sampler: Sampler, num_layers: int) -> DraftSource:
-    assert isinstance(session, FusedSession)
-    return ClaspDraft(session, sampler, num_layers)
+def _clasp(engine: Engine, sampling: dict[str, Any]) -> Method:
+    target = engine.target
+    if not isinstance(target, FusedTarget):
+        raise BenchError(
+            "the method 'clasp' runs layers one by one, which this model's target cannot",
+            "See `knn-ssd doctor`, or choose other --methods.",
+        )
+
+    def new_source(session: Session, sampler: Sampler, _prompt_length: int) -> DraftSource:
+        assert isinstance(session, FusedSession)
+        return ClaspDraft(session, sampler, target.num_layers)
+
+    return _drafting(engine, sampling, new_source)
+
+
+_CHOOSING = {"swift": _swift, "clasp": _clasp}  # what to skip, while they serve
 
 
 def _as_published(

@@ -214,7 +214,7 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         device=args.device,
         neighbours=args.neighbours or 1,
         remember=getattr(args, "remember", 0),
-        prefix_cache=int(getattr(args, "prefix_cache", 0) * 2**20),
+        prefix_cache=getattr(args, "prefix_cache", 0) * 2**20,
     )
 
 
@@ -223,8 +223,8 @@ def add_prefix_option(parser: Any) -> None:
     parser.add_argument(
         "--prefix-cache",
         metavar="MIB",
-        type=number,
-        default=512.0,
+        type=whole_number(0),
+        default=512,
         help="memory for keys and values of earlier turns, which then need not be computed again; 0 is none "
         "(default: 512)",
     )

@@ -213,9 +213,8 @@ class Scheduler:
         job.turn = self._together.start(work)
 
     def _answer(self, job: Job) -> None:
-        token_ids = self.engine.encode(job.prompt, job.options.get("chat", True))
-        with closing(self.engine.stream(token_ids, **job.options)) as stream:
-            job.listener(Begun(stream.route, stream.plan, len(token_ids)))
+        with closing(self.engine.stream(job.prompt, **job.options)) as stream:
+            job.listener(Begun(stream.route, stream.plan, stream.prompt_tokens))
             for chunk in stream:
                 job.listener(chunk)
                 self._together.rest()

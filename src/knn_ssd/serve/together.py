@@ -114,13 +114,15 @@ class Together:
         self._costs.company = max(1, sum(turn.wants is not None and not turn.wants.is_prompt for turn in self._turns))
         rows = sum(len(each.token_ids) for _, each in wanted)
         started = time.perf_counter()
+        passes = [each for _, each in wanted]
         results: Sequence[Passed | Exception]
         try:
-            results = self._target.run_together([each for _, each in wanted])
+            results = self._target.run_together(passes)
         except Exception as error:
             results = [error] * len(wanted)
         seconds = time.perf_counter() - started
-        self._tell([each for _, each in wanted], rows, seconds)
+        if not isinstance(results[0], Exception):
+            self._tell(passes, rows, seconds)
         for (turn, each), result in zip(wanted, results, strict=True):
             turn.busy_sec += seconds * len(each.token_ids) / rows
             self._go_on(turn, result)

@@ -17,6 +17,7 @@ import torch
 
 from knn_ssd.atlas import Pooling
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.target.prefixes import Prefixes
 
 
 class Exactness(StrEnum):
@@ -119,10 +120,9 @@ class Target(Protocol):
     def prepare(self, plan: Plan) -> None:
         """Makes what a plan needs before its first pass, once; else that pass does."""
 
-    def keep_prefixes(self, most_bytes: int) -> None:
-        """Lets sessions take over what earlier ones computed for the same first tokens, of which at most so much is
-        kept; 0 is nothing. A target that cannot do so runs every prompt whole.
-        """
+    def open(self, capacity: int, prefixes: Prefixes | None = None) -> Session:
+        """A new session for at most `capacity` tokens.
 
-    def open(self, capacity: int) -> Session:
-        """A new session for at most `capacity` tokens."""
+        It takes over what earlier sessions left in the store for the same first tokens, and leaves its own there; on a
+        target that cannot do so, every prompt is run whole.
+        """

@@ -114,9 +114,8 @@ class FusedTarget:
         self.low = LowBit(self.attentions, self.mlps, self.head, self._run_tokens)
         self._rotary = base.rotary_emb
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._ways: dict[tuple[tuple[Mode, ...], Mode] | None, Way] = {}
+        self._ways: dict[tuple[tuple[Mode, ...], Mode] | None, _Way] = {}
         self.gather: Callable[[Pass], Passed] | None = None
-        self.prefixes: Prefixes | None = None
         self._exactness: Exactness | None = None
 
     @property
@@ -133,11 +132,8 @@ class FusedTarget:
         """Makes the low-bit copies that a plan uses."""
         self.way(plan)
 
-    def keep_prefixes(self, most_bytes: int) -> None:
-        self.prefixes = Prefixes(most_bytes) if most_bytes else None
-
-    def open(self, capacity: int) -> FusedSession:
-        return FusedSession(self, capacity)
+    def open(self, capacity: int, prefixes: Prefixes | None = None) -> FusedSession:
+        return FusedSession(self, capacity, prefixes)
 
     def run(self, wanted: Pass) -> Passed:
         """A pass; whoever gathers passes may run it with others."""
@@ -161,21 +157,21 @@ class FusedTarget:
             self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
         return self._positions
 
-    def way(self, plan: Plan | None) -> Way:
+    def way(self, plan: Plan | None) -> _Way:
         """How a plan runs; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         if key not in self._ways:
             self._ways[key] = self._make_way(plan)
         return self._ways[key]
 
-    def _make_way(self, plan: Plan | None) -> Way:
+    def _make_way(self, plan: Plan | None) -> _Way:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
         head = self.low.head() if plan.head is Mode.LOW else self.head
         attentions = _pointers(plan.attention, self.attentions, self.low.attention)
-        return Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
+        return _Way(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
 
     def run_layer(self, layer: int, states: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
         """States (m, D) after one layer of the full model, each at its place in that layer's cache."""
@@ -191,11 +187,11 @@ class FusedTarget:
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
-        way = Way(_pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head)
+        way = _Way(_pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head)
         self._run_rows([Pass(session, tokens, None, wanted=count)], way)
         session.close()
 
-    def _run_rows(self, passes: Sequence[Pass], way: Way) -> list[Passed]:
+    def _run_rows(self, passes: Sequence[Pass], way: _Way) -> list[Passed]:
         counts = [len(wanted.token_ids) for wanted in passes]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         total = ends[-1]
@@ -261,7 +257,7 @@ class FusedTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class _Way:
     """The sublayers of passes, as the kernels take them."""
 
     attentions: Any

@@ -13,7 +13,7 @@ from knn_ssd.plan import Plan
 from knn_ssd.target.contract import Prefill
 from knn_ssd.target.native import Place, address
 from knn_ssd.target.pointer import Pointed
-from knn_ssd.target.prefixes import Prefix
+from knn_ssd.target.prefixes import Prefix, Prefixes
 
 if TYPE_CHECKING:
     from knn_ssd.target.fused import FusedTarget
@@ -50,9 +50,10 @@ class Pass:
 class FusedSession(Pointed):
     """One request on a `FusedTarget`; see `contract.Session`."""
 
-    def __init__(self, target: FusedTarget, capacity: int) -> None:
+    def __init__(self, target: FusedTarget, capacity: int, prefixes: Prefixes | None = None) -> None:
         super().__init__(capacity)
         self._target = target
+        self._prefixes = prefixes
         first = target.attentions[0]
         shape = (target.num_layers, first.kv_heads, capacity, first.head_dim)
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
@@ -118,7 +119,7 @@ class FusedSession(Pointed):
 
     def _reuse(self, token_ids: Sequence[int]) -> int:
         """Takes over what an earlier session computed for the first of these; of how many."""
-        found = self._target.prefixes.find(token_ids) if self._target.prefixes is not None else None
+        found = self._prefixes.find(token_ids) if self._prefixes is not None else None
         if found is None:
             return 0
         prefix, count = found
@@ -132,7 +133,7 @@ class FusedSession(Pointed):
 
     def _keep(self) -> None:
         """Leaves what the full model ran to later sessions."""
-        store, count = self._target.prefixes, self._pointer.verified
+        store, count = self._prefixes, self._pointer.verified
         if store is None or not self._keys.numel():
             return
         token_ids = tuple(self._token_ids[:count])

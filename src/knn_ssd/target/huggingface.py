@@ -27,6 +27,7 @@ from knn_ssd.target.contract import Exactness, Prefill
 from knn_ssd.target.exactness import probe
 from knn_ssd.target.kv import StaticCache
 from knn_ssd.target.pointer import Pointed, Pointer
+from knn_ssd.target.prefixes import Prefixes
 from knn_ssd.target.structure import Structure, context_length, find_structure
 
 # Targets of one model exclude each other too: a pass of one must not see what another has skipped.
@@ -75,10 +76,8 @@ class HuggingFaceTarget:
     def prepare(self, plan: Plan) -> None:
         """Nothing: a plan needs no more than the model has."""
 
-    def keep_prefixes(self, most_bytes: int) -> None:
-        """Runs every prompt whole: its rows' bits depend on where a block begins."""
-
-    def open(self, capacity: int) -> HuggingFaceSession:
+    def open(self, capacity: int, prefixes: Prefixes | None = None) -> HuggingFaceSession:
+        """Leaves the store alone: here a row's bits may depend on where a block begins."""
         return HuggingFaceSession(self, capacity)
 
     @contextmanager
