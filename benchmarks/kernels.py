@@ -28,9 +28,10 @@ def ours(matrices: list[Matrix], x: torch.Tensor) -> Callable[[int], object]:
     """The lean target's linear, called through its head, whose norm is a thousandth of it."""
     count, cols = x.shape
     norm, hidden, out = torch.ones(cols), torch.empty(count, cols), torch.empty(count, matrices[0].rows)
+    every = (ctypes.c_int64 * count)(*range(count))
 
     def run(copy: int) -> object:
-        places = address(x), count, 0, address(hidden), address(out)
+        places = address(x), count, every, count, address(hidden), address(out)
         return kernels().knn_ssd_head(ctypes.byref(matrices[copy]), address(norm), 1e-5, *places)
 
     return run
