@@ -58,7 +58,13 @@ class Costs:
 
     def step(self, plan: Plan) -> float:
         """Of one request's draft by a token."""
-        return self._step(plan, self.company) / self.company
+        return self.drafting_pass(plan, self.company) / self.company
+
+    def drafting_pass(self, plan: Plan, rows: int) -> float:
+        """A whole pass that drafts one token for each of so many requests."""
+        more = self._profile.verification_sec(rows) - self._profile.verification_sec(1)  # arithmetic, mostly
+        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, rows), 1.0)
+        return known * (self._level or 1.0)
 
     def saw_verification(self, rows: int, seconds: float) -> None:
         """What a pass took. What is learned of a block of rows holds nearly as well for one of a few rows more. Else
@@ -74,16 +80,11 @@ class Costs:
     def saw_steps(self, plan: Plan, count: int, seconds: float, rows: int = 1) -> None:
         """What so many drafting passes, each of so many rows, took together."""
         key = (plan.modes, rows)
-        factor = self._correction(key, seconds / max(count * self._step(plan, rows), 1e-9))
+        factor = self._correction(key, seconds / max(count * self.drafting_pass(plan, rows), 1e-9))
         self._by_modes[key] = self._by_modes.get(key, 1.0) * factor
 
     def _block(self, rows: int) -> float:
         known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
-        return known * (self._level or 1.0)
-
-    def _step(self, plan: Plan, rows: int) -> float:
-        more = self._profile.verification_sec(rows) - self._profile.verification_sec(1)  # arithmetic, mostly
-        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, rows), 1.0)
         return known * (self._level or 1.0)
 
     def _correction(self, key: object, ratio: float) -> float:
@@ -191,6 +192,57 @@ class Option:
     sec_per_token: float
 
 
+def best_option(costs: Costs, chance: float, longest: int, step: float) -> Option:
+    """The best length of a draft whose tokens take `step` seconds and are accepted with this chance each."""
+    best = Option(0, float("inf"))
+    tokens = power = 1.0
+    for length in range(1, longest + 1):
+        power *= chance
+        tokens += power
+        sec_per_token = (length * step + costs.verification(length + 1)) / tokens
+        if sec_per_token >= best.sec_per_token:
+            break
+        best = Option(length, sec_per_token)
+    return best
+
+
+def pays(costs: Costs, option: Option) -> bool:
+    """Whether an option is foretold to be faster than plain decoding."""
+    return option.sec_per_token < _GAIN * costs.verification(1)
+
+
+@dataclass
+class GoingOn:
+    """Whether a self-draft goes on: told the top probability of each of its tokens, says if the next is worth its time.
+
+    Args:
+        costs: of the machine, now.
+        experience: of the label.
+        step: seconds that a token's drafting takes.
+        sec_per_token: what the round is expected to come to.
+
+    Attributes:
+        survival: the chance that all tokens so far are accepted.
+    """
+
+    costs: Costs
+    experience: Experience
+    step: float
+    sec_per_token: float
+    survival: float = 1.0
+    _length: int = 0
+
+    def __post_init__(self) -> None:
+        self._next_chance = self.experience.own.mean
+
+    def __call__(self, sure: float) -> bool:
+        self.survival *= self.experience.sure(sure).mean
+        self._length += 1
+        rows = self._length + 1
+        extra = self.step + self.costs.verification(rows + 1) - self.costs.verification(rows)
+        return self.survival * self._next_chance * self.sec_per_token > extra
+
+
 class Controller:
     """A source of drafts that chooses among others.
 
@@ -226,7 +278,7 @@ class Controller:
         ):
             assert self._lookup is not None
             return self._lookup.propose(context, looked.length)
-        if drafted is not None and drafted.sec_per_token < _GAIN * plain:
+        if drafted is not None and pays(self._costs, drafted):
             return self._draft(context, limit, drafted.sec_per_token)
         if looked is not None and self._experience.lookup_trying.is_due():
             assert self._lookup is not None
@@ -253,18 +305,9 @@ class Controller:
 
     def _draft(self, context: Sequence[int], limit: int, sec_per_token: float) -> Draft:
         assert self._self_draft is not None
-        costs, survival, length = self._costs, 1.0, 0
-        step, next_chance = costs.step(self._plan), self._experience.own.mean
-
-        def go_on(sure: float) -> bool:
-            nonlocal survival, length
-            survival *= self._experience.sure(sure).mean
-            length += 1
-            extra = step + costs.verification(length + 2) - costs.verification(length + 1)
-            return survival * next_chance * sec_per_token > extra
-
-        draft = self._self_draft.propose(context, limit, go_on)
-        return self._extend(draft, context, limit, survival, sec_per_token)
+        going_on = GoingOn(self._costs, self._experience, self._costs.step(self._plan), sec_per_token)
+        draft = self._self_draft.propose(context, limit, going_on)
+        return self._extend(draft, context, limit, going_on.survival, sec_per_token)
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
         """What look-up finds after a self-draft, as far as verifying it too is worth the time."""
@@ -285,7 +328,7 @@ class Controller:
         if self._self_draft is None or limit < 1:
             return None
         longest = min(limit, self._plan.policy.max_draft)
-        return self._best(self._experience.own.mean, longest, self._costs.step(self._plan))
+        return best_option(self._costs, self._experience.own.mean, longest, self._costs.step(self._plan))
 
     def _look_up_option(self, context: Sequence[int], limit: int) -> Option | None:
         if self._lookup is None or limit < 1:
@@ -293,20 +336,8 @@ class Controller:
         match = self._lookup.match(context)
         if match is None:
             return None
-        return self._best(self._experience.match(match.length).mean, min(limit, _LONGEST_LOOKUP), 0.0)
-
-    def _best(self, chance: float, longest: int, step: float) -> Option:
-        """The best length of a draft whose tokens are accepted with this chance each."""
-        best = Option(0, float("inf"))
-        tokens = power = 1.0
-        for length in range(1, longest + 1):
-            power *= chance
-            tokens += power
-            sec_per_token = (length * step + self._costs.verification(length + 1)) / tokens
-            if sec_per_token >= best.sec_per_token:
-                break
-            best = Option(length, sec_per_token)
-        return best
+        chance = self._experience.match(match.length).mean
+        return best_option(self._costs, chance, min(limit, _LONGEST_LOOKUP), 0.0)
 
 
 class FixedPolicy:

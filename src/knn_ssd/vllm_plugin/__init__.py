@@ -1,0 +1,20 @@
+"""Atlas, routing and plans inside vLLM: loaded by vLLM itself through the entry point `vllm.general_plugins`.
+
+    settings.py   what is asked for, and what is refused
+    hooks.py      the versions of vLLM that are known, and the three places where it is reached into
+    stack.py      the sublayers of vLLM's own model, run as a plan has them
+    passes.py     one drafting pass over rows of a batch, into the target's own cache
+    routing.py    from a prompt's hidden states, chunk by chunk, to a label
+    proposer.py   who drafts how far in each step
+
+Imports vLLM only where it runs inside it.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes. Does nothing until a server is told to draft with `Proposer`."""
+    from knn_ssd.vllm_plugin.hooks import install
+
+    install()

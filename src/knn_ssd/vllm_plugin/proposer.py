@@ -1,0 +1,321 @@
+"""Who drafts how far in each step of vLLM: the proposer that it loads by its method `custom_class`.
+
+One rank decides and tells the others what to run: ranks that decided by their own clocks and roundings could run
+different passes, and wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from knn_ssd.controller import Costs, Experience, GoingOn, best_option, new_experience, pays, typical_profile
+from knn_ssd.draft.self_draft import top_probability
+from knn_ssd.errors import UsageError
+from knn_ssd.grouping import Group, group
+from knn_ssd.plan import Plan
+from knn_ssd.vllm_plugin import hooks
+from knn_ssd.vllm_plugin.passes import Passes
+from knn_ssd.vllm_plugin.routing import PromptVector, Routing, check_model
+from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
+from knn_ssd.vllm_plugin.stack import Stack
+
+_log = logging.getLogger("vllm.knn_ssd")
+_LOG_SEC = 10.0
+
+
+@dataclass
+class Requested:
+    """What is known of a request.
+
+    Args:
+        vector: of its prompt, as far as that was read; None where all have one plan.
+        routed: whether it has its label.
+        label: whose plan drafts for it; None is the fallback, or the plan for all.
+        drafted: its last draft.
+        sure: how likely the draft held each of these tokens to be right.
+    """
+
+    vector: PromptVector | None
+    routed: bool
+    label: str | None = None
+    drafted: tuple[int, ...] = ()
+    sure: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What all ranks run in a step.
+
+    Args:
+        groups: of rows that draft together.
+        limits: the longest draft of each row.
+    """
+
+    groups: tuple[Group, ...] = ()
+    limits: dict[int, int] = field(default_factory=dict)
+
+
+class Proposer:
+    """Drafts with the target's own layers, under the plan of each prompt's nearest anchor (arXiv 2505.16162).
+
+    Args:
+        config: vLLM's `VllmConfig`.
+
+    Attributes:
+        counts: by label, how many requests were routed there, and tokens drafted and accepted.
+
+    Raises:
+        UsageError: settings that cannot be used, a vLLM that is not known, or a feature of it that drafts would damage.
+        AtlasError: the atlas cannot be read, or is of another model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        hooks.check()
+        self._settings = read_settings(config.additional_config)
+        refuse_unsuitable(config, self._settings)
+        self._config = config
+        self._longest = int(config.num_speculative_tokens)
+        self._plans = self._settings.plans
+        atlas = self._settings.atlas
+        layers = self._plans[None].num_layers
+        self._costs = Costs(atlas.cost if atlas is not None else typical_profile(layers))
+        self._experience: dict[str | None, Experience] = {
+            label: new_experience(plan, atlas.evidence_of(label).get("agreement") if atlas is not None else None)
+            for label, plan in self._plans.items()
+        }
+        self._requests: dict[str, Requested] = {}
+        self._finished_at: float | None = None  # the last step's drafting, where this step's rows were all in it
+        self._last_rows: set[str] = set()
+        self._logged_at = time.perf_counter()
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def load_model(self, model: Any) -> None:
+        """Takes the loaded target, whose layers will draft."""
+        from vllm.distributed import get_tp_group
+
+        self._stack = Stack(model)
+        if self._stack.num_layers != self._plans[None].num_layers:
+            raise UsageError(
+                f"the plan is for {self._plans[None].num_layers} layers, and the model has {self._stack.num_layers}"
+            )
+        self._ranks = get_tp_group()
+        atlas = self._settings.atlas
+        self._routing: Routing | None = None
+        self._passes: Passes | None = None
+        if atlas is not None:
+            check_model(atlas, self._config.model_config)
+            self._routing = Routing(atlas, self._settings.neighbours, next(model.parameters()).device)
+
+    def propose(self, *_args: Any, **_kwargs: Any) -> list[list[int]]:
+        """What vLLM calls where the hook is not in place, which `hooks.check` has refused already."""
+        raise UsageError("vLLM called knn-ssd's proposer without the plugin's hook", "Load the plugin 'knn_ssd'.")
+
+    @torch.inference_mode()
+    def propose_in_runner(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        _sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        *_others: Any,
+        **_named: Any,
+    ) -> list[list[int]]:
+        """Drafts for each row of the batch; the arguments are those of vLLM's own method.
+
+        Args:
+            runner: vLLM's model runner.
+            scheduler_output: of this step.
+            sampled_token_ids: what this step added to each row; nothing in mid-prompt.
+            hidden_states: (n, D) after the final norm, of all tokens of the step.
+        """
+        started = time.perf_counter()
+        self._passes = self._passes or Passes(runner, self._stack)
+        self._read_prompts(runner, scheduler_output, hidden_states)
+        decision = Decision()
+        if self._leads:
+            self._learn(runner, scheduler_output, sampled_token_ids, started)
+            decision = self._decide(runner, sampled_token_ids)
+        decision = self._told(decision)
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        for each in decision.groups:
+            self._draft(runner, each, decision.limits, drafts)
+        self._finished_at = time.perf_counter()
+        self._last_rows = {
+            name for name, new in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False) if new
+        }
+        self._log()
+        return drafts
+
+    @property
+    def _leads(self) -> bool:
+        return bool(self._ranks.rank_in_group == 0)
+
+    def _told(self, value: Any) -> Any:
+        """The leading rank's value, on all ranks."""
+        return self._ranks.broadcast_object(value, src=0) if self._ranks.world_size > 1 else value
+
+    def _read_prompts(self, runner: Any, scheduler_output: Any, hidden_states: torch.Tensor) -> None:
+        """Routes the requests whose prompts end in this step."""
+        for name in scheduler_output.finished_req_ids:
+            self._requests.pop(name, None)
+        batch, first = runner.input_batch, 0
+        for row, name in enumerate(batch.req_ids):
+            count = scheduler_output.num_scheduled_tokens[name]
+            request = self._requests.get(name)
+            if request is None:
+                prompt_length = int(batch.num_prompt_tokens[row])
+                vector = self._routing.new_vector(prompt_length) if self._routing is not None else None
+                request = self._requests[name] = Requested(vector, routed=vector is None)
+                if vector is None:
+                    self._count(None, "requests", 1)
+            if not request.routed:
+                assert request.vector is not None
+                assert self._routing is not None
+                start = int(batch.num_computed_tokens_cpu[row])
+                pooled = request.vector.add(hidden_states[first : first + count], start)
+                if pooled is not None:
+                    request.label = self._told(self._routing.route(pooled).plan_label if self._leads else None)
+                    request.routed, request.vector = True, None
+                    self._count(request.label, "requests", 1)
+            first += count
+
+    def _learn(self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], started: float) -> None:
+        """What became of the last drafts, and what their verification took."""
+        names = runner.input_batch.req_ids
+        for name, new in zip(names, sampled_token_ids, strict=False):
+            request = self._requests[name]
+            verified = [t for t in scheduler_output.scheduled_spec_decode_tokens.get(name, ()) if t >= 0]
+            if new and verified and tuple(verified) == request.drafted[: len(verified)]:
+                accepted = len(new) - 1
+                experience = self._experience[request.label]
+                for index in range(min(accepted + 1, len(verified))):
+                    experience.own.saw(index < accepted)
+                    experience.sure(request.sure[index]).saw(index < accepted)
+                self._count(request.label, "drafted", len(verified))
+                self._count(request.label, "accepted", accepted)
+            request.drafted, request.sure = (), ()
+        rows = int(scheduler_output.total_num_scheduled_tokens)
+        decoding = all(new for new in sampled_token_ids) and self._last_rows.issuperset(names)
+        if decoding and self._finished_at is not None:
+            self._costs.saw_verification(rows, started - self._finished_at)
+
+    def _decide(self, runner: Any, sampled_token_ids: list[list[int]]) -> Decision:
+        """Groups of rows, and how far each may draft."""
+        names = runner.input_batch.req_ids
+        room = {
+            row: self._room(runner, row, name)
+            for row, (name, new) in enumerate(zip(names, sampled_token_ids, strict=False))
+            if new and self._requests[name].routed
+        }
+        by_label: dict[str | None, list[int]] = {}
+        for row in room:
+            by_label.setdefault(self._requests[names[row]].label, []).append(row)
+        self._costs.company = max(len(room), 1)
+        limits: dict[int, int] = {}
+        for label, rows in by_label.items():
+            length = self._length(label, len(rows))
+            limits |= {row: min(length, room[row]) for row in rows}
+        wanted = [(row, self._plans[self._requests[names[row]].label], limit) for row, limit in limits.items()]
+        return Decision(tuple(group(wanted, self._costs)), limits)
+
+    def _room(self, runner: Any, row: int, name: str) -> int:
+        """How many drafted tokens a request could use, and has slots for."""
+        assert self._passes is not None
+        known = int(runner.input_batch.num_tokens_no_spec[row])
+        params = runner.requests[name].sampling_params
+        most = getattr(params, "max_tokens", None)
+        left = self._longest if most is None else most - (known - int(runner.input_batch.num_prompt_tokens[row])) - 1
+        return max(min(self._longest, left, self._passes.room(row) - known), 0)
+
+    def _length(self, label: str | None, rows: int) -> int:
+        """How far requests of a label may draft, so many of them in the batch."""
+        plan = self._plans[label]
+        longest = min(plan.policy.max_draft, self._longest)
+        if not self._settings.adaptive or not longest:
+            return longest
+        if not plan.cheapens:
+            return 0
+        experience, step = self._experience[label], self._step(plan, rows)
+        option = best_option(self._costs, experience.own.mean, longest, step)
+        if pays(self._costs, option):
+            return longest
+        return int(experience.self_trying.is_due())
+
+    def _step(self, plan: Plan, rows: int) -> float:
+        """What one row bears of a pass that drafts a token for so many."""
+        return self._costs.drafting_pass(plan, rows) / max(rows, 1)
+
+    def _stops(self, runner: Any, rows: Sequence[int], plan: Plan) -> dict[int, Callable[[float], bool]]:
+        """For each row, whether it goes on after a token of so much top probability."""
+        requests = {row: self._requests[runner.input_batch.req_ids[row]] for row in rows}
+        if not self._settings.adaptive:
+            thresholds = {row: self._plans[request.label].policy.threshold for row, request in requests.items()}
+            return {row: partial(operator.le, least) for row, least in thresholds.items()}
+        step = self._step(plan, len(rows))
+        going: dict[int, Callable[[float], bool]] = {}
+        for row, request in requests.items():
+            experience = self._experience[request.label]
+            option = best_option(self._costs, experience.own.mean, self._longest, step)
+            going[row] = GoingOn(self._costs, experience, step, option.sec_per_token)
+        return going
+
+    def _draft(self, runner: Any, own: Group, limits: dict[int, int], drafts: list[list[int]]) -> None:
+        """Drafts for the rows of a group, into `drafts`."""
+        assert self._passes is not None
+        started, passes = time.perf_counter(), 0
+        batch = runner.input_batch
+        known = {row: int(batch.num_tokens_no_spec[row]) for row in own.rows}
+        stops = self._stops(runner, own.rows, own.plan) if self._leads else {}
+        sure: dict[int, list[float]] = {row: [] for row in own.rows}
+        active = [row for row in own.rows if limits[row]]
+        while active:
+            tokens = [
+                drafts[row][-1] if drafts[row] else int(batch.token_ids_cpu[row, known[row] - 1]) for row in active
+            ]
+            positions = [known[row] - 1 + len(drafts[row]) for row in active]
+            logits = self._passes.logits(active, tokens, positions, own.plan)
+            passes += 1
+            chosen: list[tuple[int, bool]] = []
+            if self._leads:
+                tops = top_probability(logits).tolist()
+                chosen = [
+                    (token, stops[row](top))
+                    for row, token, top in zip(active, logits.argmax(-1).tolist(), tops, strict=True)
+                ]
+                for row, top in zip(active, tops, strict=True):
+                    sure[row].append(top)
+            chosen = self._told(chosen)
+            for row, (token, _) in zip(active, chosen, strict=True):
+                drafts[row].append(token)
+            active = [
+                row
+                for row, (_, goes_on) in zip(active, chosen, strict=True)
+                if goes_on and len(drafts[row]) < limits[row]
+            ]
+        for row in own.rows:
+            request = self._requests[batch.req_ids[row]]
+            request.drafted, request.sure = tuple(drafts[row]), tuple(sure[row])
+        if passes:
+            self._costs.saw_steps(own.plan, passes, time.perf_counter() - started, len(own.rows))
+
+    def _count(self, label: str | None, what: str, number: int) -> None:
+        name = label or ("fallback" if self._settings.atlas is not None else "plan")
+        counts = self.counts.setdefault(name, {"requests": 0, "drafted": 0, "accepted": 0})
+        counts[what] += number
+
+    def _log(self) -> None:
+        now = time.perf_counter()
+        if not self._leads or now - self._logged_at < _LOG_SEC:
+            return
+        self._logged_at = now
+        told = (f"{name} {c['accepted']}/{c['drafted']} in {c['requests']}" for name, c in sorted(self.counts.items()))
+        _log.info("Accepted of drafted tokens by plan, and requests: %s", ", ".join(told))

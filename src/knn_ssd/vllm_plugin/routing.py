@@ -1,0 +1,93 @@
+"""From a prompt's hidden states, which vLLM shows chunk by chunk, to the label whose plan drafts for it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.errors import ModelError
+from knn_ssd.route import Route, Router
+
+_log = logging.getLogger("vllm.knn_ssd")
+
+
+@dataclass
+class PromptVector:
+    """The prompt vector of one request, as far as its prompt has been read.
+
+    Args:
+        pooling: as the atlas was made.
+        length: of the prompt in tokens.
+    """
+
+    pooling: Pooling
+    length: int
+    _sum: torch.Tensor | None = None  # (D,)
+    _seen: int = 0
+
+    def add(self, hidden: torch.Tensor, start: int) -> torch.Tensor | None:
+        """The vector (D,), once the prompt's last token was read.
+
+        Args:
+            hidden: (n, D) after the final norm, of consecutive tokens, some perhaps behind the prompt.
+            start: the position of the first of them. A request that was preempted begins again at 0.
+        """
+        own = hidden[: max(self.length - start, 0)].float()
+        complete = start + len(own) == self.length and len(own) > 0
+        if self.pooling is Pooling.LAST:
+            return own[-1] if complete else None
+        if start != self._seen:
+            self._sum, self._seen = None, 0
+        if start == self._seen and len(own):
+            self._sum = own.sum(dim=0) + (0 if self._sum is None else self._sum)
+            self._seen += len(own)
+        return self._sum / self.length if complete and self._sum is not None and self._seen == self.length else None
+
+
+class Routing:
+    """Routes prompts by an atlas's anchors.
+
+    Args:
+        atlas: of the model that runs.
+        neighbours: how many anchors vote.
+        device: of the hidden states.
+    """
+
+    def __init__(self, atlas: Atlas, neighbours: int, device: torch.device) -> None:
+        self._pooling = atlas.pooling
+        radii = {name: label.radius for name, label in atlas.labels.items()}
+        anchors = torch.from_numpy(atlas.anchors).to(device)
+        self._router = Router(neighbours).fit(anchors, atlas.anchor_labels, radii)
+
+    def new_vector(self, prompt_length: int) -> PromptVector:
+        return PromptVector(self._pooling, prompt_length)
+
+    def route(self, vector: torch.Tensor) -> Route:
+        return self._router.predict(vector)
+
+
+def check_model(atlas: Atlas, model_config: Any) -> None:
+    """Raises an `AtlasMismatchError` if the atlas belongs to another model than vLLM runs.
+
+    Weights that are not on this machine's disk as safetensors cannot be compared; that is logged.
+    """
+    from transformers import AutoTokenizer
+
+    from knn_ssd.target.fingerprint import fingerprint_of_checkpoint
+    from knn_ssd.target.resolve import model_dir
+
+    directory = model_dir(model_config.model)
+    try:
+        if directory is None:
+            raise ModelError(f"'{model_config.model}' is not on this machine's disk")
+        tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer)
+        found = fingerprint_of_checkpoint(Path(directory), model_config.hf_config, tokenizer)
+    except (ModelError, OSError) as error:
+        _log.warning("Whether the atlas belongs to this model was not checked: %s", error)
+        return
+    atlas.check(found)

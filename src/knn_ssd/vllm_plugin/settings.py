@@ -1,0 +1,99 @@
+"""What a server is asked for, under `knn_ssd` in vLLM's `additional_config`, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.errors import UsageError
+from knn_ssd.plan import Plan
+
+KEY = "knn_ssd"
+_EXAMPLE = 'Give --additional-config \'{"knn_ssd": {"atlas": "FOLDER"}}\'.'
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to draft.
+
+    Args:
+        atlas: chooses a plan by prompt; or
+        plan: one for all.
+        adaptive: choose each step's lengths by expected tokens per second, down to none; else the policy to the letter.
+        neighbours: how many anchors vote.
+    """
+
+    atlas: Atlas | None
+    plan: Plan | None
+    adaptive: bool = True
+    neighbours: int = 1
+
+    @property
+    def plans(self) -> dict[str | None, Plan]:
+        """By label; None is the fallback, or the plan for all."""
+        if self.atlas is None:
+            assert self.plan is not None
+            return {None: self.plan}
+        return {None: self.atlas.fallback, **{name: label.plan for name, label in self.atlas.labels.items()}}
+
+
+def read_settings(additional_config: Any) -> Settings:
+    """The settings in vLLM's `additional_config`.
+
+    Raises:
+        UsageError: none, or ones that cannot be used.
+        AtlasError: the atlas cannot be read.
+    """
+    asked = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if not isinstance(asked, Mapping):
+        raise UsageError("knn-ssd was given neither an atlas nor a plan", _EXAMPLE)
+    known = ("atlas", "plan", "adaptive", "neighbours")
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        raise UsageError(f"'{KEY}' has no setting '{unknown[0]}'", f"It has {', '.join(known)}.")
+    if ("atlas" in asked) == ("plan" in asked):
+        raise UsageError(f"'{KEY}' needs either an atlas or a plan, got {'both' if 'atlas' in asked else 'neither'}")
+    adaptive, neighbours = asked.get("adaptive", True), asked.get("neighbours", 1)
+    if not isinstance(adaptive, bool):
+        raise UsageError(f"'adaptive' must be true or false, got {adaptive!r}")
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
+        raise UsageError(f"'neighbours' must be a whole number, 1 or more, got {neighbours!r}")
+    if "atlas" in asked:
+        return Settings(Atlas.load(asked["atlas"]), None, adaptive, neighbours)
+    try:
+        plan = asked["plan"] if isinstance(asked["plan"], Plan) else Plan.from_json(asked["plan"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"'plan' is not a plan as atlas.json has them: {error!r}") from error
+    return Settings(None, plan, adaptive, neighbours)
+
+
+def refuse_unsuitable(config: Any, settings: Settings) -> None:
+    """Raises a `UsageError` for what a draft would damage, or has not been made for, in a `VllmConfig`."""
+    model, parallel = config.model_config, config.parallel_config
+    reasons = {
+        "a KV connector would pass on the keys and values of drafts": config.kv_transfer_config is not None,
+        "with pipeline parallelism no rank has all layers": parallel.pipeline_parallel_size > 1,
+        "context parallelism spreads a request's cache over ranks": (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "data parallelism needs the ranks to run the same passes": parallel.data_parallel_size > 1,
+        "LoRA adapters are laid out for the rows of the target's pass": config.lora_config is not None,
+        "recurrent state cannot be rewound after a draft": model.is_hybrid or model.is_attention_free,
+        "positions of pictures are not known to drafts": model.uses_mrope,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(f"knn-ssd cannot draft here: {reason}", "Leave that out, or knn-ssd.")
+    atlas = settings.atlas
+    if atlas is not None and atlas.pooling is Pooling.MEAN and config.cache_config.enable_prefix_caching:
+        raise UsageError(
+            "the atlas was made with mean pooling, and prefix caching leaves no hidden states of cached prompt tokens",
+            "Calibrate with --pooling last, or serve with --no-enable-prefix-caching.",
+        )
+    layers = model.hf_text_config.num_hidden_layers
+    wrong = [plan.num_layers for plan in settings.plans.values() if plan.num_layers != layers]
+    if wrong:
+        raise UsageError(f"the plan is for {wrong[0]} layers, and the model has {layers}")

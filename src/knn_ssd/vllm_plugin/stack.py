@@ -1,0 +1,76 @@
+"""The sublayers of vLLM's own model, run one by one as a plan has them.
+
+They are called beside the compiled model, on the same weights and the same cache. A skipped sublayer adds nothing to
+the residual stream (arXiv 2309.08168, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from knn_ssd.errors import UnsupportedModelError
+from knn_ssd.plan import Mode, Plan
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Stack:
+    """A loaded model whose layers can be run one by one.
+
+    Args:
+        model: of one of `FAMILIES`, as vLLM loaded it.
+
+    Raises:
+        UnsupportedModelError: another one, or one whose layers are not built as they were.
+    """
+
+    def __init__(self, model: Any) -> None:
+        name = type(model).__name__
+        if name not in FAMILIES:
+            raise UnsupportedModelError(
+                f"knn-ssd does not know the layers of vLLM's {name}", f"It knows {', '.join(FAMILIES)}."
+            )
+        layers = list(getattr(model.model, "layers", ()))
+        missing = [part for layer in layers for part in _PARTS if not hasattr(layer, part)]
+        if not layers or missing:
+            raise UnsupportedModelError(
+                f"the layers of vLLM's {name} have no {missing[0] if missing else 'list'}",
+                "See which versions of vLLM knn-ssd is made for.",
+            )
+        self._model = model
+        self._layers = layers
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Logits (n, V) after each of n tokens, for which the forward context has the attention's metadata.
+
+        Args:
+            token_ids, positions: (n,)
+            plan: `low` sublayers run as they are.
+        """
+        residual = self._model.model.embed_input_ids(token_ids)  # (n, D)
+        added: torch.Tensor | None = None  # by the last sublayer that ran, not in `residual` yet
+        for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
+            if attention is not Mode.SKIP:
+                normed, residual = _normed(layer.input_layernorm, added, residual)
+                added = layer.self_attn(positions=positions, hidden_states=normed)
+            if mlp is not Mode.SKIP:
+                normed, residual = _normed(layer.post_attention_layernorm, added, residual)
+                added = layer.mlp(normed)
+        hidden, _ = _normed(self._model.model.norm, added, residual)
+        logits: torch.Tensor = self._model.compute_logits(hidden)
+        return logits
+
+
+def _normed(norm: Any, added: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed stream, and the stream with what was added to it."""
+    if added is None:
+        return norm(residual), residual
+    normed, residual = norm(added, residual)
+    return normed, residual
