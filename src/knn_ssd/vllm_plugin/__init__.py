@@ -1,7 +1,8 @@
 """Atlas, routing and plans inside vLLM: loaded by vLLM itself through the entry point `vllm.general_plugins`.
 
     settings.py   what is asked for, and what is refused
-    hooks.py      the versions of vLLM that are known, and the three places where it is reached into
+    hooks.py      the versions of vLLM that are known, and the places where it is reached into
+    mends.py      two faults of its sampler on CPUs
     stack.py      the sublayers of vLLM's own model, run as a plan has them
     passes.py     one drafting pass over rows of a batch, into the target's own cache
     routing.py    from a prompt's hidden states, chunk by chunk, to a label

@@ -22,6 +22,7 @@ from knn_ssd.errors import UsageError
 from knn_ssd.grouping import Group, group
 from knn_ssd.plan import Plan
 from knn_ssd.vllm_plugin import hooks
+from knn_ssd.vllm_plugin.mends import mend
 from knn_ssd.vllm_plugin.passes import Passes
 from knn_ssd.vllm_plugin.routing import PromptVector, Routing, check_model
 from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
@@ -81,6 +82,7 @@ class Proposer:
         hooks.check()
         self._settings = read_settings(config.additional_config)
         refuse_unsuitable(config, self._settings)
+        mend()
         self._config = config
         self._longest = int(config.num_speculative_tokens)
         self._plans = self._settings.plans

@@ -1,0 +1,73 @@
+"""Atlases of tiny random models, whose domains are ranges of tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+from in_vllm import LAYERS
+
+from knn_ssd.atlas import Atlas, Label, Pooling
+from knn_ssd.controller import typical_profile
+from knn_ssd.plan import Plan, Policy
+from knn_ssd.route import Router
+from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.target.resolve import load_model
+from knn_ssd.target.select import target_of
+
+FAR = Policy(max_draft=4, threshold=0.0)
+PLANS = {
+    "letters": Plan.skipping(LAYERS, [2], [], FAR),
+    "signs": Plan.skipping(LAYERS, [], [1, 2], FAR),
+    "digits": Plan.skipping(LAYERS, [1, 2], [3], FAR),
+    "capitals": Plan.skipping(LAYERS, policy=FAR),
+    "rest": Plan.skipping(LAYERS, [1], [1], Policy(max_draft=2, threshold=0.3)),
+}
+FALLBACK = Plan.skipping(LAYERS, [3], [], FAR)
+
+
+def prompts_of(domain: str, count: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of a domain's own tokens."""
+    start = 33 + 18 * list(PLANS).index(domain)
+    chance = random.Random(f"{domain} {seed}")
+    return [[start + chance.randrange(18) for _ in range(chance.randrange(4, 40))] for _ in range(count)]
+
+
+class Vectors:
+    """Prompt vectors by our own engine, and routes by them."""
+
+    def __init__(self, folder: Path, pooling: Pooling) -> None:
+        self._loaded = load_model(str(folder), device="cpu", dtype="float32")
+        self._target = target_of(self._loaded.model)
+        self._pooling = pooling
+
+    def of(self, prompts: list[list[int]]) -> np.ndarray:
+        vectors = []
+        for prompt in prompts:
+            session = self._target.open(len(prompt))
+            vectors.append(session.prefill(prompt).vector(self._pooling).float().numpy())
+            session.close()
+        return np.stack(vectors)
+
+    def atlas(self, radius: float = 2.0) -> Atlas:
+        """Four anchors for each domain."""
+        anchors = [self.of(prompts_of(domain, 4, seed=1)) for domain in PLANS]
+        return Atlas(
+            fingerprint=fingerprint(self._loaded.model, self._loaded.tokenizer),
+            pooling=self._pooling,
+            anchors=np.concatenate(anchors),
+            anchor_labels=tuple(domain for domain in PLANS for _ in range(4)),
+            labels={domain: Label(plan, radius) for domain, plan in PLANS.items()},
+            fallback=FALLBACK,
+            cost=typical_profile(LAYERS),
+        )
+
+    def routes(self, atlas: Atlas, prompts: list[list[int]]) -> dict[str, int]:
+        """How many prompts go to each label."""
+        import torch
+
+        radii = {name: label.radius for name, label in atlas.labels.items()}
+        router = Router().fit(torch.from_numpy(atlas.anchors), atlas.anchor_labels, radii)
+        names = [router.predict(torch.from_numpy(vector)).plan_name for vector in self.of(prompts)]
+        return {name: names.count(name) for name in sorted(set(names))}

@@ -1,0 +1,34 @@
+"""The plugin for vLLM is tested in an environment of its own, by `make test-vllm`; elsewhere vLLM is missing."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_vllm import Opener, open_model, save_tiny_model
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def opened() -> Iterator[Opener]:
+    """Opens models in vLLM; drops them after the test."""
+    models: list[Any] = []
+
+    def keep(*args: Any, **options: Any) -> Any:
+        models.append(open_model(*args, **options))
+        return models[-1]
+
+    yield keep
+    models.clear()
+    gc.collect()
