@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,23 @@ class Vectors:
             session.close()
         return np.stack(vectors)
 
-    def atlas(self, radius: float = 2.0) -> Atlas:
-        """Four anchors for each domain."""
-        anchors = [self.of(prompts_of(domain, 4, seed=1)) for domain in PLANS]
+    def atlas(
+        self,
+        radius: float = 2.0,
+        prompts: Mapping[str, list[list[int]]] | None = None,
+        plans: Mapping[str, Plan] = PLANS,
+        fallback: Plan = FALLBACK,
+    ) -> Atlas:
+        """The vectors of each domain's prompts as its anchors; four of each where none are given."""
+        known = prompts or {domain: prompts_of(domain, 4, seed=1) for domain in plans}
         return Atlas(
             fingerprint=fingerprint(self._loaded.model, self._loaded.tokenizer),
             pooling=self._pooling,
-            anchors=np.concatenate(anchors),
-            anchor_labels=tuple(domain for domain in PLANS for _ in range(4)),
-            labels={domain: Label(plan, radius) for domain, plan in PLANS.items()},
-            fallback=FALLBACK,
-            cost=typical_profile(LAYERS),
+            anchors=np.concatenate([self.of(known[domain]) for domain in plans]),
+            anchor_labels=tuple(domain for domain in plans for _ in known[domain]),
+            labels={domain: Label(plan, radius) for domain, plan in plans.items()},
+            fallback=fallback,
+            cost=typical_profile(fallback.num_layers),
         )
 
     def routes(self, atlas: Atlas, prompts: list[list[int]]) -> dict[str, int]:
