@@ -60,7 +60,10 @@ def test_five_domains_in_one_batch(opened: Opener, folder: Path, tmp_path: Path)
     llm = opened(folder, asked_for, **options)
     assert tokens_of(llm, asked, greedy(max_tokens=32)) == plain
     counts = counts_of(llm)
+    print(counts)
     assert {name: own["requests"] for name, own in counts.items()} == vectors.routes(atlas, asked)
     assert len(counts) == len(PLANS)
     whole = counts["text2sql"]  # skips nothing
     assert whole["accepted"] >= 0.99 * whole["drafted"] > 0
+    for name in ("story", "translation"):  # 4 bits
+        assert 0.4 * counts[name]["drafted"] < counts[name]["accepted"] < counts[name]["drafted"]

@@ -11,10 +11,12 @@ import torch
 from in_vllm import LAYERS, Opener, counts_of, runner_of, save_tiny_model, tokens_of
 
 from knn_ssd.plan import Plan, Policy
+from knn_ssd.target.resolve import load_model
 
 FAR = Policy(max_draft=4, threshold=0.0)
 NOTHING = Plan.skipping(LAYERS, policy=FAR)
 SOME = Plan.skipping(LAYERS, [2], [1, 3], FAR)
+LOW = Plan.low(LAYERS, FAR)
 
 
 def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
@@ -37,7 +39,7 @@ def both(
     return llm, tokens_of(llm, asked, params), plain
 
 
-@pytest.mark.parametrize("plan", [NOTHING, SOME], ids=["nothing skipped", "some skipped"])
+@pytest.mark.parametrize("plan", [NOTHING, SOME, LOW], ids=["nothing skipped", "some skipped", "low"])
 @pytest.mark.parametrize("count", [1, 20])
 def test_greedy_output_is_the_same(opened: Opener, tiny: Path, plan: Plan, count: int) -> None:
     llm, drafted, plain = both(opened, tiny, plan, prompts(count), greedy())
@@ -46,6 +48,27 @@ def test_greedy_output_is_the_same(opened: Opener, tiny: Path, plan: Plan, count
     assert counts["drafted"] > 10 * count
     if plan is NOTHING:
         assert counts["accepted"] >= 0.99 * counts["drafted"]
+    if plan is LOW:  # which a random model does not bear well
+        assert 0 < counts["accepted"] < counts["drafted"]
+
+
+def test_low_bit_weights_are_those_of_the_model_rounded(opened: Opener, tiny: Path) -> None:
+    from knn_ssd.vllm_plugin.lowbit import LowBit
+
+    llm = opened(tiny)
+    linear = runner_of(llm).model.model.layers[1].mlp.gate_up_proj
+    low = LowBit(torch.device("cpu"), torch.float32)
+    weight = low._weight(linear, 64)  # (rows, 64)
+    original = load_model(str(tiny), device="cpu", dtype="float32").model.model.layers[1].mlp
+    torch.testing.assert_close(weight, torch.cat([original.gate_proj.weight, original.up_proj.weight]))
+    before = linear.quant_method
+    units = torch.eye(64)
+    with low.within([linear]):
+        rounded = linear(units)[0].T
+    assert linear.quant_method is before
+    step = (weight.amax(dim=1) - weight.amin(dim=1)) / 15
+    wrong = (rounded - weight).abs() / step[:, None]
+    assert 0.1 < wrong.max() <= 0.5 + 1e-3
 
 
 def test_a_plan_that_skips_nothing_shortens_the_work(opened: Opener, tiny: Path) -> None:

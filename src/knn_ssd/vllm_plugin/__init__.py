@@ -4,6 +4,7 @@
     hooks.py      the versions of vLLM that are known, and the places where it is reached into
     mends.py      two faults of its sampler on CPUs
     stack.py      the sublayers of vLLM's own model, run as a plan has them
+    lowbit.py     4-bit copies of what vLLM loaded
     passes.py     one drafting pass over rows of a batch, into the target's own cache
     routing.py    from a prompt's hidden states, chunk by chunk, to a label
     proposer.py   who drafts how far in each step

@@ -20,8 +20,9 @@ from knn_ssd.controller import Costs, Experience, GoingOn, best_option, new_expe
 from knn_ssd.draft.self_draft import top_probability
 from knn_ssd.errors import UsageError
 from knn_ssd.grouping import Group, group
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 from knn_ssd.vllm_plugin import hooks
+from knn_ssd.vllm_plugin.lowbit import why_unavailable
 from knn_ssd.vllm_plugin.mends import mend
 from knn_ssd.vllm_plugin.passes import Passes
 from knn_ssd.vllm_plugin.routing import PromptVector, Routing, check_model
@@ -108,13 +109,16 @@ class Proposer:
             raise UsageError(
                 f"the plan is for {self._plans[None].num_layers} layers, and the model has {self._stack.num_layers}"
             )
+        if Mode.LOW not in self._stack.modes and any(plan.uses_low for plan in self._plans.values()):
+            _log.warning("%s: sublayers that plans have low run as they are", why_unavailable(self._stack.device))
+            self._plans = {label: _without_low(plan) for label, plan in self._plans.items()}
         self._ranks = get_tp_group()
         atlas = self._settings.atlas
         self._routing: Routing | None = None
         self._passes: Passes | None = None
         if atlas is not None:
             check_model(atlas, self._config.model_config)
-            self._routing = Routing(atlas, self._settings.neighbours, next(model.parameters()).device)
+            self._routing = Routing(atlas, self._settings.neighbours, self._stack.device)
 
     def propose(self, *_args: Any, **_kwargs: Any) -> list[list[int]]:
         """What vLLM calls where the hook is not in place, which `hooks.check` has refused already."""
@@ -321,3 +325,7 @@ class Proposer:
         self._logged_at = now
         told = (f"{name} {c['accepted']}/{c['drafted']} in {c['requests']}" for name, c in sorted(self.counts.items()))
         _log.info("Accepted of drafted tokens by plan, and requests: %s", ", ".join(told))
+
+
+def _without_low(plan: Plan) -> Plan:
+    return Plan.skipping(plan.num_layers, plan.skipped_attention, plan.skipped_mlp, plan.policy)

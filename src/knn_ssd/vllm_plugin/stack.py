@@ -6,12 +6,14 @@ the residual stream (arXiv 2309.08168, section 3).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.vllm_plugin.lowbit import LowBit, why_unavailable
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -42,30 +44,53 @@ class Stack:
             )
         self._model = model
         self._layers = layers
+        norm = model.model.norm.weight
+        self.device: torch.device = norm.device
+        self._low = LowBit(norm.device, norm.dtype) if why_unavailable(norm.device) is None else None
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def modes(self) -> frozenset[Mode]:
+        """What a sublayer can do in a draft here; one that cannot be `low` runs as it is."""
+        return frozenset(Mode) - (frozenset() if self._low is not None else {Mode.LOW})
 
     def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits (n, V) after each of n tokens, for which the forward context has the attention's metadata.
 
         Args:
             token_ids, positions: (n,)
-            plan: `low` sublayers run as they are.
+            plan: how each sublayer runs.
         """
-        residual = self._model.model.embed_input_ids(token_ids)  # (n, D)
-        added: torch.Tensor | None = None  # by the last sublayer that ran, not in `residual` yet
-        for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
-            if attention is not Mode.SKIP:
-                normed, residual = _normed(layer.input_layernorm, added, residual)
-                added = layer.self_attn(positions=positions, hidden_states=normed)
-            if mlp is not Mode.SKIP:
-                normed, residual = _normed(layer.post_attention_layernorm, added, residual)
-                added = layer.mlp(normed)
-        hidden, _ = _normed(self._model.model.norm, added, residual)
-        logits: torch.Tensor = self._model.compute_logits(hidden)
+        with self._lowered(plan):
+            residual = self._model.model.embed_input_ids(token_ids)  # (n, D)
+            added: torch.Tensor | None = None  # by the last sublayer that ran, not in `residual` yet
+            for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
+                if attention is not Mode.SKIP:
+                    normed, residual = _normed(layer.input_layernorm, added, residual)
+                    added = layer.self_attn(positions=positions, hidden_states=normed)
+                if mlp is not Mode.SKIP:
+                    normed, residual = _normed(layer.post_attention_layernorm, added, residual)
+                    added = layer.mlp(normed)
+            hidden, _ = _normed(self._model.model.norm, added, residual)
+            logits: torch.Tensor = self._model.compute_logits(hidden)
         return logits
+
+    def _lowered(self, plan: Plan) -> AbstractContextManager[None]:
+        """Within, the linears of `low` sublayers run on 4-bit copies."""
+        if self._low is None or not plan.uses_low:
+            return nullcontext()
+        linears: list[Any] = []
+        for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
+            if attention is Mode.LOW:
+                linears += [layer.self_attn.qkv_proj, layer.self_attn.o_proj]
+            if mlp is Mode.LOW:
+                linears += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
+        if plan.head is Mode.LOW:
+            linears.append(self._model.lm_head)
+        return self._low.within(linears)
 
 
 def _normed(norm: Any, added: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
