@@ -22,7 +22,7 @@ ROWS = (
     ("cli",),
     ("serve", "bench", "vllm_plugin"),
     ("engine", "calibrate", "plots", "hub", "doctor"),
-    ("drafting", "generation"),
+    ("drafting", "generation", "grouping"),
     ("decode", "controller"),
     ("text", "draft"),
     ("sampling", "route", "tokens", "projection"),
