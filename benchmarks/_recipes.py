@@ -1,0 +1,74 @@
+"""What the recipes share: an atlas made once and kept, and a stream measured by methods and shown as a table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from knn_ssd import Engine
+from knn_ssd.atlas import Atlas
+from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
+from knn_ssd.bench.records import read_records
+from knn_ssd.bench.report import report
+from knn_ssd.bench.run import BenchSettings, run_bench
+from knn_ssd.bench.summary import shown
+from knn_ssd.calibrate.pipeline import calibrate
+from knn_ssd.calibrate.settings import Settings
+from knn_ssd.cli.progress import ProgressReporter
+from knn_ssd.plan import Mode
+from knn_ssd.prompts import Prompt
+from knn_ssd.provenance import write_whole
+from knn_ssd.target.resolve import LoadedModel
+
+
+def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: Settings) -> Engine:
+    """An engine with the atlas in a folder, which is made if it is not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with ProgressReporter() as progress:
+            calibrate(loaded, prompts, folder, settings, resume=True, reporter=progress)
+    return Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
+
+
+def measured(
+    engine: Engine,
+    ordered: Sequence[Prompt],
+    names: Sequence[str],
+    out: Path,
+    asked: BenchSettings,
+    name: str,
+    with_atlas: Sequence[str] = NEEDS_ATLAS,
+) -> dict[str, Any]:
+    """The summary of a stream under methods, with its records and page in a folder; what is there is not done again.
+
+    Only the methods in `with_atlas` are given the engine's atlas; the others have the general plan.
+    """
+    bare = Engine(engine.model, engine.tokenizer, target=engine.target)
+    names = [method for method in names if method != "low" or Mode.LOW in engine.target.modes]
+    routed = make_methods([method for method in names if method in with_atlas], engine, ordered[0].domain)
+    others = make_methods([method for method in names if method not in with_atlas], bare)
+    methods = {method: (routed | others)[method] for method in names}
+    with ProgressReporter() as progress:
+        summary = run_bench(engine, list(ordered), methods, out, asked, progress, name)
+    command = shlex.join(["python", *sys.argv])
+    records = read_records(out / "records.jsonl")
+    write_whole(out / "report.html", report(summary, records, command, engine.atlas))
+    return summary
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Speed-ups by method and domain, in Markdown."""
+    print(f"different from plain: {json.dumps(summary['differing'])}\n")
+    domains = sorted(summary["methods"]["plain"]["per_domain"])
+    print("| method | " + " | ".join(domains) + " | all | 95 % | accepted |")
+    print("|---|" + "--:|" * (len(domains) + 3))
+    for name, own in summary["methods"].items():
+        cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
+        bounds = own["speedup_ci95"]
+        interval = f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
+        accepted = shown(own["acceptance_rate"], "{:.2f}")
+        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {interval} | {accepted} |")

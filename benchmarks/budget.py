@@ -1,0 +1,68 @@
+"""What a search finds by the number of plans it tries: strategies side by side on the same continuations.
+
+    python benchmarks/budget.py [--prompts FILE.jsonl…] [--model M] [--domain D] [--trials N] [--skip-only]
+
+Every plan is scored in the same way, by the speed-up that its agreement and the costs of this machine foretell, the
+published strategy's too, so that what differs is what is tried. No plan is decoded with: see `paper.py` for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import optuna
+
+from knn_ssd import Engine
+from knn_ssd.atlas import Pooling
+from knn_ssd.bench.workload import limit_each, read_workloads
+from knn_ssd.calibrate.cost import measure_cost
+from knn_ssd.calibrate.objective import Rehearsals
+from knn_ssd.calibrate.onpolicy import observe
+from knn_ssd.calibrate.search import Search, Strategy, create_study
+from knn_ssd.plan import Mode
+from knn_ssd.tokens import eos_token_ids
+
+SHOWN = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--domain", default="math")
+    parser.add_argument("--limit", type=int, default=4, help="prompts that plans are scored on")
+    parser.add_argument("--trials", type=int, default=256)
+    parser.add_argument("--strategies", nargs="+", default=[strategy.value for strategy in Strategy])
+    parser.add_argument("--skip-only", action="store_true", help="no low-bit weights, for any strategy")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    engine = Engine.from_pretrained(args.model, device="cpu")
+    target = engine.target
+    low = Mode.LOW in target.modes and not args.skip_only
+    prompts = [prompt for prompt in read_workloads(args.prompts) if prompt.domain == args.domain]
+    ends = eos_token_ids(engine.model)
+    observations = [
+        observe(target, args.domain, p.id, engine.encode(p.prompt), args.max_new_tokens, Pooling.MEAN, ends)
+        for p in limit_each(prompts, args.limit)
+    ]
+    cost = measure_cost(target, low)
+    budgets = [budget for budget in SHOWN if budget <= args.trials]
+    print("| strategy | " + " | ".join(f"{budget} plans" for budget in budgets) + " |")
+    print("|---|" + "--:|" * len(budgets))
+    with Rehearsals(target, observations, cost) as rehearsals:
+        for name in args.strategies:
+            study = create_study(optuna.storages.InMemoryStorage(), name)
+            search = Search(study, Strategy(name), cost, num_layers=target.num_layers, seed=args.seed, low=low)
+            best, scores = 0.0, []
+            while len(scores) < args.trials and (trial := search.ask()) is not None:
+                score = rehearsals.score(trial.plan, best)
+                search.tell(trial, score)
+                best = max(best, score.speedup)
+                scores.append(best)
+            cells = [f"{scores[min(budget, len(scores)) - 1]:.3f}" for budget in budgets]
+            print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Prompts of domains that an atlas was not made of: where they go, and what its plans do to them.
+
+    python benchmarks/foreign.py --out FOLDER [--prompts FILE.jsonl…] [--known math story …] [--limit N]
+
+The first half of the known domains' prompts calibrates, over the whole plan space; `--limit` of the second half of
+every other domain are measured, and of the known ones as well. Prints the share that fell back and how far the prompts
+lay from their nearest anchor, over its radius, and speed-ups over plain decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from _recipes import calibrated, measured, print_table
+
+from knn_ssd.bench.run import BenchSettings
+from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
+from knn_ssd.calibrate.settings import Settings
+from knn_ssd.target.resolve import load_model
+
+METHODS = ("plain", "knn-ssd", "auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--known", nargs="+", default=["math", "story"], help="the atlas's domains")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
+    parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of searching")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    first, second = halves(read_workloads(args.prompts))
+    loaded = load_model(args.model, device="cpu")
+    own = [prompt for prompt in limit_each(first, args.calibrating) if prompt.domain in args.known]
+    engine = calibrated(loaded, own, args.out / "atlas", Settings(minutes=args.minutes))
+    assert engine.atlas is not None
+    ordered = stream(limit_each(second, args.limit), 1.0)
+    print("\n| domain | prompts | fell back | distance over radius, median |\n|---|--:|--:|--:|")
+    for domain in sorted({str(prompt.domain) for prompt in ordered}):
+        routes = [engine.generate(p.prompt, max_new_tokens=1).route for p in ordered if p.domain == domain]
+        far = [r.distance / engine.atlas.labels[r.label].radius for r in routes if r is not None]
+        fell = sum(r.fallback for r in routes if r is not None) / len(routes)
+        known = "" if domain in args.known else ", foreign"
+        print(f"| {domain}{known} | {len(routes)} | {fell:.2f} | {statistics.median(far):.2f} |")
+    asked = BenchSettings(args.max_new_tokens, mix_ratio=1.0)
+    print()
+    print_table(measured(engine, ordered, args.methods, args.out / "run", asked, loaded.name, ("knn-ssd", "auto")))
+
+
+if __name__ == "__main__":
+    main()

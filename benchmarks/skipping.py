@@ -1,0 +1,82 @@
+"""The share of sublayers that a draft skips, and the threshold at which it stops, against acceptance and speed.
+
+    python benchmarks/skipping.py [--prompts FILE.jsonl…] [--model M] [--limit N] [--shares 0.05 0.1 …]
+
+Every sublayer is skipped alone on the target's own continuations; sets of growing size take the least harmful first.
+Of each set: the share of positions at which its draft agrees, told by the pass that calibration uses; and, by the
+clock, what fixed policies of the published length come to on the same prompts, over plain decoding in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from knn_ssd import Engine, Plan
+from knn_ssd.atlas import Pooling
+from knn_ssd.bench.workload import limit_each, read_workloads
+from knn_ssd.calibrate.cost import measure_cost
+from knn_ssd.calibrate.objective import Rehearsals
+from knn_ssd.calibrate.onpolicy import observe
+from knn_ssd.plan import Policy
+from knn_ssd.prompts import Prompt
+from knn_ssd.tokens import eos_token_ids
+
+LONGEST = 12  # as published
+
+
+def skipping(layers: int, sublayers: Sequence[int], policy: Policy | None = None) -> Plan:
+    """The plan that skips these places of `Plan.modes`."""
+    attention, mlp = ([place // 2 for place in sublayers if place % 2 == odd] for odd in (0, 1))
+    return Plan.skipping(layers, attention, mlp, policy)
+
+
+def by_the_clock(engine: Engine, prompts: Sequence[Prompt], plan: Plan, count: int) -> tuple[float, float]:
+    """Accepted over drafted tokens, and speed over plain decoding's."""
+    sums = dict.fromkeys(("drafted", "accepted", "own sec", "plain sec"), 0.0)
+    for turn, prompt in enumerate(prompts):
+        for way in ("own", "plain") if turn % 2 else ("plain", "own"):
+            options = {"plain": True} if way == "plain" else {"plan": plan, "adaptive": False}
+            stats = engine.generate(prompt.prompt, max_new_tokens=count, **options).stats
+            sums[f"{way} sec"] += stats.decode_sec
+            sums["drafted"] += stats.drafted
+            sums["accepted"] += stats.accepted
+    return sums["accepted"] / max(sums["drafted"], 1), sums["plain sec"] / sums["own sec"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, default=1, help="prompts per domain")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0, 0.4, 0.8, 0.95])
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    args = parser.parse_args()
+    engine = Engine.from_pretrained(args.model, device="cpu")
+    target, layers = engine.target, engine.target.num_layers
+    prompts = limit_each(read_workloads(args.prompts), args.limit)
+    ends = eos_token_ids(engine.model)
+    observations = [
+        observe(target, p.domain or "none", p.id, engine.encode(p.prompt), args.max_new_tokens, Pooling.MEAN, ends)
+        for p in prompts
+    ]
+    with Rehearsals(target, observations, measure_cost(target, low=False)) as rehearsals:
+        alone = [rehearsals.score(skipping(layers, [place])).agreement for place in range(2 * layers)]
+        order = sorted(range(2 * layers), key=lambda place: alone[place], reverse=True)
+        sets = [order[: max(round(share * 2 * layers), 1)] for share in args.shares]
+        agreements = [rehearsals.score(skipping(layers, own)).agreement for own in sets]
+    print("agreement when one is skipped: least", f"{min(alone):.2f}, most {max(alone):.2f}\n")
+    print("| skipped | agrees | " + " | ".join(f"p ≥ {t:g}: accepted, speed" for t in args.thresholds) + " |")
+    print("|--:|" + "--:|" * (1 + len(args.thresholds)))
+    for own, agreement in zip(sets, agreements, strict=True):
+        cells = []
+        for threshold in args.thresholds:
+            plan = skipping(layers, own, Policy(LONGEST, threshold))
+            accepted, speed = by_the_clock(engine, prompts, plan, args.max_new_tokens)
+            cells.append(f"{accepted:.2f}, {speed:.2f}")
+        print(f"| {len(own)} of {2 * layers} | {agreement:.2f} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
