@@ -31,6 +31,8 @@ from knn_ssd.vllm_plugin.stack import Stack
 
 _log = logging.getLogger("vllm.knn_ssd")
 _LOG_SEC = 10.0
+_PLAIN_STEPS = 3  # without drafts, that are timed before any draft, and then one
+_PLAIN_EVERY = 128  # steps
 
 
 @dataclass
@@ -97,6 +99,8 @@ class Proposer:
         self._requests: dict[str, Requested] = {}
         self._finished_at: float | None = None  # the last step's drafting, where this step's rows were all in it
         self._last_rows: set[str] = set()
+        self._until_plain: dict[int, int] = {}  # by the batch's size, in powers of two: steps that may still draft
+        self._plain_steps: dict[int, int] = {}  # and how many without drafts were timed
         self._logged_at = time.perf_counter()
         self.counts: dict[str, dict[str, int]] = {}
 
@@ -213,6 +217,11 @@ class Proposer:
         decoding = all(new for new in sampled_token_ids) and self._last_rows.issuperset(names)
         if decoding and self._finished_at is not None:
             self._costs.saw_verification(rows, started - self._finished_at)
+            if rows == len(names):
+                size = rows.bit_length()
+                self._plain_steps[size] = self._plain_steps.get(size, 0) + 1
+                if self._plain_steps[size] >= _PLAIN_STEPS:
+                    self._until_plain[size] = _PLAIN_EVERY
 
     def _decide(self, runner: Any, sampled_token_ids: list[list[int]]) -> Decision:
         """Groups of rows, and how far each may draft."""
@@ -225,6 +234,8 @@ class Proposer:
         by_label: dict[str | None, list[int]] = {}
         for row in room:
             by_label.setdefault(self._requests[names[row]].label, []).append(row)
+        if self._settings.adaptive and not self._knows_plain(len(names)):
+            return Decision()
         self._costs.company = max(len(room), 1)
         limits: dict[int, int] = {}
         for label, rows in by_label.items():
@@ -232,6 +243,15 @@ class Proposer:
             limits |= {row: min(length, room[row]) for row in rows}
         wanted = [(row, self._plans[self._requests[names[row]].label], limit) for row, limit in limits.items()]
         return Decision(tuple(group(wanted, self._costs)), limits)
+
+    def _knows_plain(self, rows: int) -> bool:
+        """Whether it was timed, not long ago, what steps of such batches take without drafts.
+
+        They are what drafting must be faster than, and while every step drafts, nothing tells of them.
+        """
+        size = rows.bit_length()
+        self._until_plain[size] = self._until_plain.get(size, 0) - 1
+        return self._until_plain[size] >= 0
 
     def _room(self, runner: Any, row: int, name: str) -> int:
         """How many drafted tokens a request could use, and has slots for."""
