@@ -6,10 +6,12 @@ import gc
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from in_vllm import Opener, open_model, save_tiny_model
+
+if TYPE_CHECKING:
+    from in_vllm import Opener
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -17,12 +19,16 @@ if importlib.util.find_spec("vllm") is None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from in_vllm import save_tiny_model  # within: it sets environment variables that only these tests shall have
+
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def opened() -> Iterator[Opener]:
     """Opens models in vLLM; drops them after the test."""
+    from in_vllm import open_model
+
     models: list[Any] = []
 
     def keep(*args: Any, **options: Any) -> Any:
