@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from knn_ssd.atlas import Pooling
@@ -104,6 +105,10 @@ def test_a_checkpoint_has_the_fingerprint_of_its_model(tmp_path: Path, tied: boo
     config = AutoConfig.from_pretrained(tmp_path)
     found = fingerprint_of_checkpoint(tmp_path, config, loaded.tokenizer)
     assert found == fingerprint(loaded.model, loaded.tokenizer)
+    save_file(
+        {"layers.0.wq": torch.ones(2, 2)}, tmp_path / "consolidated.safetensors"
+    )  # which transformers passes over
+    assert fingerprint_of_checkpoint(tmp_path, config, loaded.tokenizer) == found
     other = tiny_model("llama", seed=1, tie_word_embeddings=tied)
     assert found.differences(fingerprint(other, loaded.tokenizer))
 

@@ -8,28 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from knn_ssd.atlas import Fingerprint
 from knn_ssd.errors import ModelError
+from knn_ssd.target.resolve import weight_files
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NOT_LOADED = ".rotary_emb.inv_freq"  # stored by old checkpoints, and computed by their models
 _SAMPLES = 1024  # of each weight: fine-tuning changes all of them, so a few tell
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
     """The fingerprint of a loaded model."""
-    config = model.config.get_text_config()
-    return Fingerprint(
-        architecture=type(model).__name__,
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(config.vocab_size),
-        weights_hash=_weights_hash(model),
-        tokenizer_hash=_tokenizer_hash(tokenizer),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    return _fingerprint(type(model).__name__, model.config, model.dtype, model.state_dict(), tokenizer)
 
 
 def fingerprint_of_checkpoint(
@@ -45,23 +38,30 @@ def fingerprint_of_checkpoint(
     Raises:
         ModelError: no such weights, or in a dtype that no fingerprint is made of.
     """
-    text = config.get_text_config()
+    weights = _stored(directory, bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
+    return _fingerprint((config.architectures or [""])[0], config, config.dtype, weights, tokenizer)
+
+
+def _fingerprint(
+    architecture: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str | None,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Fingerprint:
+    sizes = config.get_text_config()
     return Fingerprint(
-        architecture=(config.architectures or [""])[0],
-        num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
-        vocab_size=int(text.vocab_size),
-        weights_hash=_hash_of(_stored(directory, bool(getattr(text, "tie_word_embeddings", False)))),
+        architecture=architecture,
+        num_layers=int(sizes.num_hidden_layers),
+        hidden_size=int(sizes.hidden_size),
+        vocab_size=int(sizes.vocab_size),
+        weights_hash=_weights_hash(weights),
         tokenizer_hash=_tokenizer_hash(tokenizer),
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
-def _weights_hash(model: PreTrainedModel) -> str:
-    return _hash_of(model.state_dict())
-
-
-def _hash_of(weights: Mapping[str, torch.Tensor]) -> str:
+def _weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         flat = weight.detach().flatten()
@@ -74,23 +74,17 @@ def _hash_of(weights: Mapping[str, torch.Tensor]) -> str:
 def _stored(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
     """The weights in a directory, mapped and not read: of each only what is looked at comes from the disk."""
     weights: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-        mapped = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-        for name, entry in header.items():
-            if name == "__metadata__" or name.endswith(_NOT_LOADED):
-                continue
-            if entry["dtype"] not in _DTYPES:
-                raise ModelError(f"'{file}' has weights in {entry['dtype']}, and {', '.join(_DTYPES)} are known")
-            first, last = (8 + size + offset for offset in entry["data_offsets"])
-            own = mapped[first:last]
-            if first % 8:  # a view of another dtype needs it
-                own = own.clone()
-            weights[name] = own.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    for file in weight_files(directory):
+        if file.suffix != ".safetensors":
+            break
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in stored.keys() if not name.endswith(_NOT_LOADED)]  # noqa: SIM118 - no dictionary
+            weights |= {name: stored.get_tensor(name) for name in names}
     if not weights:
         raise ModelError(f"'{directory}' has no weights as safetensors", "Convert them, or give another directory.")
+    unknown = [str(weight.dtype) for weight in weights.values() if weight.dtype not in _DTYPES]
+    if unknown:
+        raise ModelError(f"'{directory}' has weights in {unknown[0]}, and {', '.join(map(str, _DTYPES))} are known")
     embeddings = weights.get("model.embed_tokens.weight")
     return weights | {"lm_head.weight": embeddings} if tied and embeddings is not None else weights
 

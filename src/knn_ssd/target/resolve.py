@@ -163,7 +163,7 @@ def _cached_snapshot(hub_id: str) -> Path | None:
         if not isinstance(config, str):
             return None
         snapshot = Path(config).parent
-        files = _weight_files(snapshot)
+        files = weight_files(snapshot)
     except (HFValidationError, ModelError):
         return None
     complete = files and all(file.is_file() for file in files) and _has_vocabulary(snapshot)
@@ -208,7 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_weights(directory: Path) -> None:
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files:
         raise ModelError(f"there are no weights in '{directory}': no {WEIGHTS[0][0]}", _again(directory))
     if missing := [file.name for file in files if not file.is_file()]:
@@ -223,7 +223,7 @@ def _check_weights(directory: Path) -> None:
             ) from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files of the weights by the order transformers looks for them; none if there are none."""
     for single, index in WEIGHTS:
         if (directory / single).is_file():
