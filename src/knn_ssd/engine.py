@@ -93,9 +93,7 @@ class Engine:
         self._router: Router | None = None
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
-            anchors = torch.from_numpy(atlas.anchors).to(self.target.device)
-            radii = {name: label.radius for name, label in atlas.labels.items()}
-            self._router = Router(neighbours).fit(anchors, atlas.anchor_labels, radii)
+            self._router = Router.of(atlas, neighbours, self.target.device)
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from knn_ssd.atlas import Atlas
 from knn_ssd.errors import UsageError
 
 _ROUNDING = 1e-6  # of a cosine in float32
@@ -53,6 +54,16 @@ class Router:
 
     def __init__(self, k: int = 1) -> None:
         self.k = k
+
+    @classmethod
+    def of(cls, atlas: Atlas, k: int = 1, device: torch.device | str = "cpu") -> Router:
+        """The router by an atlas's anchors and radii.
+
+        Raises:
+            UsageError: k outside [1, A].
+        """
+        radii = {name: label.radius for name, label in atlas.labels.items()}
+        return cls(k).fit(torch.from_numpy(atlas.anchors).to(device), atlas.anchor_labels, radii)
 
     def fit(self, anchors: torch.Tensor, labels: Sequence[str], radii: Mapping[str, float] | None = None) -> Router:
         """Learns anchors (A, D) and their labels.

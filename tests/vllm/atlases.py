@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from in_vllm import LAYERS
 
 from knn_ssd.atlas import Atlas, Label, Pooling
@@ -72,9 +73,6 @@ class Vectors:
 
     def routes(self, atlas: Atlas, prompts: list[list[int]]) -> dict[str, int]:
         """How many prompts go to each label."""
-        import torch
-
-        radii = {name: label.radius for name, label in atlas.labels.items()}
-        router = Router().fit(torch.from_numpy(atlas.anchors), atlas.anchor_labels, radii)
+        router = Router.of(atlas)
         names = [router.predict(torch.from_numpy(vector)).plan_name for vector in self.of(prompts)]
         return {name: names.count(name) for name in sorted(set(names))}

@@ -179,11 +179,9 @@ def read_atlas(args: argparse.Namespace) -> Atlas | None:
     if domain is not None:
         atlas.plan_for(domain)
     if args.neighbours is not None:
-        import torch
-
         from knn_ssd.route import Router
 
-        Router(args.neighbours).fit(torch.from_numpy(atlas.anchors), atlas.anchor_labels)
+        Router.of(atlas, args.neighbours)
     return atlas
 
 

@@ -6,7 +6,7 @@
     stack.py      the sublayers of vLLM's own model, run as a plan has them
     lowbit.py     4-bit copies of what vLLM loaded
     passes.py     one drafting pass over rows of a batch, into the target's own cache
-    routing.py    from a prompt's hidden states, chunk by chunk, to a label
+    routing.py    prompt vectors from hidden states, chunk by chunk; whether the atlas is of this model
     proposer.py   who drafts how far in each step
 
 Imports vLLM only where it runs inside it.

@@ -8,23 +8,28 @@ and without top-p. Both are so for every speculative method.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 
 
+@cache
 def mend() -> None:
-    """Puts working functions in the place of the two, on CPUs alone, in this process."""
+    """Puts working functions in the place of the two, on CPUs alone, once in this process."""
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
 
     if not current_platform.is_cpu():
         return
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     original = topk_topp_sampler.apply_top_k_only
-    if getattr(original, "__name__", "") != _top_k_of_some.__name__:
-        topk_topp_sampler.apply_top_k_only = _top_k_of_some(original)
+
+    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        mended: torch.Tensor = original(logits, k) if len(logits) else logits
+        return mended
+
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 def expand_batch_to_tokens(
@@ -41,11 +46,3 @@ def expand_batch_to_tokens(
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
     return replaced.repeat_interleave(counts, output_size=num_tokens)
-
-
-def _top_k_of_some(original: Any) -> Any:
-    def _top_k_of_some(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        mended: torch.Tensor = original(logits, k) if len(logits) else logits
-        return mended
-
-    return _top_k_of_some

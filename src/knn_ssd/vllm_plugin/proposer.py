@@ -20,12 +20,12 @@ from knn_ssd.controller import Costs, Experience, GoingOn, best_option, new_expe
 from knn_ssd.draft.self_draft import top_probability
 from knn_ssd.errors import UsageError
 from knn_ssd.grouping import Group, group
-from knn_ssd.plan import Mode, Plan
+from knn_ssd.plan import Plan
+from knn_ssd.route import Router
 from knn_ssd.vllm_plugin import hooks
-from knn_ssd.vllm_plugin.lowbit import why_unavailable
 from knn_ssd.vllm_plugin.mends import mend
 from knn_ssd.vllm_plugin.passes import Passes
-from knn_ssd.vllm_plugin.routing import PromptVector, Routing, check_model
+from knn_ssd.vllm_plugin.routing import PromptVector, check_model
 from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
 from knn_ssd.vllm_plugin.stack import Stack
 
@@ -40,15 +40,13 @@ class Requested:
     """What is known of a request.
 
     Args:
-        vector: of its prompt, as far as that was read; None where all have one plan.
-        routed: whether it has its label.
+        vector: of its prompt, as far as that was read; None once it has its label, or where all have one plan.
         label: whose plan drafts for it; None is the fallback, or the plan for all.
         drafted: its last draft.
         sure: how likely the draft held each of these tokens to be right.
     """
 
     vector: PromptVector | None
-    routed: bool
     label: str | None = None
     drafted: tuple[int, ...] = ()
     sure: tuple[float, ...] = ()
@@ -97,7 +95,7 @@ class Proposer:
             for label, plan in self._plans.items()
         }
         self._requests: dict[str, Requested] = {}
-        self._finished_at: float | None = None  # the last step's drafting, where this step's rows were all in it
+        self._finished_at: float | None = None  # the last step's drafting
         self._last_rows: set[str] = set()
         self._until_plain: dict[int, int] = {}  # by the batch's size, in powers of two: steps that may still draft
         self._plain_steps: dict[int, int] = {}  # and how many without drafts were timed
@@ -109,20 +107,16 @@ class Proposer:
         from vllm.distributed import get_tp_group
 
         self._stack = Stack(model)
-        if self._stack.num_layers != self._plans[None].num_layers:
-            raise UsageError(
-                f"the plan is for {self._plans[None].num_layers} layers, and the model has {self._stack.num_layers}"
-            )
-        if Mode.LOW not in self._stack.modes and any(plan.uses_low for plan in self._plans.values()):
-            _log.warning("%s: sublayers that plans have low run as they are", why_unavailable(self._stack.device))
+        if self._stack.why_no_low is not None and any(plan.uses_low for plan in self._plans.values()):
+            _log.warning("%s: sublayers that plans have low run as they are", self._stack.why_no_low)
             self._plans = {label: _without_low(plan) for label, plan in self._plans.items()}
         self._ranks = get_tp_group()
         atlas = self._settings.atlas
-        self._routing: Routing | None = None
+        self._router: Router | None = None
         self._passes: Passes | None = None
         if atlas is not None:
             check_model(atlas, self._config.model_config)
-            self._routing = Routing(atlas, self._settings.neighbours, self._stack.device)
+            self._router = Router.of(atlas, self._settings.neighbours, self._stack.device)
 
     def propose(self, *_args: Any, **_kwargs: Any) -> list[list[int]]:
         """What vLLM calls where the hook is not in place, which `hooks.check` has refused already."""
@@ -182,21 +176,22 @@ class Proposer:
             count = scheduler_output.num_scheduled_tokens[name]
             request = self._requests.get(name)
             if request is None:
-                prompt_length = int(batch.num_prompt_tokens[row])
-                vector = self._routing.new_vector(prompt_length) if self._routing is not None else None
-                request = self._requests[name] = Requested(vector, routed=vector is None)
-                if vector is None:
+                request = self._requests[name] = Requested(self._new_vector(int(batch.num_prompt_tokens[row])))
+                if request.vector is None:
                     self._count(None, "requests", 1)
-            if not request.routed:
-                assert request.vector is not None
-                assert self._routing is not None
+            if request.vector is not None:
+                assert self._router is not None
                 start = int(batch.num_computed_tokens_cpu[row])
                 pooled = request.vector.add(hidden_states[first : first + count], start)
                 if pooled is not None:
-                    request.label = self._told(self._routing.route(pooled).plan_label if self._leads else None)
-                    request.routed, request.vector = True, None
+                    request.label = self._told(self._router.predict(pooled).plan_label if self._leads else None)
+                    request.vector = None
                     self._count(request.label, "requests", 1)
             first += count
+
+    def _new_vector(self, prompt_length: int) -> PromptVector | None:
+        atlas = self._settings.atlas
+        return PromptVector(atlas.pooling, prompt_length) if atlas is not None else None
 
     def _learn(self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], started: float) -> None:
         """What became of the last drafts, and what their verification took."""
@@ -226,16 +221,16 @@ class Proposer:
     def _decide(self, runner: Any, sampled_token_ids: list[list[int]]) -> Decision:
         """Groups of rows, and how far each may draft."""
         names = runner.input_batch.req_ids
+        if self._settings.adaptive and not self._knows_plain(len(names)):
+            return Decision()
         room = {
             row: self._room(runner, row, name)
             for row, (name, new) in enumerate(zip(names, sampled_token_ids, strict=False))
-            if new and self._requests[name].routed
+            if new and self._requests[name].vector is None
         }
         by_label: dict[str | None, list[int]] = {}
         for row in room:
             by_label.setdefault(self._requests[names[row]].label, []).append(row)
-        if self._settings.adaptive and not self._knows_plain(len(names)):
-            return Decision()
         self._costs.company = max(len(room), 1)
         limits: dict[int, int] = {}
         for label, rows in by_label.items():

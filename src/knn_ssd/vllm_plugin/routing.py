@@ -1,4 +1,4 @@
-"""From a prompt's hidden states, which vLLM shows chunk by chunk, to the label whose plan drafts for it."""
+"""What routing needs of vLLM: prompt vectors from hidden states shown chunk by chunk, and the model's identity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from knn_ssd.atlas import Atlas, Pooling
 from knn_ssd.errors import ModelError
-from knn_ssd.route import Route, Router
 
 _log = logging.getLogger("vllm.knn_ssd")
 
@@ -47,28 +46,6 @@ class PromptVector:
             self._sum = own.sum(dim=0) + (0 if self._sum is None else self._sum)
             self._seen += len(own)
         return self._sum / self.length if complete and self._sum is not None and self._seen == self.length else None
-
-
-class Routing:
-    """Routes prompts by an atlas's anchors.
-
-    Args:
-        atlas: of the model that runs.
-        neighbours: how many anchors vote.
-        device: of the hidden states.
-    """
-
-    def __init__(self, atlas: Atlas, neighbours: int, device: torch.device) -> None:
-        self._pooling = atlas.pooling
-        radii = {name: label.radius for name, label in atlas.labels.items()}
-        anchors = torch.from_numpy(atlas.anchors).to(device)
-        self._router = Router(neighbours).fit(anchors, atlas.anchor_labels, radii)
-
-    def new_vector(self, prompt_length: int) -> PromptVector:
-        return PromptVector(self._pooling, prompt_length)
-
-    def route(self, vector: torch.Tensor) -> Route:
-        return self._router.predict(vector)
 
 
 def check_model(atlas: Atlas, model_config: Any) -> None:

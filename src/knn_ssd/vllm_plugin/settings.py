@@ -63,7 +63,7 @@ def read_settings(additional_config: Any) -> Settings:
     if "atlas" in asked:
         return Settings(Atlas.load(asked["atlas"]), None, adaptive, neighbours)
     try:
-        plan = asked["plan"] if isinstance(asked["plan"], Plan) else Plan.from_json(asked["plan"])
+        plan = Plan.from_json(asked["plan"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"'plan' is not a plan as atlas.json has them: {error!r}") from error
     return Settings(None, plan, adaptive, neighbours)

@@ -25,6 +25,10 @@ class Stack:
     Args:
         model: of one of `FAMILIES`, as vLLM loaded it.
 
+    Attributes:
+        device: of the model.
+        why_no_low: what speaks against `low` sublayers here; None if nothing does.
+
     Raises:
         UnsupportedModelError: another one, or one whose layers are not built as they were.
     """
@@ -46,23 +50,15 @@ class Stack:
         self._layers = layers
         norm = model.model.norm.weight
         self.device: torch.device = norm.device
-        self._low = LowBit(norm.device, norm.dtype) if why_unavailable(norm.device) is None else None
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    @property
-    def modes(self) -> frozenset[Mode]:
-        """What a sublayer can do in a draft here; one that cannot be `low` runs as it is."""
-        return frozenset(Mode) - (frozenset() if self._low is not None else {Mode.LOW})
+        self.why_no_low = why_unavailable(norm.device)
+        self._low = LowBit(norm.device, norm.dtype)
 
     def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits (n, V) after each of n tokens, for which the forward context has the attention's metadata.
 
         Args:
             token_ids, positions: (n,)
-            plan: how each sublayer runs.
+            plan: how each sublayer runs; none is `low` where `why_no_low` says that they cannot be.
         """
         with self._lowered(plan):
             residual = self._model.model.embed_input_ids(token_ids)  # (n, D)
@@ -80,7 +76,7 @@ class Stack:
 
     def _lowered(self, plan: Plan) -> AbstractContextManager[None]:
         """Within, the linears of `low` sublayers run on 4-bit copies."""
-        if self._low is None or not plan.uses_low:
+        if not plan.uses_low:
             return nullcontext()
         linears: list[Any] = []
         for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
