@@ -1,4 +1,4 @@
-"""What the recipes share: an atlas made once and kept, and a stream measured by methods and shown as a table."""
+"""What the recipes share: an atlas made once and kept, continuations, a stream measured and shown as a table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd import Engine
-from knn_ssd.atlas import Atlas
+from knn_ssd.atlas import Atlas, Pooling
 from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
 from knn_ssd.bench.records import read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.summary import shown
+from knn_ssd.calibrate.onpolicy import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import Settings
 from knn_ssd.cli.progress import ProgressReporter
@@ -23,6 +24,7 @@ from knn_ssd.plan import Mode
 from knn_ssd.prompts import Prompt
 from knn_ssd.provenance import write_whole
 from knn_ssd.target.resolve import LoadedModel
+from knn_ssd.tokens import eos_token_ids
 
 
 def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: Settings) -> Engine:
@@ -58,6 +60,15 @@ def measured(
     records = read_records(out / "records.jsonl")
     write_whole(out / "report.html", report(summary, records, command, engine.atlas))
     return summary
+
+
+def observed(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list[Observation]:
+    """The target's own continuations of prompts, on which plans are scored."""
+    ends = eos_token_ids(engine.model)
+    return [
+        observe(engine.target, p.domain or "none", p.id, engine.encode(p.prompt), new_tokens, Pooling.MEAN, ends)
+        for p in prompts
+    ]
 
 
 def print_table(summary: dict[str, Any]) -> None:

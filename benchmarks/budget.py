@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 
 import optuna
+from _recipes import observed
 
 from knn_ssd import Engine
-from knn_ssd.atlas import Pooling
-from knn_ssd.bench.workload import limit_each, read_workloads
+from knn_ssd.bench.workload import read_workloads
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.objective import Rehearsals
-from knn_ssd.calibrate.onpolicy import observe
 from knn_ssd.calibrate.search import Search, Strategy, create_study
 from knn_ssd.plan import Mode
-from knn_ssd.tokens import eos_token_ids
 
 SHOWN = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -41,11 +39,7 @@ def main() -> None:
     target = engine.target
     low = Mode.LOW in target.modes and not args.skip_only
     prompts = [prompt for prompt in read_workloads(args.prompts) if prompt.domain == args.domain]
-    ends = eos_token_ids(engine.model)
-    observations = [
-        observe(target, args.domain, p.id, engine.encode(p.prompt), args.max_new_tokens, Pooling.MEAN, ends)
-        for p in limit_each(prompts, args.limit)
-    ]
+    observations = observed(engine, prompts[: args.limit], args.max_new_tokens)
     cost = measure_cost(target, low)
     budgets = [budget for budget in SHOWN if budget <= args.trials]
     print("| strategy | " + " | ".join(f"{budget} plans" for budget in budgets) + " |")

@@ -18,6 +18,7 @@ from typing import Any
 from knn_ssd import Engine, Plan
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
 from knn_ssd.target.resolve import load_model, model_dir
+from knn_ssd.vllm_plugin.hooks import PROPOSER
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     layers = int(loaded.model.config.num_hidden_layers)
     del loaded
     asked = {"atlas": str(args.atlas)} if args.atlas else {"plan": Plan.low(layers).to_json()}
-    proposer = {"method": "custom_class", "model": "knn_ssd.vllm_plugin.proposer.Proposer"}
+    proposer = {"method": "custom_class", "model": PROPOSER}
     settings: dict[str, Any] = {
         "model": str(model_dir(args.model)),
         "dtype": args.dtype,

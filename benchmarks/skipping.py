@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from _recipes import observed
+
 from knn_ssd import Engine, Plan
-from knn_ssd.atlas import Pooling
 from knn_ssd.bench.workload import limit_each, read_workloads
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.objective import Rehearsals
-from knn_ssd.calibrate.onpolicy import observe
 from knn_ssd.plan import Policy
 from knn_ssd.prompts import Prompt
-from knn_ssd.tokens import eos_token_ids
 
 LONGEST = 12  # as published
 
@@ -56,11 +55,7 @@ def main() -> None:
     engine = Engine.from_pretrained(args.model, device="cpu")
     target, layers = engine.target, engine.target.num_layers
     prompts = limit_each(read_workloads(args.prompts), args.limit)
-    ends = eos_token_ids(engine.model)
-    observations = [
-        observe(target, p.domain or "none", p.id, engine.encode(p.prompt), args.max_new_tokens, Pooling.MEAN, ends)
-        for p in prompts
-    ]
+    observations = observed(engine, prompts, args.max_new_tokens)
     with Rehearsals(target, observations, measure_cost(target, low=False)) as rehearsals:
         alone = [rehearsals.score(skipping(layers, [place])).agreement for place in range(2 * layers)]
         order = sorted(range(2 * layers), key=lambda place: alone[place], reverse=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from knn_ssd.vllm_plugin.hooks import PROPOSER
+
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -15,7 +17,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-PROPOSER = "knn_ssd.vllm_plugin.proposer.Proposer"
 LAYERS = 4
 Opener = Callable[..., Any]
 
@@ -52,6 +53,12 @@ def open_model(folder: Path, asked: dict[str, Any] | None = None, longest: int =
     return LLM(str(folder), **{**settings, **ours, **options})
 
 
+def greedy(**options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, **options})
+
+
 def tokens_of(llm: Any, prompts: list[Any], params: Any) -> list[list[int]]:
     """The output's token ids of each prompt, text or token ids."""
     asked = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
@@ -61,6 +68,11 @@ def tokens_of(llm: Any, prompts: list[Any], params: Any) -> list[list[int]]:
 def runner_of(llm: Any) -> Any:
     """vLLM's model runner, which lives in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def metrics_of(llm: Any) -> dict[str, Any]:
+    """vLLM's own counts by name."""
+    return {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
 
 
 def counts_of(llm: Any) -> dict[str, dict[str, int]]:

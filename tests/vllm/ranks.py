@@ -33,10 +33,10 @@ def disturb() -> None:
 
 def main() -> None:
     folder, settings, *noisy = sys.argv[1:]
-    from in_vllm import open_model, tokens_of
+    from in_vllm import greedy, open_model, tokens_of
 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # which `in_vllm` sets for one rank
-    from test_vllm_lossless import greedy, prompts
+    from test_vllm_lossless import prompts
 
     if noisy:
         disturb()

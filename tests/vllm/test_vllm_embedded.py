@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from atlases import Vectors
-from in_vllm import Opener, counts_of, tokens_of
-from test_vllm_lossless import greedy
+from in_vllm import Opener, counts_of, greedy, tokens_of
 
 from knn_ssd.atlas import Pooling
 from knn_ssd.engine import Engine
@@ -60,7 +59,6 @@ def test_five_domains_in_one_batch(opened: Opener, folder: Path, tmp_path: Path)
     llm = opened(folder, asked_for, **options)
     assert tokens_of(llm, asked, greedy(max_tokens=32)) == plain
     counts = counts_of(llm)
-    print(counts)
     assert {name: own["requests"] for name, own in counts.items()} == vectors.routes(atlas, asked)
     assert len(counts) == len(PLANS)
     whole = counts["text2sql"]  # skips nothing

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_vllm import LAYERS, Opener, counts_of, runner_of, save_tiny_model, tokens_of
+from in_vllm import LAYERS, Opener, counts_of, greedy, metrics_of, runner_of, save_tiny_model, tokens_of
 
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.target.resolve import load_model
@@ -22,12 +22,6 @@ LOW = Plan.low(LAYERS, FAR)
 def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
     chance = random.Random(seed)
     return [[chance.randrange(33, 127) for _ in range(chance.randrange(3, longest))] for _ in range(count)]
-
-
-def greedy(**options: Any) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, **options})
 
 
 def both(
@@ -74,7 +68,7 @@ def test_low_bit_weights_are_those_of_the_model_rounded(opened: Opener, tiny: Pa
 def test_a_plan_that_skips_nothing_shortens_the_work(opened: Opener, tiny: Path) -> None:
     llm, drafted, plain = both(opened, tiny, NOTHING, prompts(1), greedy(max_tokens=50))
     assert drafted == plain
-    drafts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    drafts = metrics_of(llm)
     assert drafts["vllm:spec_decode_num_drafts"] <= 12  # 1 + 50 / 5 steps, and one for the rest
     assert drafts["vllm:spec_decode_num_accepted_tokens"] == counts_of(llm)["plan"]["accepted"]
 
@@ -107,8 +101,7 @@ def test_requests_may_be_preempted(opened: Opener, tiny: Path) -> None:
     asked = prompts(8, longest=30)
     llm, drafted, plain = both(opened, tiny, SOME, asked, params, **options)
     assert drafted == plain
-    preemptions = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    assert preemptions["vllm:num_preemptions"] > 0
+    assert metrics_of(llm)["vllm:num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("longest", [1, 3, 7])

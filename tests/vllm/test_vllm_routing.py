@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 from atlases import PLANS, Vectors, prompts_of
-from in_vllm import Opener, counts_of, tokens_of
+from in_vllm import Opener, counts_of, greedy, metrics_of, runner_of, tokens_of
 
 from knn_ssd.atlas import Atlas, Pooling
-
-
-def greedy(**options: Any) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, **options})
 
 
 def mixed() -> list[list[int]]:
@@ -61,8 +55,7 @@ def test_chunks_and_preemption_leave_routes_as_they_are(opened: Opener, tiny: Pa
     llm = opened(tiny, {**saved(atlas, tmp_path), "adaptive": False}, **options)
     assert tokens_of(llm, asked, params) == plain
     assert {name: own["requests"] for name, own in counts_of(llm).items()} == vectors.routes(atlas, asked)
-    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    assert metrics["vllm:num_preemptions"] > 0
+    assert metrics_of(llm)["vllm:num_preemptions"] > 0
 
 
 def test_by_expected_speed_the_output_is_the_same(opened: Opener, tiny: Path, tmp_path: Path) -> None:
@@ -79,8 +72,6 @@ def test_by_expected_speed_the_output_is_the_same(opened: Opener, tiny: Path, tm
 
 
 def test_requests_are_forgotten_when_they_end(opened: Opener, tiny: Path, tmp_path: Path) -> None:
-    from in_vllm import runner_of
-
     llm = opened(tiny, saved(Vectors(tiny, Pooling.LAST).atlas(), tmp_path))
     for _ in range(3):
         tokens_of(llm, mixed(), greedy(max_tokens=4))

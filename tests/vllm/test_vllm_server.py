@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 from atlases import PLANS, Vectors, prompts_of
-from in_vllm import PROPOSER
 from openai import AsyncOpenAI
 
 from knn_ssd.atlas import Pooling
+from knn_ssd.vllm_plugin.hooks import PROPOSER
 
 CLIENTS = 64
 
