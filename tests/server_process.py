@@ -85,8 +85,10 @@ class ServerProcess:
             time.sleep(0.02)
 
     def resident_bytes(self) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text("utf-8")
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+        status = Path(f"/proc/{self.process.pid}/status")
+        if status.exists():
+            return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text("utf-8"))[1]) * 1024  # type: ignore[index]
+        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.process.pid)])) * 1024
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from helpers import endless
+from pydantic import ValidationError
 from server import MODEL, Served, SlowEngine, serving
 
 from knn_ssd.cli import main
@@ -25,6 +26,7 @@ from knn_ssd.generation import Chunk, Generation
 from knn_ssd.serve.app import ServeSettings, make_app
 from knn_ssd.serve.listen import listen
 from knn_ssd.serve.scheduler import Begun, BusyError, ClosingError, DeadlineError, Event, Limits, Scheduler
+from knn_ssd.serve.schemas import ChatRequest
 from knn_ssd.target.fused import FusedTarget
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -147,6 +149,13 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert sentence in error["message"]
     if param is not None:
         assert error["param"].startswith(param)
+
+
+def test_of_many_unknown_names_one_is_told() -> None:
+    names = {f"unknown-{number}": number for number in range(1000)}
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **names})
+    assert [error["loc"] for error in refused.value.errors()] == [("unknown-0",)]
 
 
 def test_an_error_within_a_stream_is_an_event() -> None:

@@ -111,6 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
         400,
         "messages",
     ),
+    "200 000 unknown names": (lambda: post(body(**{f"k{n}": 1 for n in range(200_000)})), 400, "'k0' is not supported"),
     "invalid UTF-8": (lambda: post(b'{"model":"tiny","prompt":"\xff\xfe"}'), 400, "parsing the body"),
     "a length that is too short": (lambda: post(body(), "content-length: 5"), 400, "the body is not JSON"),
     "NaN": (lambda: with_field(b'"temperature":NaN'), 400, "temperature"),

@@ -161,12 +161,8 @@ def test_every_answer_is_the_one_that_a_client_alone_gets_and_nothing_stays_behi
         assert set(done) == {"whole", "streamed", "left", "nonsense"}
         assert done.total() == size
         server.wait_until_idle()
-        levels.append(resident(server))
+        levels.append(server.resident_bytes())
     assert levels[-1] - levels[0] < MOST_GROWTH_BYTES
-
-
-def resident(server: ServerProcess) -> int:
-    return server.resident_bytes() if Path("/proc").is_dir() else 0
 
 
 def test_with_a_short_queue_clients_try_again_until_each_has_its_answer(model: Path, expected: dict[Ask, Any]) -> None:
