@@ -1,16 +1,19 @@
-"""One matrix, many kernels: PyTorch's for float32, bfloat16 and 4 bits beside those of the lean target.
+"""One matrix, many kernels: PyTorch's for float32, bfloat16, 8 and 4 bits beside those of the lean target.
 
     python benchmarks/kernels.py [--rows N] [--cols K]
 
-Medians in milliseconds by rows of input, over copies of the matrix that do not fit the cache together.
+Medians in milliseconds by rows of input, over copies of the matrix that do not fit the cache together. Where torchao is
+installed, its 4-bit weights with 8-bit inputs are timed too.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -21,7 +24,7 @@ from knn_ssd.target.native import Matrix, address, kernels
 
 BLOCKS = (1, 2, 4, 8)
 KEPT: list[object] = []  # holds the tensors whose addresses the kernels have
-COPIES, REPEATS = 4, 7
+COPIES, REPEATS = 8, 7
 
 
 def ours(matrices: list[Matrix], x: torch.Tensor) -> Callable[[int], object]:
@@ -67,7 +70,34 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
         found["_weight_int4pack_mm_for_cpu, bfloat16"] = lambda x: (
             lambda i: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), fours[i], 64, scales)
         )
+    if hasattr(torch.ops.quantized, "linear_dynamic") and hasattr(torch, "quantize_per_channel"):
+        eights = [eight_bits(weight) for weight in wide]
+        found["linear_dynamic, 8 bits"] = lambda x: lambda i: torch.ops.quantized.linear_dynamic(x, eights[i], True)
+    if importlib.util.find_spec("torchao"):
+        by_torchao = [torchao_linear(weight) for weight in wide]
+        found["torchao, 4 bits, 8-bit inputs"] = lambda x: lambda i: by_torchao[i](x)
     return found
+
+
+def eight_bits(weight: torch.Tensor) -> object:
+    """A matrix packed for PyTorch's own kernel of 8-bit weights and inputs, with a scale for each row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantised tensors are to be replaced by torchao's
+        scales, zeros = (weight.abs().amax(dim=1) / 127).double(), torch.zeros(len(weight), dtype=torch.long)
+        return torch.ops.quantized.linear_prepack(
+            torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
+        )
+
+
+def torchao_linear(weight: torch.Tensor) -> nn.Module:
+    """As its documentation has it for processors; it falls back to widening where its wheel has no kernel."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight)
+    module = nn.Sequential(linear)
+    quantize_(module, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(64)))
+    return module
 
 
 def main() -> None:
