@@ -59,7 +59,12 @@ def skipped(plan: Plan) -> set[int]:
     return {2 * i for i in plan.skipped_attention} | {2 * i + 1 for i in plan.skipped_mlp}
 
 
-@pytest.fixture(scope="module", params=["greedy", "bayes", "evolve"])
+def of_one_process(strategy: str) -> Any:
+    """Its tests run in one process, for the atlas takes longer than they do."""
+    return pytest.param(strategy, marks=pytest.mark.xdist_group(f"planted {strategy}"))
+
+
+@pytest.fixture(scope="module", params=[of_one_process(name) for name in ("greedy", "bayes", "evolve")])
 def planted_atlas(
     request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Atlas:
@@ -120,6 +125,7 @@ def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_dec
 
 
 @pytest.mark.clock
+@pytest.mark.parametrize("planted_atlas", ["bayes"], indirect=True)
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
     """On the real clock, of each way and domain the fastest of the turns: as many as a busy machine needs."""
     engine = Engine(planted.model, tiny_tokenizer())

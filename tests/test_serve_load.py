@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
@@ -174,3 +175,8 @@ def test_with_a_short_queue_clients_try_again_until_each_has_its_answer(model: P
         with small.client as client:
             ask = next(iter(expected))
             assert ask.whole(client) == expected[ask]
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests")
+def test_tests_of_a_group_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    assert request.node.nodeid.endswith("@server process")
