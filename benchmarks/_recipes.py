@@ -49,10 +49,11 @@ def measured(
 
     Only the methods in `with_atlas` are given the engine's atlas; the others have the general plan.
     """
+    first, temperature, seed = ordered[0].domain, asked.temperature, asked.seed
     bare = Engine(engine.model, engine.tokenizer, target=engine.target)
     names = [method for method in names if method != "low" or Mode.LOW in engine.target.modes]
-    routed = make_methods([method for method in names if method in with_atlas], engine, ordered[0].domain)
-    others = make_methods([method for method in names if method not in with_atlas], bare)
+    routed = make_methods([method for method in names if method in with_atlas], engine, first, temperature, seed)
+    others = make_methods([method for method in names if method not in with_atlas], bare, first, temperature, seed)
     methods = {method: (routed | others)[method] for method in names}
     with ProgressReporter() as progress:
         summary = run_bench(engine, list(ordered), methods, out, asked, progress, name)
@@ -79,7 +80,16 @@ def print_table(summary: dict[str, Any]) -> None:
     print("|---|" + "--:|" * (len(domains) + 3))
     for name, own in summary["methods"].items():
         cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
-        bounds = own["speedup_ci95"]
-        interval = f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
+        interval = _bounds(own)
         accepted = shown(own["acceptance_rate"], "{:.2f}")
         print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {interval} | {accepted} |")
+
+
+def shown_interval(own: dict[str, Any]) -> str:
+    """The end-to-end speed-up of a method, with its interval."""
+    return f"{own['speedup']:.2f} ({_bounds(own)})"
+
+
+def _bounds(own: dict[str, Any]) -> str:
+    bounds = own["speedup_ci95"]
+    return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from knn_ssd.calibrate import cost
+from knn_ssd.calibrate.objective import Clock, Timing
 from knn_ssd.target import native
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -21,15 +24,18 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(cost, "_ENOUGH_SEC", 0.0)  # nobody goes by these costs
 
     def __call__(self, script: str, *options: str, code: int = 0) -> str:
         """What a script printed, which ended with this code."""
         self._monkeypatch.setattr(sys, "argv", [script, *options])
-        ended = 0
+        ended, threads = 0, torch.get_num_threads()
         try:
             runpy.run_path(str(FOLDER / script), run_name="__main__")
         except SystemExit as end:
             ended = int(end.code or 0)
+        finally:
+            torch.set_num_threads(threads)
         assert ended == code
         return self._capsys.readouterr().out
 
@@ -56,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The folder of a tiny model, and a file of prompts of two domains."""
     folder = tmp_path_factory.mktemp("recipes")
     tiny_model("llama", num_hidden_layers=2).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    tiny_tokenizer(chat=True).save_pretrained(folder / "model")
     prompts = [
         {"id": f"{domain}-{number}", "domain": domain, "prompt": f"{symbol * 8} {number} {symbol * number}"}
         for domain, symbol in (("letters", "abc"), ("signs", "%&"))
@@ -94,7 +100,7 @@ def test_shares_and_thresholds_are_told(run: Run, tiny: tuple[str, str]) -> None
 def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--max-new-tokens", "8", "--limit", "1"]
-    shown = run("foreign.py", *options, "--out", str(tmp_path), "--known", "letters", "--minutes", "0.02",
+    shown = run("foreign.py", *options, "--out", str(tmp_path), "--known", "letters", "--minutes", "0.005",
                 "--methods", "plain", "auto")  # fmt: skip
     assert "different from plain: []" in shown
     assert ["signs, foreign", "1"] in [row[:2] for row in rows(shown)]
@@ -103,3 +109,51 @@ def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple
     assert head == ["way", "letters", "signs", "all"]
     assert [row[0] for row in found][2:] == ["atlas atlas"]
     run("never_slower.py", *options, "--least", "1000", code=1)
+
+
+def test_temperatures_are_told_by_method(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--limit", "1", "--max-new-tokens", "6"]
+    options += ["--temperatures", "0", "1", "--methods", "plain", "auto", "--out", str(tmp_path)]
+    head, *found = rows(run("sampling.py", *options))
+    assert head[:3] == ["temperature", "method", "accepted"]
+    assert [row[:2] for row in found] == [[t, f"`{name}`"] for t in ("0", "1") for name in ("plain", "auto")]
+    assert found[1][-1] == "1.00", "greedy output is plain decoding's"
+    asked = [json.loads((tmp_path / f"temperature-{t}" / "run.json").read_text())["temperature"] for t in (0, 1)]
+    assert asked == [0, 1]
+
+
+def test_lengths_are_told_and_one_that_the_model_cannot_take_is_named(
+    run: Run, tiny: tuple[str, str], tmp_path: Path
+) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--limit", "1", "--max-new-tokens", "6", "--out", str(tmp_path)]
+    shown = run("lengths.py", *options, "--lengths", "60", "4096", "--methods", "plain", "lookup")
+    assert "4096 tokens are left out: with the answer it is over the model's context of 256" in shown
+    _, *found = rows(shown)
+    expected = [[length, f"`{name}`"] for length in ("as they are", "60") for name in ("plain", "lookup")]
+    assert [row[:2] for row in found] == expected
+    assert all(row[-1] == "1.00" for row in found), "whatever drafts, the answers are the same"
+
+
+def test_conversations_say_the_same_whoever_drafts_and_whatever_is_kept(run: Run, tiny: tuple[str, str]) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--limit", "1", "--max-new-tokens", "6", "--turns", "2"]
+    _, *found = rows(run("chats.py", *options))
+    ways = ["plain", "auto", "plain, cache", "auto, cache"]
+    assert [row[:2] for row in found] == [[turn, way] for turn in ("1", "2", "all") for way in ways]
+    assert {row[-1] for row in found} == {"0"}
+    if native.why_unavailable() is None:  # the lean target, which keeps prefixes
+        assert all(float(row[2]) > 0.3 for row in found if row[0] == "2" and "cache" in row[1])
+
+
+def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its methods skip what the search found, whatever the clock makes of it, so the clock's minute is saved here."""
+    monkeypatch.setattr(Clock, "compare", lambda clock, plans, agreements: [Timing() for _ in plans])
+    options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]
+    shown = run("planted.py", *options, "--ratios", "0", "1")
+    assert shown.count("3 prompts, different from plain: []") == 2
+    head, *found = rows(shown)
+    assert head[1:] == ["ratio 0, 95 %", "accepted", "ratio 1, 95 %", "accepted"]
+    assert [row[0] for row in found] == ["`plain`", "`self-sd-fix`", "`self-sd-mix`", "`knn-ssd`"]
+    assert (tmp_path / "ratio-1" / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""In which order prompts come: streams with a share of changes between domains, and readers of question files.
+"""Which prompts come, how long they are, and in which order: readers of question files, long prompts, and streams.
 
 A stream with mix ratio R starts at one domain; before each next prompt it changes to another domain with probability R
 (arXiv 2505.16162, section 4: 0 is one domain after the other, 1 changes at every prompt).
@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
+from knn_ssd.tokens import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATASET = "hf:"  # what a data set's name begins with, where a file's could stand
 
 
 def stream(prompts: Sequence[Prompt], mix_ratio: float, seed: int = 0) -> list[Prompt]:
@@ -69,13 +78,76 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return first, second
 
 
-def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
-    """The prompts of several files, or the built-in ones where none is given.
+def lengthened(
+    prompts: Sequence[Prompt],
+    pool: Sequence[Prompt],
+    num_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat: bool = True,
+) -> list[Prompt]:
+    """Prompts with other ones as context before them, so that each has so many tokens as the model gets it.
+
+    A prompt's own text comes last. Before it stand the prompts of its domain that come before it in the pool, before
+    those the ones that come after it, and where the domain has no more, those of other domains; each once, with a blank
+    line between two. The whole is cut at the front, and may be a token short where a character takes several.
+
+    Args:
+        prompts: of the pool.
+        pool: what context is taken from.
+        num_tokens: of each prompt, the chat template's included.
+        tokenizer: of the model.
+        chat: put prompts through the tokenizer's chat template if it has one.
 
     Raises:
-        PromptError: as `read_prompts`.
+        PromptError: less text in the pool than that, or more in the template.
     """
-    return [prompt for path in paths for prompt in read_workload(path)] or builtin_prompts()
+
+    def count(text: str) -> int:
+        return len(encode(tokenizer, text, sys.maxsize, chat))
+
+    return [
+        replace(each, prompt=_cut(_with_context(each, pool, num_tokens, count), num_tokens, count)) for each in prompts
+    ]
+
+
+def _with_context(prompt: Prompt, pool: Sequence[Prompt], num_tokens: int, count: Callable[[str], int]) -> str:
+    """A prompt's text behind as much other text as makes it long enough."""
+    others = [each for each in pool if each.domain != prompt.domain]
+    own = [each for each in pool if each.domain == prompt.domain]
+    place = own.index(prompt)
+    context = [*others, *own[place + 1 :], *own[:place]]
+    text = prompt.prompt
+    while (length := count(text)) < num_tokens:
+        if not context:
+            raise PromptError(
+                f"all {len(pool)} prompts together have {length} tokens, and prompts of {num_tokens} are asked for",
+                "Give more prompts, or ask for fewer tokens.",
+            )
+        text = f"{context.pop().prompt}\n\n{text}"
+    return text
+
+
+def _cut(text: str, num_tokens: int, count: Callable[[str], int]) -> str:
+    """The end of a text that has so many tokens."""
+    places = range(len(text.rstrip()))
+    start = bisect_left(places, True, key=lambda place: count(text[place:]) <= num_tokens)
+    if start == len(places):
+        raise PromptError(
+            f"a prompt of {num_tokens} tokens has no room for a word beside the chat template", "Ask for more tokens."
+        )
+    return text[start:]
+
+
+def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
+    """The prompts of several files or data sets, or the built-in ones where none is given.
+
+    Raises:
+        PromptError, UsageError: as `read_workload` and `read_dataset`.
+    """
+    prompts = []
+    for path in paths:
+        prompts += read_dataset(str(path)) if str(path).startswith(DATASET) else read_workload(path)
+    return prompts or builtin_prompts()
 
 
 def read_workload(path: str | Path) -> list[Prompt]:
@@ -109,3 +181,55 @@ def _question(line: str, where: str) -> Prompt:
     if not prompt.prompt.strip():
         raise PromptError(f"{where} has an empty turn", "Give at least one word.")
     return prompt
+
+
+def read_dataset(name: str) -> list[Prompt]:
+    """The prompts of a Hugging Face data set: `hf:NAME[:[CONFIG/]SPLIT[:COLUMN]]`.
+
+    NAME is a Hub id, or a folder of files that the library reads; without the others, SPLIT is `train` and COLUMN is
+    `prompt`. Of a list of turns the first is taken. A column `domain` says what prompts are about; without it, that is
+    the last part of NAME.
+
+    Raises:
+        UsageError: the library is not installed.
+        PromptError: a data set that cannot be had, no such column, or a row without text in it.
+    """
+    path, _, rest = name.removeprefix(DATASET).partition(":")
+    place, _, column = rest.partition(":")
+    config, _, split = place.rpartition("/")
+    column = column or "prompt"
+    rows = _load_dataset(name, path, config or None, split or "train")
+    if column not in rows.column_names:
+        raise PromptError(
+            f"'{name}' has no column '{column}'",
+            f"Name one of {', '.join(rows.column_names)}, as in {DATASET}{path}:{place or 'train'}:COLUMN.",
+        )
+    short = Path(path).name
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        text = row[column]
+        text = text[0] if isinstance(text, list) and text else text
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"'{name}', row {number} has no text in '{column}'", "Choose another column.")
+        domain = row.get("domain")
+        prompts.append(Prompt(text, short if domain is None else str(domain), f"{short}-{number}"))
+    return prompts
+
+
+def _load_dataset(name: str, path: str, config: str | None, split: str) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            f"'{name}' needs the package datasets, which cannot be imported ({error})",
+            "Install it with `pip install knn-ssd[datasets]`.",
+        ) from error
+    try:
+        return load_dataset(path, config, split=split)
+    except Exception as error:  # of the network, of the Hub, of any format that the library reads
+        from knn_ssd.target.pretrained import reason
+
+        raise PromptError(
+            f"'{name}' cannot be read: {reason(error)}",
+            "Check its name, its configuration and split, and the network.",
+        ) from error

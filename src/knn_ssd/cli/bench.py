@@ -19,6 +19,7 @@ _EXAMPLES = """\
 examples:
   knn-ssd bench --out runs/first
   knn-ssd bench --atlas atlas/ --prompts questions.jsonl --methods plain,knn-ssd,auto --limit 8 --out runs/second
+  knn-ssd bench --prompts hf:openai/gsm8k:main/test:question --limit 8 --prompt-tokens 2048 --out runs/third
 
 A run that was interrupted goes on when it is asked for again. The last line on stdout is the summary's path.
 """
@@ -53,9 +54,16 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="JSON lines with 'prompt' and 'domain', or Spec-Bench's questions (default: the built-in sets)",
+        help="JSON lines with 'prompt' and 'domain', Spec-Bench's questions, or a data set of the Hugging Face Hub as "
+        "hf:NAME[:[CONFIG/]SPLIT[:COLUMN]], with `pip install knn-ssd[datasets]` (default: the built-in sets)",
     )
     stream.add_argument("--limit", metavar="N", type=options.whole_number(1), help="N prompts of each domain only")
+    stream.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=options.whole_number(1),
+        help="bring each prompt to N tokens: other prompts, of its domain first, before it, cut at the front",
+    )
     stream.add_argument(
         "--mix-ratio",
         metavar="R",
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from knn_ssd.bench.records import read_records
     from knn_ssd.bench.report import report
     from knn_ssd.bench.run import BenchSettings, run_bench
-    from knn_ssd.bench.workload import limit_each, read_workloads, stream
+    from knn_ssd.bench.workload import lengthened, limit_each, read_workloads, stream
     from knn_ssd.plan import Mode
     from knn_ssd.provenance import write_whole
 
@@ -96,9 +104,12 @@ def run(args: argparse.Namespace) -> int:
     check_names(names or ())
     if args.temperature < 0:
         raise UsageError(f"--temperature must be 0 or more, got {args.temperature}")
-    ordered = stream(limit_each(read_workloads(args.prompts), args.limit), args.mix_ratio, args.seed)
+    prompts = read_workloads(args.prompts)
+    ordered = stream(limit_each(prompts, args.limit), args.mix_ratio, args.seed)
     atlas = options.read_atlas(args)
     engine = options.load_engine(args, atlas)
+    if args.prompt_tokens is not None:
+        ordered = lengthened(ordered, prompts, args.prompt_tokens, engine.tokenizer, not args.no_chat)
     if names is None:
         low = ["low"] if Mode.LOW in engine.target.modes else []
         names = ["plain", "lookup", *low, *(["knn-ssd"] if atlas is not None else []), "auto"]

@@ -1,0 +1,67 @@
+"""What the length of prompts does to drafts: short ones as they are, and the same with context before them.
+
+    python benchmarks/lengths.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--limit N] [--lengths 1024 2048 …]
+
+`--limit` of the second half of every domain's prompts are measured, as they are and brought to each length with other
+prompts of the files before them, as `knn-ssd bench --prompt-tokens` does. A length is left out, and told, where the
+model's context or the files are too short for it. `FOLDER` keeps records, summary and page of each; what is there
+already is not done again. Prints what the methods come to over plain decoding, and the time to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from _recipes import measured, shown_interval
+
+from knn_ssd import Engine
+from knn_ssd.bench.run import BenchSettings
+from knn_ssd.bench.summary import shown
+from knn_ssd.bench.workload import halves, lengthened, limit_each, read_workloads, stream
+from knn_ssd.errors import PromptError
+from knn_ssd.target.resolve import load_model
+
+METHODS = ("plain", "lookup", "low", "auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, default=2, help="prompts of each domain that are measured")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="in tokens")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    loaded = load_model(args.model, device="cpu")
+    engine = Engine(loaded.model, loaded.tokenizer)
+    prompts = read_workloads(args.prompts)
+    short = stream(limit_each(halves(prompts)[1], args.limit), 1.0)
+    workloads = {"as they are": short}
+    for length in args.lengths:
+        try:
+            if length + args.max_new_tokens > engine.target.context_length:
+                raise PromptError(f"with the answer it is over the model's context of {engine.target.context_length}")
+            workloads[f"{length}"] = lengthened(short, prompts, length, engine.tokenizer)
+        except PromptError as error:
+            print(f"{length} tokens are left out: {error}")
+    print(
+        "| prompt tokens | method | accepted | decoding | end to end, 95 % | first token, sec | over plain's | same |"
+    )
+    print("|--:|---|" + "--:|" * 6)
+    asked = BenchSettings(args.max_new_tokens)
+    for name, ordered in workloads.items():
+        out = args.out / name.replace(" ", "-")
+        methods = measured(engine, ordered, args.methods, out, asked, loaded.name)["methods"]
+        for method, own in methods.items():
+            first, plain = own["first_token_sec_mean"], methods["plain"]["first_token_sec_mean"]
+            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
+            times = [shown(first, "{:.3f}"), shown(first and first / plain, "{:.2f}")]
+            cells = [name, f"`{method}`", *figures, shown_interval(own), *times, f"{own['identical_to_plain']:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The paper's effect where skipping pays: a tiny model in which other sublayers are redundant in each domain.
+
+    python benchmarks/planted.py --out FOLDER [--limit N] [--ratios 0 0.5 1] [--trials N]
+
+Sublayers of a random model are made to do nothing on one domain's tokens, others for each domain
+(`knn_ssd.testing.planted_tiny_model`). `--calibrating` prompts of each domain calibrate, skip only; `--limit` others
+are measured, in streams of each mix ratio. `FOLDER` keeps the atlas, and records, summary and page of every stream;
+what is there already is not done again. Prints end-to-end speed over plain decoding, and what was accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from _recipes import calibrated, measured, shown_interval
+
+from knn_ssd.bench.run import BenchSettings
+from knn_ssd.bench.summary import shown
+from knn_ssd.bench.workload import limit_each, stream
+from knn_ssd.calibrate.settings import Settings
+from knn_ssd.prompts import Prompt
+from knn_ssd.target.resolve import LoadedModel
+from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
+
+REDUNDANT = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
+METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd")
+PROMPT_TOKENS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each domain that are measured")
+    parser.add_argument("--calibrating", type=int, default=8, help="other prompts of each domain, which calibrate")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--trials", type=int, default=50, help="plans that are tried for each domain")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # more of them only wait for each other in so small a model
+    planted = planted_tiny_model(REDUNDANT, seed=3)
+    prompts = [
+        Prompt(planted.prompt(name, PROMPT_TOKENS, seed), name, f"{name}-{seed}")
+        for name in REDUNDANT
+        for seed in range(args.calibrating + args.limit)
+    ]
+    own = limit_each(prompts, args.calibrating)
+    others = [prompt for prompt in prompts if prompt not in own]
+    loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
+    settings = Settings(trials=args.trials, search_prompts=4, low=False, lookup=False)
+    engine = calibrated(loaded, own, args.out / "atlas", settings)
+    streams = {}
+    for ratio in args.ratios:
+        asked = BenchSettings(args.max_new_tokens, mix_ratio=ratio)
+        out = args.out / f"ratio-{ratio:g}"
+        summary = measured(engine, stream(others, ratio), METHODS, out, asked, loaded.name)
+        streams[ratio] = summary["methods"]
+        print(f"mix ratio {ratio:g}, {len(others)} prompts, different from plain: {json.dumps(summary['differing'])}")
+    print("\n| method |" + "".join(f" ratio {ratio:g}, 95 % | accepted |" for ratio in streams))
+    print("|---|" + "--:|--:|" * len(streams))
+    for name in METHODS:
+        cells = [
+            f"{shown_interval(methods[name])} | {shown(methods[name]['acceptance_rate'], '{:.2f}')}"
+            for methods in streams.values()
+        ]
+        print(f"| `{name}` | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

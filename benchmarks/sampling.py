@@ -1,0 +1,57 @@
+"""What sampling does to drafts: acceptance and speed at several temperatures, on the same prompts.
+
+    python benchmarks/sampling.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--limit N]
+
+At each temperature the methods take turns with plain decoding at that temperature, on `--limit` of the second half of
+every domain's prompts, for an atlas is made of the first. `FOLDER` keeps records, summary and page of each; what is
+there already is not done again. Draws differ from method to method, so lengths may: speeds are tokens over seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from _recipes import measured, shown_interval
+
+from knn_ssd import Atlas, Engine
+from knn_ssd.bench.run import BenchSettings
+from knn_ssd.bench.summary import shown
+from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
+from knn_ssd.target.resolve import load_model
+
+METHODS = ("plain", "lookup", "low", "auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--atlas", type=Path, help="for `auto`; without it, the general plan")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    loaded = load_model(args.model, device="cpu")
+    engine = Engine(loaded.model, loaded.tokenizer, Atlas.load(args.atlas) if args.atlas else None)
+    ordered = stream(limit_each(halves(read_workloads(args.prompts))[1], args.limit), 1.0, args.seed)
+    rows = []
+    for temperature in args.temperatures:
+        asked = BenchSettings(args.max_new_tokens, seed=args.seed, temperature=temperature)
+        out = args.out / f"temperature-{temperature:g}"
+        summary = measured(engine, ordered, args.methods, out, asked, loaded.name, ("auto",))
+        for name, own in summary["methods"].items():
+            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")]
+            same = shown(own["identical_to_plain"], "{:.2f}")
+            rows.append([f"{temperature:g}", f"`{name}`", *figures, shown_interval(own), same])
+    print("| temperature | method | accepted | tokens per round | decoding | end to end, 95 % | same as plain |")
+    print("|--:|---|--:|--:|--:|--:|--:|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
