@@ -214,7 +214,7 @@ INLINE void dots(const char *data, int kind, int64_t cols, int64_t steps, const 
 #pragma GCC unroll 4
         for (int i = 0; i < NB; i++) {
             const char *at = data + i * cols * size;
-            __builtin_prefetch(at + 4 * cols * size);
+            __builtin_prefetch(at + TILE * cols * size, 0, 2); /* of the next tile, into the second cache */
             if (kind == BFLOAT16) {
                 Words pairs = *(const WordsAt *)at;
                 first[i] = (Floats)(pairs << 16);
@@ -280,7 +280,7 @@ INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, 
 #pragma GCC unroll 4
         for (int i = 0; i < count; i++) {
             __m256i both = _mm256_loadu_si256((const __m256i *)(q + (i * groups + g) * 32));
-            _mm_prefetch((const char *)(q + ((i + count) * groups + g) * 32), _MM_HINT_T0);
+            _mm_prefetch((const char *)(q + ((i + TILE / 2) * groups + g) * 32), _MM_HINT_T1);
             __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
             __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second));
             __m256 part = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
