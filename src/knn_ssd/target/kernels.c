@@ -158,12 +158,18 @@ INLINE int64_t part_start(int64_t n, int64_t part) { return part * MOST_ROWS < n
 
 static void round_group(const float *x, int64_t count, int8_t *bytes, float *scale, float *sum) {
     float most = 0;
-    for (int64_t i = 0; i < count; i++) most = fmaxf(most, fabsf(x[i]));
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < count; i++) {
+        float size = fabsf(x[i]);
+        most = size > most ? size : most;
+    }
     float inverse = most > 0 ? 127 / most : 0;
     int32_t total = 0;
+#pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < count; i++) {
-        bytes[i] = (int8_t)rintf(x[i] * inverse);
-        total += bytes[i];
+        int32_t level = (int32_t)rintf(x[i] * inverse);
+        bytes[i] = (int8_t)level;
+        total += level;
     }
     memset(bytes + count, 0, GROUP - count);
     *scale = most / 127;
