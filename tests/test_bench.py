@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.bench import run as harness
 from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, _skipping, make_methods
+from knn_ssd.bench.pictures import Axes, lines
 from knn_ssd.bench.records import Record, RecordFile, read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench, run_prompt
@@ -340,6 +341,12 @@ def test_the_command_measures_and_writes(
     )
     assert main([*arguments[:-1], str(tmp_path / "other"), "--methods", "plain,auto"]) == 1
     assert "DIFFERENT: auto said something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("top", [0.01, 3.0, 1e6])
+def test_a_grid_has_few_lines_however_high_a_curve_goes(top: float) -> None:
+    drawn = lines({"a": [(1, top), (2, top)]}, {"a": "red"}, Axes("prompts"))
+    assert 1 <= drawn.count("<line") <= 9
 
 
 def test_every_method_is_described_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

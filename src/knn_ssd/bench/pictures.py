@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 
 from knn_ssd.plan import Plan
 from knn_ssd.projection import Points
@@ -81,7 +82,7 @@ def lines(curves: Mapping[str, Sequence[Point]], colours: Mapping[str, str], axe
         return f"{left + width * across:.1f},{height - height * min(point[1], top) / top:.1f}"
 
     parts = []
-    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50, 100) if top / step <= 8)
+    step = next(step for power in count() for step in (0.5 * 10**power, 10**power, 2 * 10**power) if top / step <= 8)
     for tick in (step * i for i in range(int(top / step) + 1)):
         style, y = "one" if tick == axes.marked else "axis", height - height * tick / top
         parts.append(f"<line class={style} x1={left} y1={y:.1f} x2={left + width} y2={y:.1f} />")
