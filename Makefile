@@ -31,7 +31,7 @@ bench: $(READY)  ## methods side by side on the embedded model and its built-in 
 	$(BIN)/knn-ssd bench --methods plain,hf,hf-lookup,lookup,low,auto --limit 2 --max-new-tokens 96 --out out/bench
 
 clean:  ## what demo and test leave behind, the environment included
-	rm -rf $(VENV) .venv-vllm out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-peers out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
 $(READY): pyproject.toml constraints.txt

@@ -12,7 +12,7 @@ from typing import Any
 from knn_ssd import Engine
 from knn_ssd.atlas import Atlas, Pooling
 from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
-from knn_ssd.bench.records import read_records
+from knn_ssd.bench.peers import read_run
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.summary import shown
@@ -58,8 +58,7 @@ def measured(
     with ProgressReporter() as progress:
         summary = run_bench(engine, list(ordered), methods, out, asked, progress, name)
     command = shlex.join(["python", *sys.argv])
-    records = read_records(out / "records.jsonl")
-    write_whole(out / "report.html", report(summary, records, command, engine.atlas))
+    write_whole(out / "report.html", report(summary, read_run(out), command, engine.atlas))
     return summary
 
 

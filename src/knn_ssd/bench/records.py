@@ -37,6 +37,7 @@ class Record:
         label: where the prompt was routed; None without a router, or where it went to the fallback.
         routed: whether a router was asked.
         lossless: whether the method claims to say what plain decoding says.
+        lossy: whether the weights or the cache that it ran on are not the model's own, but rounded to fewer bits.
         peak_memory_bytes: of the process so far.
     """
 
@@ -58,6 +59,7 @@ class Record:
     label: str | None = None
     routed: bool = False
     lossless: bool = True
+    lossy: bool = False
     peak_memory_bytes: int | None = None
 
     @property
@@ -88,8 +90,12 @@ class Record:
         return asdict(self)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, remedy: str = "Start again with another --out.") -> list[Record]:
     """The records of a file; a last line that was cut short is passed over, as a killed run leaves it.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a line that is no record.
 
     Raises:
         BenchError: a file that cannot be read, or another line that is no record.
@@ -107,9 +113,7 @@ def read_records(path: Path) -> list[Record]:
         except (TypeError, ValueError, AttributeError) as error:
             if number == len(lines):  # every whole line ends with a newline
                 break
-            raise BenchError(
-                f"'{path}', line {number} is not a record: {error}", "Start again with another --out."
-            ) from error
+            raise BenchError(f"'{path}', line {number} is not a record: {error}", remedy) from error
     return records
 
 

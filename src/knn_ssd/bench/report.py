@@ -9,9 +9,10 @@ from typing import Any
 
 from knn_ssd.atlas import Atlas
 from knn_ssd.bench.methods import DESCRIPTIONS
+from knn_ssd.bench.peers import APART
 from knn_ssd.bench.pictures import Axes, bars, key, lines, mode_map, scatter, stacks
 from knn_ssd.bench.records import Record
-from knn_ssd.bench.summary import BASELINE, running_speedup, shown
+from knn_ssd.bench.summary import BASELINE, named, running_speedup, shown
 from knn_ssd.projection import Points
 
 _FEWEST_ROUNDS = 5  # that a mean is shown of
@@ -67,6 +68,7 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
         "end; bars are 95 % intervals over prompts.</p>",
         bars([(name, methods[name]["speedup"], methods[name]["speedup_ci95"], colours[name]) for name in others]),
         _table(methods),
+        _peers(summary),
     ]
     domains = sorted({domain for figures in methods.values() for domain in figures["per_domain"]})
     if len(domains) > 1:
@@ -179,13 +181,21 @@ def _warnings(summary: Mapping[str, Any]) -> str:
     return "".join(f"<p class=bad>{escape(line)}</p>" for line in lines)
 
 
+def _peers(summary: Mapping[str, Any]) -> str:
+    if not summary["peers"]:
+        return ""
+    lossy = "; lossy: with weights or a cache that are not the model's own"
+    any_lossy = any(own["lossy"] for own in summary["methods"].values())
+    return f"<p class=quiet>{escape(', '.join(summary['peers']))}: {APART}{lossy if any_lossy else ''}.</p>"
+
+
 def _table(methods: Mapping[str, Any]) -> str:
     best = max((m for m in methods if methods[m]["lossless"]), key=lambda m: methods[m]["speedup"] or 0, default=None)
     head = ("method", "speed-up", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain", "first token")
     rows = []
     for name, own in methods.items():
         cells = (
-            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(name)}</span>",
+            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(named(name, own))}</span>",
             shown(own["speedup"], "{:.2f}x"),
             shown(own["decode_speedup"], "{:.2f}x"),
             shown(own["tokens_per_sec"], "{:.1f}"),

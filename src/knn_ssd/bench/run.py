@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from knn_ssd.bench.methods import Method, Output, record_of
+from knn_ssd.bench.peers import read_peers, write_prompts
 from knn_ssd.bench.records import Record, RecordFile
 from knn_ssd.bench.summary import BASELINE, differing, summarize
 from knn_ssd.doctor import measure_bandwidth, measure_step, read_bytes_per_token
@@ -68,7 +69,7 @@ def run_bench(
     progress: Progress,
     model: str,
 ) -> dict[str, Any]:
-    """Runs what is not in `out/records.jsonl` yet, and writes and gives the summary.
+    """Runs what is not in `out/records.jsonl` yet, and writes and gives the summary, other programs' records included.
 
     Args:
         engine: of the methods.
@@ -80,7 +81,7 @@ def run_bench(
         model: its name, for the report.
 
     Raises:
-        BenchError: no baseline, or records of another run.
+        BenchError: no baseline, or records of another run or for another run.
         PromptError: a prompt that cannot be used.
         OutputError: a place that cannot be written.
     """
@@ -89,7 +90,9 @@ def run_bench(
     encoded = [engine.encode(prompt.prompt, settings.chat) for prompt in prompts]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    _check_identity(out, engine, encoded, list(methods), settings)
+    eos = eos_token_ids(engine.model)
+    _check_identity(out, engine, encoded, list(methods), settings, eos)
+    write_prompts(out, prompts, encoded)
     file = RecordFile(out / "records.jsonl")
     known = {record.key for record in file.records}
     todo = [
@@ -105,7 +108,6 @@ def run_bench(
             progress.advance(name)
     steps = [measure_step(engine.target)]
     progress.stage("measuring", len(todo))
-    eos = eos_token_ids(engine.model)
     for repeat, place in todo:
         outputs = run_prompt(methods, encoded[place], settings.max_new_tokens, place + repeat)
         prompt = prompts[place]
@@ -118,7 +120,7 @@ def run_bench(
         file.append(record for record in records if record.key not in known)
         progress.advance(prompt.id)
     steps.append(measure_step(engine.target))
-    summary = _summary(engine, file.records, settings, model, max(steps))
+    summary = _summary(engine, file.records, read_peers(out, file.records), settings, model, max(steps))
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -146,9 +148,14 @@ def _until(output: Output, eos: frozenset[int]) -> Output:
 
 
 def _summary(
-    engine: Engine, records: Sequence[Record], settings: BenchSettings, model: str, step_sec: float
+    engine: Engine,
+    records: Sequence[Record],
+    peers: Sequence[Record],
+    settings: BenchSettings,
+    model: str,
+    step_sec: float,
 ) -> dict[str, Any]:
-    methods = summarize(records, settings.seed)
+    methods = summarize([*records, *peers], settings.seed)
     speed = methods[BASELINE]["decode_tokens_per_sec"]
     return {
         "schema": SCHEMA,
@@ -161,14 +168,20 @@ def _summary(
         "floor_sec": read_bytes_per_token(engine.model) / measure_bandwidth(engine.target.device),
         "baseline_slowed": speed is not None and 1 / speed > _SLOWED * step_sec,
         "differing": [{"method": r.method, "prompt": r.prompt, "repeat": r.repeat} for r in differing(records)],
+        "peers": sorted({record.method for record in peers}),
         "methods": methods,
     }
 
 
 def _check_identity(
-    out: Path, engine: Engine, encoded: Sequence[Sequence[int]], methods: list[str], settings: BenchSettings
+    out: Path,
+    engine: Engine,
+    encoded: Sequence[Sequence[int]],
+    methods: list[str],
+    settings: BenchSettings,
+    eos: frozenset[int],
 ) -> None:
-    """Records of several runs never mix."""
+    """Records of several runs never mix. What ends an output follows from the model, and is told to other programs."""
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
     weights = fingerprint(engine.model, engine.tokenizer).weights_hash
     identity = {"prompts": digest, "weights": weights, "methods": sorted(methods), **asdict(settings)}
@@ -187,4 +200,4 @@ def _check_identity(
         return
     if any(out.iterdir()):
         raise BenchError(f"'{out}' is not empty, and has no benchmark in it", "Choose another --out.")
-    write_whole(path, json.dumps(identity, indent=1) + "\n")
+    write_whole(path, json.dumps({**identity, "eos_token_ids": sorted(eos)}, indent=1) + "\n")

@@ -7,7 +7,7 @@ its interval is a bootstrap over prompts (95 %, percentiles), so that prompts an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,11 @@ def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
 def baseline_of(records: Iterable[Record]) -> dict[tuple[int, int], Record]:
     """The records of plain decoding, by place and repeat."""
     return {(r.place, r.repeat): r for r in records if r.method == BASELINE}
+
+
+def named(method: str, figures: Mapping[str, Any]) -> str:
+    """A method's name for people, with the mark of weights or a cache that are not the model's own."""
+    return f"{method} (lossy)" if figures["lossy"] else method
 
 
 def shown(value: float | None, form: str) -> str:
@@ -72,6 +77,7 @@ def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], see
         "accepted": accepted,
         "identical_to_plain": _mean([r.token_ids == p.token_ids for r, p in pairs]),
         "lossless": all(r.lossless for r in own),
+        "lossy": any(r.lossy for r in own),
         "prompts": len({r.place for r in own}),
         "tokens": tokens,
         "routing_accuracy": _mean([r.label == r.domain for r in routed if r.domain is not None]),

@@ -93,7 +93,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, and shows the table."""
     from knn_ssd.bench.methods import check_names, make_methods
-    from knn_ssd.bench.records import read_records
+    from knn_ssd.bench.peers import APART, read_run
     from knn_ssd.bench.report import report
     from knn_ssd.bench.run import BenchSettings, run_bench
     from knn_ssd.bench.workload import lengthened, limit_each, read_workloads, stream
@@ -127,8 +127,10 @@ def run(args: argparse.Namespace) -> int:
     with ProgressReporter() as progress:
         summary = run_bench(engine, ordered, methods, out, settings, progress, model)
     command = shlex.join(["knn-ssd", *sys.argv[1:]])
-    write_whole(out / "report.html", report(summary, read_records(out / "records.jsonl"), command, atlas))
+    write_whole(out / "report.html", report(summary, read_run(out), command, atlas))
     output.write_table(_table(summary["methods"]))
+    if summary["peers"]:
+        output.note(f"note: {', '.join(summary['peers'])}: {APART}")
     for each in summary["differing"]:
         output.note(f"DIFFERENT: {each['method']} said something else than plain decoding on '{each['prompt']}'")
     if summary["baseline_slowed"]:
@@ -141,7 +143,7 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from knn_ssd.bench.summary import shown
+    from knn_ssd.bench.summary import named, shown
 
     table = Table(box=box.SIMPLE)
     table.add_column("method")
@@ -150,7 +152,7 @@ def _table(methods: dict[str, Any]) -> Table:
     for name, own in methods.items():
         bounds = own["speedup_ci95"]
         table.add_row(
-            name,
+            named(name, own),
             shown(own["speedup"], "{:.2f}x"),
             f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–",
             shown(own["decode_speedup"], "{:.2f}x"),

@@ -1,0 +1,148 @@
+"""What the scripts of other programs share: the prompts of a run in, timed records out. It needs Python alone.
+
+The environment of a program need not have knn-ssd, so records are plain objects here, with the names that
+`knn_ssd.bench.records.Record` has; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 8  # as in the benchmark itself
+
+Generate = Callable[[list[int], int], tuple[list[int], dict[str, Any]]]
+"""From token ids and a number to so many new tokens, whatever ends an output, and other fields of the record."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt of a run, and how many tokens plain decoding had for it."""
+
+    place: int
+    prompt: str
+    domain: str | None
+    token_ids: list[int]
+    count: int
+
+
+def fail(text: str) -> NoReturn:
+    """Ends the script with a sentence."""
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+    options.add_argument("run", type=Path, metavar="RUN_FOLDER", help="the --out of a finished `knn-ssd bench`")
+    options.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="as `knn-ssd doctor --json` has it in model_dir"
+    )
+    options.add_argument("--threads", type=int, default=physical_cores(), help="default: the physical cores")
+    return options
+
+
+def physical_cores() -> int:
+    """Those that this process may run on."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed]
+    return len({path.read_text() for path in siblings if path.exists()}) or len(allowed)
+
+
+def read_jobs(run: Path) -> list[Job]:
+    """The prompts of a run, each with the length of plain decoding's output."""
+    try:
+        temperature = json.loads((run / "run.json").read_text("utf-8"))["temperature"]
+        prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text("utf-8").splitlines()]
+        records = [json.loads(line) for line in (run / "records.jsonl").read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"'{run}' is not the folder of a finished benchmark ({error!r}): let `knn-ssd bench` run to its end")
+    if temperature:
+        fail(f"'{run}' was sampled at temperature {temperature}, and other programs decode greedily: use another run")
+    counts = {r["place"]: len(r["token_ids"]) for r in records if r["method"] == "plain" and r["repeat"] == 0}
+    missing = [prompt["id"] for prompt in prompts if prompt["place"] not in counts]
+    if missing or not prompts:
+        fail(f"'{run}' has no output of plain decoding for {missing or 'any prompt'}: let the benchmark run to its end")
+    return [Job(p["place"], p["id"], p["domain"], p["token_ids"], counts[p["place"]]) for p in prompts]
+
+
+def longest(jobs: list[Job]) -> int:
+    """Tokens of the longest prompt with its output."""
+    return max(len(job.token_ids) + max(job.count, WARM_UP_TOKENS) for job in jobs)
+
+
+def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, lossy: bool = False) -> None:
+    """Runs every prompt once, after a warm-up, and writes `peers/METHOD.jsonl` into the run's folder, whole.
+
+    Args:
+        run: the folder.
+        method: what the tables call it.
+        jobs: of the run.
+        generate: the program.
+        lossy: whether its weights or its cache are not the model's own, but rounded to fewer bits.
+    """
+    ends = json.loads((run / "run.json").read_text("utf-8")).get("eos_token_ids")
+    if ends is None:
+        fail(f"'{run}/run.json' does not tell which tokens end an output: it is of an older version, make the run anew")
+    generate(jobs[0].token_ids[:WARM_UP_PROMPT], WARM_UP_TOKENS)
+    records = []
+    for job in jobs:
+        started = time.perf_counter()
+        token_ids, details = generate(job.token_ids, job.count)
+        total_sec = time.perf_counter() - started
+        if len(token_ids) != job.count:
+            fail(f"{method} gave {len(token_ids)} tokens for '{job.prompt}', and {job.count} were asked for")
+        end = next((i for i, token in enumerate(token_ids, start=1) if token in ends), len(token_ids))
+        place = {"prompt": job.prompt, "domain": job.domain, "method": method, "repeat": 0, "place": job.place}
+        claims = {"lossless": False, "lossy": lossy, "peak_memory_bytes": peak_bytes()}
+        records.append({**place, "token_ids": list(token_ids[:end]), "total_sec": total_sec, **claims, **details})
+        print(f"{method}: {job.place + 1} of {len(jobs)}", file=sys.stderr)
+    path = run / "peers" / f"{method}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    part.replace(path)
+    print(f"{path} is written: ask `knn-ssd bench` for the same run again, and its tables have it", file=sys.stderr)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def kept(model: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """A converted model beside the program's environment, made once per state of the model's folder.
+
+    Args:
+        model: the folder.
+        name: of what is made.
+        make: writes it to a path.
+    """
+    if not (model / "config.json").is_file():
+        fail(f"'{model}' is not the directory of a model, with config.json: `knn-ssd doctor --json` tells one")
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.iterdir())]
+    digest = hashlib.sha256(repr((str(model.resolve()), stats)).encode()).hexdigest()[:12]
+    path = Path(sys.prefix) / "models" / digest / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"part-{name}")
+        make(part)
+        part.replace(path)
+    return path
+
+
+def weights_dtype(model: Path) -> str | None:
+    """The dtype that a checkpoint is stored in, as its config says."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    return config.get("dtype") or config.get("torch_dtype")

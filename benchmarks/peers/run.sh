@@ -1,0 +1,26 @@
+#!/bin/sh
+# Runs another program on the prompts of a finished benchmark, in an environment of its own, which it makes:
+#
+#     benchmarks/peers/run.sh llama_cpp|economize|vllm_cpu|openvino_genai RUN_FOLDER --model DIR [options]
+#
+# See docs/benchmarking.md; --help after the program's name tells its options.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+peer=${1:-}
+wanted="$here/requirements/$peer.txt"
+if [ -z "$peer" ] || [ ! -f "$wanted" ]; then
+    echo "error: there is no program '$peer': choose llama_cpp, economize, vllm_cpu or openvino_genai" >&2
+    exit 2
+fi
+shift
+venv="$here/../../.venv-peers/$peer"
+if [ ! "$venv/.ready" -nt "$wanted" ]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --requirement "$wanted"
+    bare="$here/requirements/$peer.no-deps.txt"
+    if [ -f "$bare" ]; then
+        "$venv/bin/python" -m pip install --quiet --no-deps --requirement "$bare"
+    fi
+    touch "$venv/.ready"
+fi
+exec "$venv/bin/python" "$here/run_$peer.py" "$@"

@@ -1,0 +1,59 @@
+"""Runs `economize` on the prompts of a benchmark: its look-up, or drafts that skip layers.
+
+    benchmarks/peers/run.sh economize RUN_FOLDER --model DIR [--technique lookup|layer-skip]
+
+The model is loaded by `transformers` in the dtype of its checkpoint, so weights and cache are the model's own. The
+skipped layers are found by economize's own greedy search; it is given the first prompts that are measured, which
+favours it. Its quantised drafts need a drafter with weights of its own, which is to be trained: with `layer_skip`, and
+with `draft_model` as well, `draft_quant` ends with "found no quantizable linear maps".
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from common import measure, parser, read_jobs
+
+SHARE = 10 / 24  # of the layers is skipped, as in what economize publishes
+CALIBRATING = 256  # tokens
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--technique", choices=("lookup", "layer-skip"), default="lookup")
+    options.add_argument("--cycle-length", type=int, default=4, help="tokens of a cycle (default: economize's own, 4)")
+    args = options.parse_args()
+    jobs = read_jobs(args.run)
+
+    import economize
+    import torch
+    from economize.techniques.layer_skip import LayerSkipConfig
+    from economize.techniques.lookup import LookupConfig
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", local_files_only=True)
+    decoding = economize.DecodeConfig(cycle_length=args.cycle_length)
+    if args.technique == "lookup":
+        model = economize.apply(base, LookupConfig(), decoding=decoding)
+    else:
+        joined = itertools.chain.from_iterable(job.token_ids for job in jobs)
+        batch = torch.tensor([list(itertools.islice(joined, CALIBRATING))])
+        config = LayerSkipConfig(num_skip=round(SHARE * base.config.num_hidden_layers))
+        model = economize.apply(base, config, decoding=decoding, calibration=[batch])
+
+    def generate(token_ids: list[int], count: int) -> tuple[list[int], dict[str, Any]]:
+        result = model.decode(torch.tensor(token_ids), count)
+        details = {
+            "rounds": result.cost_summary()["exact_calls"],
+            "drafted": {args.technique: sum(drafted for drafted, _ in result.acceptance)},
+            "accepted": {args.technique: sum(accepted for _, accepted in result.acceptance)},
+        }
+        return result.tokens.tolist(), details
+
+    measure(args.run, f"economize-{args.technique}", jobs, generate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits.
+
+    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4]
+
+The model is converted by the script that comes with llama.cpp, in bfloat16, and quantised by llama.cpp itself, to Q8_0
+or Q4_0, the types of 8 and 4 bits that its kernels for processors are fastest with. With 16 bits the cache is in
+float32, which rounds nothing; otherwise it is in float16, as llama.cpp has it by default. What its converter does not
+know cannot be measured: it says so.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from common import fail, kept, longest, measure, parser, read_jobs, weights_dtype
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the weights (default: 16)")
+    args = options.parse_args()
+    jobs = read_jobs(args.run)
+
+    import llama_cpp
+
+    gguf = kept(args.model, "bf16.gguf", lambda path: to_gguf(args.model, path))
+    if args.bits < 16:
+        whole = gguf
+        gguf = kept(args.model, f"{args.bits}-bit.gguf", lambda path: quantised(whole, path, args.bits, args.threads))
+    cache = llama_cpp.GGML_TYPE_F32 if args.bits == 16 else llama_cpp.GGML_TYPE_F16
+    model = llama_cpp.Llama(
+        str(gguf),
+        n_ctx=longest(jobs),
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
+        type_k=cache,
+        type_v=cache,
+        flash_attn=True,
+        verbose=False,
+    )
+
+    def generate(token_ids: list[int], count: int) -> tuple[list[int], dict[str, Any]]:
+        started = time.perf_counter()
+        stream = model.generate(token_ids, temp=0.0, repeat_penalty=1.0, reset=False)
+        model.reset()  # nothing is kept of the prompt before
+        tokens = [next(stream)]
+        prefill_sec = time.perf_counter() - started
+        while len(tokens) < count:
+            tokens.append(next(stream))
+        stream.close()
+        return tokens, {"prefill_sec": prefill_sec, "rounds": count}
+
+    lossy = args.bits < 16 or weights_dtype(args.model) != "bfloat16"
+    measure(args.run, f"llama-cpp-{args.bits}", jobs, generate, lossy=lossy)
+
+
+def to_gguf(model: Path, path: Path) -> None:
+    """Converts with the script in the source of the llama-cpp-python that is installed."""
+    name = f"llama-cpp-python=={version('llama-cpp-python')}"
+    with tempfile.TemporaryDirectory() as folder:
+        fetch = ["pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, name]
+        subprocess.run([sys.executable, "-m", *fetch], check=True)
+        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+            archive.extractall(folder, filter="data")
+        script = next(Path(folder).glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+        command = [sys.executable, str(script), str(model), "--outtype", "bf16", "--outfile", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(f"llama.cpp's converter cannot convert '{model}': {done.stderr.strip().splitlines()[-1]}")
+
+
+def quantised(whole: Path, path: Path, bits: int, threads: int) -> None:
+    """Quantises a GGUF file."""
+    import ctypes
+
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0 if bits == 8 else llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(params)):
+        fail(f"llama.cpp cannot quantise '{whole}' to {bits} bits: choose other --bits")
+
+
+if __name__ == "__main__":
+    main()
