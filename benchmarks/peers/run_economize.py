@@ -1,11 +1,12 @@
 """Runs `economize` on the prompts of a benchmark: its look-up, or drafts that skip layers.
 
-    benchmarks/peers/run.sh economize RUN_FOLDER --model DIR [--technique lookup|layer-skip]
+    benchmarks/peers/run.sh economize RUN_FOLDER --model DIR [--technique lookup|layer-skip] [--search greedy|uniform]
 
 The model is loaded by `transformers` in the dtype of its checkpoint, so weights and cache are the model's own. The
-skipped layers are found by economize's own greedy search; it is given the first prompts that are measured, which
-favours it. Its quantised drafts need a drafter with weights of its own, which is to be trained: with `layer_skip`, and
-with `draft_model` as well, `draft_quant` ends with "found no quantizable linear maps".
+skipped layers are found by economize's own greedy search, which takes minutes; it is given the first prompts that are
+measured, which favours it. `--search uniform` skips layers at even distances, without a search. Its quantised drafts
+need a drafter with weights of its own, which is to be trained: with `layer_skip`, and with `draft_model` as well,
+`draft_quant` ends with "found no quantizable linear maps".
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 from common import measure, parser, read_jobs
 
 SHARE = 10 / 24  # of the layers is skipped, as in what economize publishes
-CALIBRATING = 256  # tokens
+CALIBRATING = 64  # tokens: the search makes some hundred passes over them
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--technique", choices=("lookup", "layer-skip"), default="lookup")
+    options.add_argument("--search", choices=("greedy", "uniform"), default="greedy", help="of layers to skip")
     options.add_argument("--cycle-length", type=int, default=4, help="tokens of a cycle (default: economize's own, 4)")
     args = options.parse_args()
     jobs = read_jobs(args.run)
@@ -40,7 +42,7 @@ def main() -> None:
     else:
         joined = itertools.chain.from_iterable(job.token_ids for job in jobs)
         batch = torch.tensor([list(itertools.islice(joined, CALIBRATING))])
-        config = LayerSkipConfig(num_skip=round(SHARE * base.config.num_hidden_layers))
+        config = LayerSkipConfig(num_skip=round(SHARE * base.config.num_hidden_layers), search=args.search)
         model = economize.apply(base, config, decoding=decoding, calibration=[batch])
 
     def generate(token_ids: list[int], count: int) -> tuple[list[int], dict[str, Any]]:

@@ -47,7 +47,8 @@ def bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]], 
     """Horizontal bars with intervals, and a line at 1; `reach` is a value for which there is room at least."""
     known = [(name, value, bounds, colour) for name, value, bounds, colour in rows if value is not None]
     most = max([1.2, reach, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
-    left, width, row = 88, 280, 26
+    left = max([88, *(16 + 7 * len(name) for name, *_ in known)])  # some 7 units a letter
+    width, row = 280, 26
     scale = width / most
     height = row * len(known) + 24
     parts = [f"<line class=axis x1={left} y1=0 x2={left} y2={height - 20} />"]

@@ -66,7 +66,7 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
         "<h2>Speed-up over plain decoding</h2>",
         "<p class=quiet>Tokens per second over those of plain decoding by the same engine on the same prompts, end to "
         "end; bars are 95 % intervals over prompts.</p>",
-        bars([(name, methods[name]["speedup"], methods[name]["speedup_ci95"], colours[name]) for name in others]),
+        bars([_bar(name, methods[name], colours[name]) for name in others]),
         _table(methods),
         _peers(summary),
     ]
@@ -82,9 +82,7 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
         ]
         for domain in domains:
             rows = [
-                (name, own["speedup"], own["speedup_ci95"], colours[name])
-                for name in others
-                if (own := methods[name]["per_domain"].get(domain))
+                _bar(name, own, colours[name]) for name in others if (own := methods[name]["per_domain"].get(domain))
             ]
             parts += [f"<p><b>{escape(domain)}</b></p>", bars(rows, max(bounds, default=0.0))]
     curves = {
@@ -111,6 +109,10 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
         f"<meta name=color-scheme content='light dark'><title>knn-ssd bench: {escape(summary['model'])}</title>"
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _bar(name: str, own: Mapping[str, Any], colour: str) -> tuple[str, float | None, Sequence[float] | None, str]:
+    return (named(name, own), own["speedup"], own["speedup_ci95"], colour)
 
 
 def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
