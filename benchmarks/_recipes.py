@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
@@ -15,7 +16,7 @@ from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
 from knn_ssd.bench.peers import read_run
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import shown, shown_interval
 from knn_ssd.calibrate.onpolicy import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import Settings
@@ -25,6 +26,23 @@ from knn_ssd.prompts import Prompt
 from knn_ssd.provenance import write_whole
 from knn_ssd.target.resolve import LoadedModel
 from knn_ssd.tokens import eos_token_ids
+
+
+def stream_options(doc: str, methods: Sequence[str], limit: int) -> argparse.ArgumentParser:
+    """What is asked of every recipe that measures a stream.
+
+    Args:
+        doc: of the recipe.
+        methods, limit: by default.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int, default=limit, help="prompts of each domain that are measured")
+    parser.add_argument("--methods", nargs="+", default=methods)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    return parser
 
 
 def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: Settings) -> Engine:
@@ -79,16 +97,10 @@ def print_table(summary: dict[str, Any]) -> None:
     print("|---|" + "--:|" * (len(domains) + 3))
     for name, own in summary["methods"].items():
         cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
-        interval = _bounds(own)
         accepted = shown(own["acceptance_rate"], "{:.2f}")
-        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {interval} | {accepted} |")
+        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {shown_interval(own)} | {accepted} |")
 
 
-def shown_interval(own: dict[str, Any]) -> str:
+def with_interval(own: dict[str, Any]) -> str:
     """The end-to-end speed-up of a method, with its interval."""
-    return f"{own['speedup']:.2f} ({_bounds(own)})"
-
-
-def _bounds(own: dict[str, Any]) -> str:
-    bounds = own["speedup_ci95"]
-    return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
+    return f"{own['speedup']:.2f} ({shown_interval(own)})"

@@ -9,11 +9,9 @@ lay from their nearest anchor, over its radius, and speed-ups over plain decodin
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 
-from _recipes import calibrated, measured, print_table
+from _recipes import calibrated, measured, print_table, stream_options
 
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
@@ -24,16 +22,10 @@ METHODS = ("plain", "knn-ssd", "auto")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
-    parser.add_argument("--model")
+    parser = stream_options(__doc__, METHODS, limit=4)
     parser.add_argument("--known", nargs="+", default=["math", "story"], help="the atlas's domains")
-    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
     parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--minutes", type=float, default=2.0, help="of searching")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")

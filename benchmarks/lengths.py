@@ -10,10 +10,7 @@ already is not done again. Prints what the methods come to over plain decoding, 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from _recipes import measured, shown_interval
+from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Engine
 from knn_ssd.bench.run import BenchSettings
@@ -26,14 +23,8 @@ METHODS = ("plain", "lookup", "low", "auto")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
-    parser.add_argument("--model")
-    parser.add_argument("--limit", type=int, default=2, help="prompts of each domain that are measured")
+    parser = stream_options(__doc__, METHODS, limit=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="in tokens")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
     loaded = load_model(args.model, device="cpu")
     engine = Engine(loaded.model, loaded.tokenizer)
@@ -59,7 +50,7 @@ def main() -> None:
             first, plain = own["first_token_sec_mean"], methods["plain"]["first_token_sec_mean"]
             figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
             times = [shown(first, "{:.3f}"), shown(first and first / plain, "{:.2f}")]
-            cells = [name, f"`{method}`", *figures, shown_interval(own), *times, f"{own['identical_to_plain']:.2f}"]
+            cells = [name, f"`{method}`", *figures, with_interval(own), *times, f"{own['identical_to_plain']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

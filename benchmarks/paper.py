@@ -9,10 +9,7 @@ is not done again. Where the atlas says nothing of a method, as of `low` and `au
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from _recipes import calibrated, measured, print_table
+from _recipes import calibrated, measured, print_table, stream_options
 
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
@@ -24,17 +21,11 @@ METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
-    parser.add_argument("--model")
-    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
+    parser = stream_options(__doc__, METHODS, limit=4)
     parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--search", choices=[strategy.value for strategy in Strategy], default="bayes")
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")

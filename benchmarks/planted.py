@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from _recipes import calibrated, measured, shown_interval
+from _recipes import calibrated, measured, with_interval
 
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.summary import shown
@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|" + "--:|--:|" * len(streams))
     for name in METHODS:
         cells = [
-            f"{shown_interval(methods[name])} | {shown(methods[name]['acceptance_rate'], '{:.2f}')}"
+            f"{with_interval(methods[name])} | {shown(methods[name]['acceptance_rate'], '{:.2f}')}"
             for methods in streams.values()
         ]
         print(f"| `{name}` | {' | '.join(cells)} |")

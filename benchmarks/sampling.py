@@ -9,10 +9,9 @@ there already is not done again. Draws differ from method to method, so lengths 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from _recipes import measured, shown_interval
+from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Atlas, Engine
 from knn_ssd.bench.run import BenchSettings
@@ -24,15 +23,9 @@ METHODS = ("plain", "lookup", "low", "auto")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
-    parser.add_argument("--model")
+    parser = stream_options(__doc__, METHODS, limit=4)
     parser.add_argument("--atlas", type=Path, help="for `auto`; without it, the general plan")
-    parser.add_argument("--limit", type=int, default=4, help="prompts of each domain that are measured")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     loaded = load_model(args.model, device="cpu")
@@ -46,7 +39,7 @@ def main() -> None:
         for name, own in summary["methods"].items():
             figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")]
             same = shown(own["identical_to_plain"], "{:.2f}")
-            rows.append([f"{temperature:g}", f"`{name}`", *figures, shown_interval(own), same])
+            rows.append([f"{temperature:g}", f"`{name}`", *figures, with_interval(own), same])
     print("| temperature | method | accepted | tokens per round | decoding | end to end, 95 % | same as plain |")
     print("|--:|---|--:|--:|--:|--:|--:|")
     for row in rows:

@@ -198,6 +198,16 @@ def test_a_converted_model_is_made_once(common: Any, tmp_path: Path, monkeypatch
     assert common.weights_dtype(model) == "bfloat16"
 
 
+def test_a_conversion_that_fails_ends_the_script_with_its_last_word(
+    common: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common.convert([sys.executable, "-c", "pass"], "nothing")
+    with pytest.raises(SystemExit) as end:
+        common.convert([sys.executable, "-c", "raise SystemExit('first\\nlast')"], "it cannot be converted")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: it cannot be converted: last\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_says_how_it_is_run_without_its_program(script: str) -> None:
     done = subprocess.run([sys.executable, str(FOLDER / script), "--help"], capture_output=True, text=True, check=True)

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,6 +141,13 @@ def kept(model: Path, name: str, make: Callable[[Path], None]) -> Path:
         make(part)
         part.replace(path)
     return path
+
+
+def convert(command: Sequence[str | Path], failure: str) -> None:
+    """Runs a step of a conversion; where it fails, the script ends with its last word."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(f"{failure}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
 
 
 def weights_dtype(model: Path) -> str | None:

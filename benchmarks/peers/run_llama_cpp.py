@@ -10,7 +10,6 @@ know cannot be measured: it says so.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import fail, kept, longest, measure, parser, read_jobs, weights_dtype
+from common import convert, fail, kept, longest, measure, parser, read_jobs, weights_dtype
 
 
 def main() -> None:
@@ -66,14 +65,12 @@ def to_gguf(model: Path, path: Path) -> None:
     name = f"llama-cpp-python=={version('llama-cpp-python')}"
     with tempfile.TemporaryDirectory() as folder:
         fetch = ["pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, name]
-        subprocess.run([sys.executable, "-m", *fetch], check=True)
+        convert([sys.executable, "-m", *fetch], "pip cannot fetch the source of llama.cpp's converter")
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
         script = next(Path(folder).glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
-        command = [sys.executable, str(script), str(model), "--outtype", "bf16", "--outfile", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(f"llama.cpp's converter cannot convert '{model}': {done.stderr.strip().splitlines()[-1]}")
+        command = [sys.executable, script, model, "--outtype", "bf16", "--outfile", path]
+        convert(command, f"llama.cpp's converter cannot convert '{model}'")
 
 
 def quantised(whole: Path, path: Path, bits: int, threads: int) -> None:

@@ -8,12 +8,11 @@ by default on processors: whatever the options, it is not the model's own arithm
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import fail, kept, measure, parser, read_jobs
+from common import convert, kept, measure, parser, read_jobs
 
 
 def main() -> None:
@@ -46,16 +45,9 @@ def main() -> None:
 
 def export(model: Path, path: Path, weights: str) -> None:
     """Converts with optimum-intel."""
-    program = str(Path(sys.prefix) / "bin" / "optimum-cli")
+    program = Path(sys.prefix) / "bin" / "optimum-cli"
     task = ["--task", "text-generation-with-past", "--weight-format", weights]
-    done = subprocess.run(
-        [program, "export", "openvino", "--model", str(model), *task, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        fail(f"optimum-intel cannot export '{model}': {done.stderr.strip().splitlines()[-1]}")
+    convert([program, "export", "openvino", "--model", model, *task, path], f"optimum-intel cannot export '{model}'")
 
 
 if __name__ == "__main__":

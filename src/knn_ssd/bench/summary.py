@@ -47,6 +47,12 @@ def shown(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
+def shown_interval(figures: Mapping[str, Any]) -> str:
+    """The interval of a method's speed-up, for people."""
+    bounds = figures["speedup_ci95"]
+    return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
+
+
 def differing(records: Iterable[Record]) -> list[Record]:
     """The records of lossless methods whose output is not that of plain decoding."""
     records = list(records)

@@ -143,18 +143,17 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from knn_ssd.bench.summary import named, shown
+    from knn_ssd.bench.summary import named, shown, shown_interval
 
     table = Table(box=box.SIMPLE)
     table.add_column("method")
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain"):
         table.add_column(name, justify="right")
     for name, own in methods.items():
-        bounds = own["speedup_ci95"]
         table.add_row(
             named(name, own),
             shown(own["speedup"], "{:.2f}x"),
-            f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–",
+            shown_interval(own),
             shown(own["decode_speedup"], "{:.2f}x"),
             shown(own["tokens_per_sec"], "{:.1f}"),
             shown(own["acceptance_rate"], "{:.0%}"),

@@ -286,7 +286,7 @@ INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, 
 #pragma GCC unroll 4
         for (int i = 0; i < count; i++) {
             __m256i both = _mm256_loadu_si256((const __m256i *)(q + (i * groups + g) * 32));
-            _mm_prefetch((const char *)(q + ((i + TILE / 2) * groups + g) * 32), _MM_HINT_T1);
+            _mm_prefetch((const char *)(q + ((i + TILE / 2) * groups + g) * 32), _MM_HINT_T1); /* half a tile ahead */
             __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
             __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second));
             __m256 part = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
