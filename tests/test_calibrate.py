@@ -125,7 +125,6 @@ def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_dec
 
 
 @pytest.mark.clock
-@pytest.mark.parametrize("planted_atlas", ["bayes"], indirect=True)
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
     """On the real clock, of each way and domain the fastest of the turns: as many as a busy machine needs."""
     engine = Engine(planted.model, tiny_tokenizer())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +25,22 @@ FITTED, HELD_OUT = 16, 14  # prompts per domain
 pytestmark = pytest.mark.real
 
 
-def prompts_of_domains() -> Mapping[str, list[Prompt]]:
-    """Real prompts where they lie beside this checkout, else the built-in ones."""
-    if SHARED.is_dir():
-        return {path.stem: read_prompts(path) for path in sorted(SHARED.glob("*.jsonl"))}
+def shared_prompts() -> Mapping[str, list[Prompt]]:
+    if not SHARED.is_dir():
+        pytest.skip(f"the real prompts are not at {SHARED}")
+    return {path.stem: read_prompts(path) for path in sorted(SHARED.glob("*.jsonl"))}
+
+
+def built_in_prompts() -> Mapping[str, list[Prompt]]:
     return {name: builtin_prompts([name]) for name in BUILTIN_DOMAINS}
 
 
-def test_held_out_prompts_go_to_their_own_domain(embedded_engine: Engine) -> None:
+@pytest.mark.parametrize("prompts_of", [shared_prompts, built_in_prompts])
+def test_held_out_prompts_go_to_their_own_domain(
+    embedded_engine: Engine, prompts_of: Callable[[], Mapping[str, list[Prompt]]]
+) -> None:
     vectors, labels, held, held_labels = [], [], [], []
-    for label, prompts in prompts_of_domains().items():
+    for label, prompts in prompts_of().items():
         for index, prompt in enumerate(prompts[: FITTED + HELD_OUT]):
             ids = encode(embedded_engine.tokenizer, prompt.prompt, embedded_engine.target.context_length)
             vector = observe(embedded_engine.target, label, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
