@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -107,6 +108,28 @@ def test_a_wrong_prior_and_a_wrong_profile_are_corrected() -> None:
     taken, drafts = play(controller, {"self": 0.2}, DEAR, 800, 1.0)  # a draft step takes as long as a plain one
     assert taken < 1 / 0.97
     assert sum(bool(draft.tokens) for draft in drafts[-200:]) < 10
+
+
+def test_plain_decoding_is_timed_even_where_all_rounds_would_draft() -> None:
+    """The profile has rows for less than they cost: after a block, a plain step looks dear until it is run."""
+    for rows_cost in (0.1, 0.2):
+        cost = CostProfile(1.0, 0.0, 0.0, tuple(1.0 + rows_cost * i for i in range(13)))
+        taken, _ = play(controller_of(Drafts(0.9), None, CHEAP), {"self": 0.9}, cost, 1500, 1.0)
+        assert taken < 1 / 0.98
+
+
+@pytest.mark.parametrize("rounds", [3, 30, 300])
+@pytest.mark.parametrize("what", ["all", "drafts", "blocks"])
+def test_it_comes_back_after_the_machine_was_slow_for_a_while(rounds: int, what: str) -> None:
+    """However long that took, and whatever was slow: after the next try, which is at most 128 rounds away."""
+    controller = controller_of(Drafts(0.9), None, CHEAP)
+    play(controller, {"self": 0.9}, CHEAP, 200, 0.4)
+    slow = replace(CHEAP, verify_sec=tuple(sec * (1 if what == "drafts" else 3) for sec in CHEAP.verify_sec))
+    if what == "blocks":
+        slow = replace(slow, verify_sec=(1.0, *slow.verify_sec[1:]))
+    play(controller, {"self": 0.9}, slow, rounds, 0.4 if what == "blocks" else 1.2)
+    _, drafts = play(controller, {"self": 0.9}, CHEAP, 300, 0.4)
+    assert sum(bool(draft.tokens) for draft in drafts[200:]) > 90
 
 
 def test_the_better_source_is_chosen() -> None:

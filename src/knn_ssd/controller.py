@@ -21,12 +21,15 @@ from knn_ssd.plan import Mode, Plan
 
 _GAIN = 0.98  # a draft must be foretold to take this share of plain decoding's time per token, or less
 _LONGEST_LOOKUP = 15
-_PATIENCE = 32  # rounds without a source before it is tried again; doubled each time in vain
-_MOST_PATIENCE = 1024
-_RATE = 0.1  # of the corrections of costs; the first of a kind go faster
+_PATIENCE = 16  # rounds without a source before it is tried again; doubled each time in vain
+_MOST_PATIENCE = 128
+_NEARER = 0.95  # of a price
+_LEVEL_RATE, _RATE = 0.1, 0.02  # of corrections of all costs and of one kind's; the first of a kind go faster
+_STALE = 12  # passes after which what was seen of a kind does not slow its correction
+_FIRST_PLAIN, _PLAIN_EVERY = 8, 64  # passes without one of a single row until one is wanted, doubled from the first on
 _MOST_ROWS = 32  # beyond that, costs are corrected as for so many
 _LIKENESS = 0.95  # of a block's cost to that of one with a row more
-_MOST_RATIO = 4.0  # one observation counts as no more than this much off
+_MOST_RATIO = 2.0  # one observation counts as no more than this much off, but for the first
 _MEMORY = 0.985  # what is left of an observation's weight at the next one
 _PRIOR_MEMORY = 0.95  # and of the prior's
 _SURE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
@@ -50,7 +53,8 @@ class Costs:
         self._level: float | None = None  # of the whole profile on this machine now
         self._by_rows = [1.0] * (_MOST_ROWS + 1)
         self._by_modes: dict[tuple[tuple[Mode, ...], int], float] = {}  # and rows
-        self._seen: dict[object, int] = {}  # by rows, or modes and rows
+        self._seen: dict[object, tuple[int, int]] = {}  # by rows, or modes and rows: how often, and when last
+        self._passes = self._plain_passes = 0
 
     def verification(self, rows: int) -> float:
         """Of one request's rows."""
@@ -73,6 +77,7 @@ class Costs:
         factor = self._correction(rows, seconds / max(self._block(rows), 1e-9))
         if rows == 1:
             self._by_rows[1] *= factor
+            self._plain_passes += 1
             return
         for other in range(2, _MOST_ROWS + 1):
             self._by_rows[other] *= factor ** (_LIKENESS ** abs(other - rows))
@@ -83,19 +88,34 @@ class Costs:
         factor = self._correction(key, seconds / max(count * self.drafting_pass(plan, rows), 1e-9))
         self._by_modes[key] = self._by_modes.get(key, 1.0) * factor
 
+    @property
+    def wants_plain(self) -> bool:
+        """Whether a pass of one row has not been seen for so long that nobody knows what plain decoding takes."""
+        if self.company > 1:
+            return False  # no pass would be of one row
+        _, when = self._seen.get(1, (0, 0))
+        return self._passes - when >= min(_FIRST_PLAIN << self._plain_passes, _PLAIN_EVERY)
+
     def _block(self, rows: int) -> float:
         known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
         return known * (self._level or 1.0)
 
     def _correction(self, key: object, ratio: float) -> float:
-        """What a key's factor is multiplied by; the first observation of all only sets the level."""
+        """What a key's factor is multiplied by; the first observation of all only sets the level.
+
+        Most of what makes a machine slower for a while makes all passes slower, so the level follows first. Were it the
+        factors of what is run then, what is not run would look cheap, or what is not run any more would stay dear.
+        """
+        self._passes += 1
+        seen, when = self._seen.get(key, (0, self._passes))
+        seen = min(seen, 1) + 1 if self._passes - when > _STALE else seen + 1
+        self._seen[key] = (seen, self._passes)
         if self._level is None:
             self._level = ratio
             return 1.0
-        seen = self._seen[key] = self._seen.get(key, 0) + 1
         ratio = min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO)
-        self._level *= ratio ** (_RATE / 2)
-        return float(ratio ** max(_RATE / 2, 0.5 / seen))
+        self._level *= ratio**_LEVEL_RATE
+        return float(ratio ** max(_RATE, 0.5 / seen))
 
 
 def typical_profile(num_layers: int) -> CostProfile:
@@ -131,17 +151,27 @@ class Chance:
 
 @dataclass
 class Trying:
-    """When a source that is not worth it was tried last, and how long to wait until the next time."""
+    """When a source that is not worth it was tried last, and how long to wait until the next time.
+
+    Attributes:
+        price: seconds per token, over plain decoding's, that the source was foretold when it was tried last.
+    """
 
     waited: int = 0
     patience: int = _PATIENCE
+    price: float = 0.0
 
-    def is_due(self) -> bool:
+    def is_due(self, price: float = 0.0) -> bool:
         self.waited += 1
         if self.waited < self.patience:
             return False
-        self.waited, self.patience = 0, min(2 * self.patience, _MOST_PATIENCE)
+        self.waited, self.patience, self.price = 0, min(2 * self.patience, _MOST_PATIENCE), price
         return True
+
+    def saw(self, price: float) -> None:
+        """A price much below the one at the last try is worth another try soon."""
+        if price < _NEARER * self.price:
+            self.waited, self.patience, self.price = 0, _PATIENCE, price
 
 
 @dataclass
@@ -269,7 +299,9 @@ class Controller:
         self._lookup = lookup
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """The best source's draft; an empty one where plain decoding is best."""
+        """The best source's draft; an empty one where plain decoding is best, or has to be timed again."""
+        if self._costs.wants_plain:
+            return Draft()
         plain = self._costs.verification(1)
         looked = self._look_up_option(context, limit)
         drafted = self._self_option(limit)
@@ -278,12 +310,14 @@ class Controller:
         ):
             assert self._lookup is not None
             return self._lookup.propose(context, looked.length)
+        if drafted is not None:
+            self._experience.self_trying.saw(drafted.sec_per_token / plain)
         if drafted is not None and pays(self._costs, drafted):
             return self._draft(context, limit, drafted.sec_per_token)
         if looked is not None and self._experience.lookup_trying.is_due():
             assert self._lookup is not None
             return self._lookup.propose(context, min(2, limit))
-        if drafted is not None and self._experience.self_trying.is_due():
+        if drafted is not None and self._experience.self_trying.is_due(drafted.sec_per_token / plain):
             return self._draft(context, 1, plain)
         return Draft()
 
