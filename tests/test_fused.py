@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +21,8 @@ from knn_ssd.target import native
 from knn_ssd.target.contract import Exactness
 from knn_ssd.target.fused import LEAN_FAMILIES, FusedTarget, why_not
 from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.target.linear import Keeper, matrix_of
+from knn_ssd.target.native import address
 from knn_ssd.target.select import target_of
 from knn_ssd.testing import tiny_model
 
@@ -43,14 +47,42 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return [chooser.randrange(3, 128) for _ in range(count)]
 
 
+@pytest.fixture(params=["vectors", "tiles"])
+def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What multiplies bfloat16 weights."""
+    used = native.uses_tiles()
+    native.kernels().knn_ssd_want_tiles(request.param == "tiles")
+    try:
+        if request.param == "tiles" and not native.uses_tiles():
+            pytest.skip("this processor has no tile unit")
+        yield request.param
+    finally:
+        native.kernels().knn_ssd_want_tiles(used)
+
+
+def weights_of(copy: native.Matrix, target: FusedTarget) -> torch.Tensor:
+    """The weights (rows, cols) that a low-bit copy stands for."""
+    codes, scales = (
+        next(tensor for tensor in target.low._keeper.tensors if tensor.data_ptr() == at)
+        for at in (copy.data, copy.scales)
+    )
+    lanes, groups = native.kernels().knn_ssd_lanes(), -(-copy.cols // 64)
+    codes = codes.view(-1, groups, 8, lanes, 4)  # each byte has columns i and i + 32 of its group
+    levels = torch.stack([codes & 15, codes >> 4], dim=2).permute(0, 4, 1, 2, 3, 5).reshape(-1, lanes, groups, 64)
+    pairs = scales.view(-1, groups, lanes, 2).float().transpose(1, 2)
+    decoded = levels * pairs[..., :1] + pairs[..., 1:]  # (tiles, lanes, groups, 64)
+    return decoded.reshape(-1, groups * 64)[: copy.rows, : copy.cols]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", LEAN_FAMILIES)
-def test_it_gives_what_the_general_target_gives_in_float64(family: str, dtype: torch.dtype) -> None:
+def test_it_gives_what_the_general_target_gives_in_float64(family: str, dtype: torch.dtype, unit: str) -> None:
+    halved = unit == "tiles" and dtype is torch.bfloat16  # then 16 bits are left of an input's 24
     lean = FusedTarget(wide_model(family, dtype)).open(160)
     general = HuggingFaceTarget(wide_model(family, dtype).double()).open(160)
 
     def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=2e-4)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=5e-3 if halved else 2e-4)
 
     text = tokens(130)
     ours, theirs = lean.prefill(text[:100]), general.prefill(text[:100])
@@ -79,9 +111,9 @@ def test_biases_tied_heads_and_grouped_queries() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", LEAN_FAMILIES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_row_is_the_same_bits_in_any_block(family: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_a_row_is_the_same_bits_in_any_block(unit: str, family: str, dtype: torch.dtype, data: st.DataObject) -> None:
     target = FusedTarget(wide_model(family, dtype, intermediate_size=608))  # wider than a stretch of the kernels
     text = tokens(90, data.draw(st.integers(0, 1000)))
     one_by_one, blocks = target.open(90), target.open(90)
@@ -105,7 +137,7 @@ def test_a_row_is_the_same_bits_in_any_block(family: str, dtype: torch.dtype, da
         at += kept
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit(unit: str) -> None:
     target, results = FusedTarget(wide_model("llama", torch.bfloat16)), []
     before = torch.get_num_threads()
     try:
@@ -170,15 +202,10 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
     target = FusedTarget(wide_model("llama"))
     torch.manual_seed(0)
     linear = nn.Linear(640, 64, bias=False)
-    from knn_ssd.target.linear import Keeper, matrix_of
-
     weight = nn.init.normal_(linear.weight).detach()
     keeper = Keeper()
     low = target.low._round(matrix_of(linear, keeper), torch.ones(640))
-    codes = target.low._keeper.tensors[-2].to(torch.int32)  # (rows, groups, 32)
-    scales = target.low._keeper.tensors[-1][: 64 * 10].view(64, 10, 2).float()  # (rows, groups, 2)
-    levels = torch.cat([codes & 15, codes >> 4], dim=-1)
-    decoded = (levels * scales[..., :1] + scales[..., 1:]).reshape(64, 640)
+    decoded = weights_of(low, target)
     assert (low.rows, low.cols) == (64, 640)
     assert ((decoded - weight).norm() / weight.norm()).item() < 0.095
     extremes = weight.view(64, 10, 64)
@@ -186,6 +213,40 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
     step = (most - least) / 15
     rounded = ((extremes - least) / step).round() * step + least
     assert (decoded - weight).norm() < (rounded.view(64, 640) - weight).norm()
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(7, 32), (33, 96), (100, 2112)])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 40])
+def test_a_matrix_is_multiplied_to_the_bits_that_inputs_keep(
+    unit: str, count: int, rows: int, cols: int, low: bool
+) -> None:
+    """Of an input 24 bits, or 16 in the tile unit, are kept; in a draft, 8 of its group's largest."""
+    torch.manual_seed(0)
+    keeper, linear = Keeper(), nn.Linear(cols, rows, dtype=torch.bfloat16)
+    matrix, norm = matrix_of(linear, keeper), torch.ones(cols)
+    weights = linear.weight.detach().double()
+    if low:
+        target = FusedTarget(wide_model("llama"))
+        matrix = target.low._round(matrix, torch.ones(cols))
+        weights = weights_of(matrix, target).double()
+    x, hidden, out = torch.randn(count, cols), torch.empty(count, cols), torch.empty(count, rows)
+    places = address(x), count, (ctypes.c_int64 * count)(*range(count)), count, address(hidden), address(out)
+    native.kernels().knn_ssd_head(ctypes.byref(matrix), address(norm), 1e-5, *places)
+    exact = hidden.double() @ weights.T + linear.bias.detach().double()
+    sizes = hidden.double().abs() @ weights.abs().T
+    if low:
+        largest = torch.nn.functional.pad(hidden.abs(), (0, -cols % 64)).view(count, -1, 64).amax(-1)
+        bound = largest.repeat_interleave(64, dim=-1)[:, :cols].double() / 254 @ weights.abs().T
+        bound = bound + 2**-8 * sizes  # the zero of a group may be much larger than what it is taken from
+    else:
+        bound = (2**-17 if unit == "tiles" else 0) * sizes
+    assert ((out - exact).abs() <= 1.01 * bound + 2**-18 * sizes).all()
+    alone = torch.empty(1, rows)
+    row = x[-1:].clone()
+    places = address(row), 1, (ctypes.c_int64 * 1)(0), 1, address(hidden[-1:]), address(alone)
+    native.kernels().knn_ssd_head(ctypes.byref(matrix), address(norm), 1e-5, *places)
+    assert torch.equal(alone[0], out[-1])
 
 
 def test_positions_grow_with_the_text_and_never_past_the_context() -> None:
@@ -282,11 +343,6 @@ def test_columns_with_large_inputs_are_rounded_with_more_care() -> None:
     assert importance[:8].min() > 10 * importance[8:].mean()
     assert importance.mean() == pytest.approx(1, rel=0.01)
     copy = target.low.mlp(2).gate
-    codes, scales = (
-        next(t for t in target.low._keeper.tensors if t.data_ptr() == at) for at in (copy.data, copy.scales)
-    )
-    levels = torch.cat([codes & 15, codes >> 4], dim=-1).float()  # (rows, groups, 64)
-    pairs = scales[: copy.rows * 4].view(copy.rows, 4, 2).float()
-    decoded = (levels * pairs[..., :1] + pairs[..., 1:]).reshape(copy.rows, 256)
+    decoded = weights_of(copy, target)
     errors = (decoded - layer.mlp.gate_proj.weight).square().mean(dim=0)
     assert errors[:8].mean() < 0.7 * errors[8:64].mean()

@@ -23,7 +23,7 @@ from knn_ssd.plan import Plan
 from knn_ssd.provenance import cache_directory
 from knn_ssd.target.contract import Exactness, Target
 from knn_ssd.target.fused import FusedTarget, why_not
-from knn_ssd.target.native import why_unavailable
+from knn_ssd.target.native import uses_tiles, why_unavailable
 from knn_ssd.target.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.target.select import target_of
 
@@ -61,6 +61,7 @@ class Machine:
         cpu_flags: the instructions that matter here, and whether the processor has them.
         devices: that torch can use.
         kernels: "ready", or why the lean target and low-bit drafts are not to be had here.
+        tiles: whether they multiply bfloat16 weights in the processor's tile unit (AMX).
         read_bandwidth_bytes_per_sec: of the device a model would run on, measured.
         memory_bytes: of the machine.
         available_memory_bytes: of that, not in use. Both are None where the system does not say.
@@ -75,6 +76,7 @@ class Machine:
     cpu_flags: dict[str, bool]
     devices: tuple[str, ...]
     kernels: str
+    tiles: bool
     read_bandwidth_bytes_per_sec: float
     memory_bytes: int | None
     available_memory_bytes: int | None
@@ -173,6 +175,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         cpu_flags=_cpu_flags(),
         devices=_devices(),
         kernels=why_unavailable() or "ready",
+        tiles=uses_tiles(),
         read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
         memory_bytes=_memory(),
         available_memory_bytes=_available_memory(),

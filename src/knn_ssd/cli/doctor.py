@@ -58,7 +58,7 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
         "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
         "cpu flags": _yes_and_no(machine.cpu_flags),
         "devices": ", ".join(machine.devices),
-        "kernels": machine.kernels,
+        "kernels": machine.kernels + (", with a tile unit" if machine.tiles else ""),
         "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
         "memory": f"{_gib(machine.memory_bytes)}, {_gib(machine.available_memory_bytes)} available",
         "cache directory": machine.cache_directory,

@@ -15,6 +15,11 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#if defined(__linux__) && defined(__AVX512BW__) && defined(__AMX_BF16__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -23,7 +28,9 @@
 #endif
 #define STEP (2 * LANES) /* columns that the inner loop takes at once; cols must be a multiple of 32 */
 #define STRETCH 512      /* columns whose inputs stay in the nearest cache */
-#define TILE 16          /* matrix rows that one thread takes at once */
+#define TILE 32          /* matrix rows that one thread takes at once */
+#define FETCH 32         /* matrix rows that are fetched ahead */
+#define AHEAD 4096       /* bytes of a 4-bit matrix that are fetched ahead */
 #define MOST_ROWS 8      /* input rows that are multiplied with a matrix row while it is at hand */
 #define GROUP 64         /* columns that share a scale in a 4-bit matrix */
 #define INLINE static inline __attribute__((always_inline))
@@ -37,8 +44,8 @@ typedef Words WordsAt __attribute__((aligned(2), may_alias));
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
 
 typedef struct {
-    const void *data;       /* (rows, cols); INT4: (rows, ceil(cols / GROUP), GROUP / 2) bytes */
-    const uint16_t *scales; /* INT4: (rows, ceil(cols / GROUP), 2) bfloat16, w = q * scale + zero */
+    const void *data;       /* (rows, cols); INT4: bytes, see `pack` */
+    const uint16_t *scales; /* INT4: (tiles, ceil(cols / GROUP), LANES, 2) bfloat16, w = q * scale + zero */
     const float *bias;      /* (rows,) or null */
     int64_t rows, cols, kind;
     float *seen;            /* (cols,) or null; squares of the inputs are added, if it is the first that shares them */
@@ -91,10 +98,10 @@ static void *take(size_t bytes) {
 
 static int64_t groups_of(const Matrix *m) { return (m->cols + GROUP - 1) / GROUP; }
 
-static int64_t padded(int64_t groups) { return (groups + 7) / 8 * 8; }
+static size_t tiled_memory(const Matrix *m, int64_t n);
 
 static size_t linear_memory(const Matrix *m, int64_t n) {
-    return (size_t)n * (m->cols * 4 + padded(groups_of(m)) * (GROUP + 8)) + 512;
+    return (size_t)n * (m->cols * 4 + groups_of(m) * (GROUP + 8)) + 512 + tiled_memory(m, n);
 }
 
 /* ---- vectors ---- */
@@ -140,8 +147,9 @@ INLINE float bfloat(uint16_t bits) {
 typedef struct {
     float *blocks;      /* parts of up to MOST_ROWS rows: (cols / STEP, rows of the part, STEP) */
     int8_t *bytes;      /* (n, groups, GROUP) rounded to 8 bits */
-    float *byte_scales; /* (n, groups, padded with zeros to a multiple of 8) */
+    float *byte_scales; /* (n, groups) */
     float *group_sums;  /* likewise; sums of the rounded values */
+    uint16_t *halves;   /* for the tile unit, see there */
 } Input;
 
 /* One row into its part. A bfloat16 kernel takes of every STEP columns the even ones first, then the odd ones. */
@@ -176,17 +184,219 @@ static void round_group(const float *x, int64_t count, int8_t *bytes, float *sca
     *sum = *scale * (float)total;
 }
 
+/* ---- the tile unit (AMX) ----
+ *
+ * It multiplies 16 matrix rows with up to 16 columns of inputs at once, 64 bytes deep, and adds every sum's terms in the
+ * order of the matrix's columns, whatever stands in the other rows and columns. So all rows must go through it, or none.
+ *
+ * Its inputs are bfloat16. A float32 is the sum of two of them but for a 2^-17th of it at most. They stand in columns of
+ * their own, and their sums are added at the end.
+ */
+
+static int uses_tiles;
+
+#ifdef HAS_TILES
+
+#define SIDE 16                    /* rows, and columns, of a tile */
+#define BLOCK SIDE                 /* input rows whose halves are multiplied at once */
+#define MOST_COLUMNS (2 * SIDE)    /* that they take */
+#define AHEAD_STEPS 12             /* steps of 32 columns that a matrix is fetched ahead */
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Shapes;
+
+/* Sums are tiles 0 to 3, (rows, columns); 4 and 5 parts of the matrix, 6 and 7 of the input. */
+static void shape_tiles(int64_t rows, int64_t columns) {
+    Shapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.rows[i] = (uint8_t)(i < 6 ? rows : SIDE);
+        shapes.bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * columns);
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+}
+
+/* Columns of an input tile when a block has so many in all. */
+INLINE int64_t tile_columns(int64_t columns) { return columns < SIDE ? columns : SIDE; }
+
+static size_t tiled_memory(const Matrix *m, int64_t n) {
+    if (!uses_tiles) return 0;
+    return (size_t)m->cols * 4 * (n + BLOCK) + 128;
+}
+
+/* Rows become columns. */
+INLINE void transpose(__m512i a[SIDE]) {
+    __m512i b[SIDE];
+#pragma GCC unroll 8
+    for (int i = 0; i < SIDE; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < SIDE; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* a[4 * j + i] holds, in its quarter k, column 4 * k + i of rows 4 * j and on */
+        __m512i even = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+        b[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        b[8 + i] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        b[4 + i] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        b[12 + i] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) a[i] = b[i];
+}
+
+/* The halves of 32 floats, each as 16 pairs. */
+INLINE void split(const float *x, __m512i halves[2]) {
+    __m512 left[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+    halves[0] = (__m512i)_mm512_cvtne2ps_pbh(left[1], left[0]);
+    for (int i = 0; i < 2; i++) {
+        __m256i taken = i ? _mm512_extracti64x4_epi64(halves[0], 1) : _mm512_castsi512_si256(halves[0]);
+        left[i] -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(taken), 16);
+    }
+    halves[1] = (__m512i)_mm512_cvtne2ps_pbh(left[1], left[0]);
+}
+
+/* (blocks, cols / 32, tiles of the block, 16 pairs of columns, columns of the tile, 2): a block's columns are the first
+ * halves of its rows, then the second ones. */
+static void arrange_halves(const float *x, int64_t n, int64_t cols, uint16_t *to) {
+#pragma omp parallel for if (n * cols > 32768)
+    for (int64_t step = 0; step < cols / 32; step++)
+        for (int64_t first = 0; first < n; first += BLOCK) {
+            int64_t rows = n - first < BLOCK ? n - first : BLOCK, columns = 2 * rows, width = tile_columns(columns);
+            int64_t tiles = (columns + width - 1) / width;
+            uint32_t *at = (uint32_t *)(to + 2 * first * cols) + step * tiles * SIDE * width;
+            __m512i every[MOST_COLUMNS];
+            for (int64_t r = 0; r < rows; r++) {
+                __m512i halves[2];
+                split(x + (first + r) * cols + step * 32, halves);
+                every[r] = halves[0], every[rows + r] = halves[1];
+            }
+            for (int64_t c = columns; c < tiles * SIDE; c++) every[c] = _mm512_setzero_si512();
+            for (int64_t t = 0; t < tiles; t++) {
+                transpose(every + t * SIDE);
+                for (int k = 0; k < SIDE; k++, at += width)
+                    _mm512_mask_storeu_epi32(at, (__mmask16)((1u << width) - 1), every[t * SIDE + k]);
+            }
+        }
+}
+
+/* sums (16 or, as a pair of tiles, 32 matrix rows, 1 or 2 times width); the last 16 may be fewer, as tiles are shaped.
+ * With `fetch`, what comes AHEAD_STEPS later is brought into the second cache: of the same rows, then of the next. */
+INLINE void dots_tiled(const char *data, int64_t cols, const uint16_t *x, int64_t width, const int pair, const int two,
+                       int fetch, float *sums) {
+    const int64_t stride = 4 * width * (1 + two), steps = cols / 32, rows = SIDE * (1 + pair);
+    const char *ahead = data + AHEAD_STEPS % steps * 64 + AHEAD_STEPS / steps * rows * 2 * cols;
+    int64_t left = steps - AHEAD_STEPS % steps; /* of the rows that are fetched */
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; step++, data += 64, x += (1 + two) * SIDE * width * 2) {
+        if (fetch) {
+#pragma GCC unroll 32
+            for (int64_t i = 0; i < rows; i++) _mm_prefetch(ahead + i * 2 * cols, _MM_HINT_T1);
+            ahead += --left ? 64 : 64 + (rows - 1) * 2 * cols;
+        }
+        _tile_loadd(6, x, 4 * width);
+        _tile_loadd(4, data, 2 * cols);
+        _tile_dpbf16ps(0, 4, 6);
+        if (two) {
+            _tile_loadd(7, x + SIDE * width * 2, 4 * width);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (pair) {
+            _tile_loadd(5, data + SIDE * 2 * cols, 2 * cols);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (pair && two) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, stride);
+    if (two) _tile_stored(1, sums + width, stride);
+    if (pair) _tile_stored(2, sums + SIDE * (1 + two) * width, stride);
+    if (pair && two) _tile_stored(3, sums + SIDE * (1 + two) * width + width, stride);
+}
+
+/* y (rows, some), its rows `stride` apart, from sums (SIDE, columns) of all halves. */
+INLINE void add_halves(const float *sums, int64_t columns, int64_t rows, int64_t some, float *y, int64_t stride) {
+    __m512 whole[SIDE];
+#pragma GCC unroll 16
+    for (int k = 0; k < SIDE; k++, sums += columns)
+        whole[k] = _mm512_loadu_ps(sums) + _mm512_loadu_ps(sums + rows);
+    transpose((__m512i *)whole);
+    for (int64_t j = 0; j < rows; j++)
+        _mm512_mask_storeu_ps(y + j * stride, (__mmask16)((1u << some) - 1), whole[j]);
+}
+
+static void bfloats_tiled(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+    int64_t cols = m->cols;
+    for (int64_t r = 0; r < n; r += BLOCK) {
+        int64_t rows = n - r < BLOCK ? n - r : BLOCK, width = tile_columns(2 * rows);
+        int two = 2 * rows > SIDE;
+        const uint16_t *x = in->halves + 2 * r * cols;
+        float sums[2 * SIDE * MOST_COLUMNS + 2 * SIDE] __attribute__((aligned(64)));
+        shape_tiles(count < SIDE ? count : SIDE, width);
+        for (int64_t i = 0, some; i < count; i += some) {
+            const char *data = (const char *)m->data + (first + i) * cols * 2;
+            int pair = count - i >= 2 * SIDE;
+            some = pair ? 2 * SIDE : count - i < SIDE ? count - i : SIDE;
+            if (i && some < SIDE) shape_tiles(some, width);
+            if (pair && two) dots_tiled(data, cols, x, width, 1, 1, !r, sums);
+            else if (pair) dots_tiled(data, cols, x, width, 1, 0, !r, sums);
+            else if (two) dots_tiled(data, cols, x, width, 0, 1, !r, sums);
+            else dots_tiled(data, cols, x, width, 0, 0, !r, sums);
+            for (int64_t k = 0; k < some; k += SIDE)
+                add_halves(sums + k * width * (1 + two), width * (1 + two), rows, some - k < SIDE ? some - k : SIDE,
+                           y + r * m->rows + first + i + k, m->rows);
+        }
+    }
+}
+
+/* Whether the system lets this process use the tiles. */
+static int tiles_granted(void) {
+    const long ask = 0x1023, data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return syscall(SYS_arch_prctl, ask, data) == 0;
+}
+
+#else
+
+static size_t tiled_memory(const Matrix *m, int64_t n) { return 0; }
+static int tiles_granted(void) { return 0; }
+
+#endif
+
+void knn_ssd_want_tiles(int64_t wanted) { uses_tiles = wanted && tiles_granted(); }
+
+int64_t knn_ssd_uses_tiles(void) { return uses_tiles; }
+
 /* The matrices that share an input are all of one kind, or 4-bit beside it. */
 static Input prepare(const float *x, int64_t n, const Matrix *m, int kinds) {
-    Input in = {0, 0, 0, 0};
+    Input in = {0};
     int64_t cols = m->cols, groups = groups_of(m), parts = (n + MOST_ROWS - 1) / MOST_ROWS;
+#ifdef HAS_TILES
+    if (uses_tiles && kinds & 1 << BFLOAT16) {
+        in.halves = take((size_t)cols * 4 * (n + BLOCK));
+        arrange_halves(x, n, cols, in.halves);
+        kinds &= ~(1 << BFLOAT16);
+    }
+    if (!kinds) return in;
+#endif
     if (kinds & ~(1 << INT4)) in.blocks = take((size_t)n * cols * 4);
     if (kinds & 1 << INT4) {
         in.bytes = take((size_t)n * groups * GROUP);
-        in.byte_scales = take((size_t)n * padded(groups) * 4);
-        in.group_sums = take((size_t)n * padded(groups) * 4);
+        in.byte_scales = take((size_t)n * groups * 4);
+        in.group_sums = take((size_t)n * groups * 4);
     }
-#pragma omp parallel for if (n > 2)
+#pragma omp parallel for if (n * cols > 8192)
     for (int64_t part = 0; part < parts; part++) {
         int64_t first = part_start(n, part), rows = part_start(n, part + 1) - first;
         for (int64_t r = first; r < first + rows; r++) {
@@ -196,10 +406,8 @@ static Input prepare(const float *x, int64_t n, const Matrix *m, int kinds) {
             for (int64_t g = 0; in.bytes && g < groups; g++) {
                 int64_t start = g * GROUP, count = cols - start < GROUP ? cols - start : GROUP;
                 round_group(x + r * cols + start, count, in.bytes + (r * groups + g) * GROUP,
-                            in.byte_scales + r * padded(groups) + g, in.group_sums + r * padded(groups) + g);
+                            in.byte_scales + r * groups + g, in.group_sums + r * groups + g);
             }
-            for (int64_t g = groups; in.bytes && g < padded(groups); g++)
-                in.byte_scales[r * padded(groups) + g] = in.group_sums[r * padded(groups) + g] = 0;
         }
     }
     return in;
@@ -220,7 +428,7 @@ INLINE void dots(const char *data, int kind, int64_t cols, int64_t steps, const 
 #pragma GCC unroll 4
         for (int i = 0; i < NB; i++) {
             const char *at = data + i * cols * size;
-            __builtin_prefetch(at + TILE * cols * size, 0, 2); /* of the next tile, into the second cache */
+            __builtin_prefetch(at + FETCH * cols * size, 0, 2); /* of rows to come, into the second cache */
             if (kind == BFLOAT16) {
                 Words pairs = *(const WordsAt *)at;
                 first[i] = (Floats)(pairs << 16);
@@ -262,73 +470,92 @@ typedef void (*Dots)(const char *, int64_t, int64_t, int64_t, const float *, Flo
     {dots_##kind##_4_1, dots_##kind##_4_2, dots_##kind##_2_3, dots_##kind##_2_4, dots_##kind##_2_5, dots_##kind##_2_6, dots_##kind##_1_7, dots_##kind##_1_8}
 static const Dots DOTS_OF[2][MOST_ROWS] = {DOTS_TABLE(FLOAT32), DOTS_TABLE(BFLOAT16)};
 
-/* `count` rows of a 4-bit matrix with one input row of bytes. Low halves of a group's bytes are its first 32 columns. */
-INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, const int8_t *x, const float *x_scales,
-                      const float *x_sums, float *y, const int count) {
-#ifdef __AVX2__
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), high_half = _mm256_set1_epi32(0xffff0000);
-    __m256 sum[4], zero[4];
-    float factors[4][8];
-#pragma GCC unroll 4
-    for (int i = 0; i < count; i++) sum[i] = zero[i] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; g++) {
-        if (g % 8 == 0)
-#pragma GCC unroll 4
-            for (int i = 0; i < count; i++) { /* of eight groups at once; beyond the last one the input's are zero */
-                __m256i both = _mm256_loadu_si256((const __m256i *)(scales + 2 * (i * groups + g)));
-                __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-                __m256 offset = _mm256_castsi256_ps(_mm256_and_si256(both, high_half));
-                _mm256_storeu_ps(factors[i], _mm256_mul_ps(scale, _mm256_loadu_ps(x_scales + g)));
-                zero[i] = _mm256_fmadd_ps(offset, _mm256_loadu_ps(x_sums + g), zero[i]);
-            }
-        __m256i first = _mm256_loadu_si256((const __m256i *)(x + g * GROUP));
-        __m256i second = _mm256_loadu_si256((const __m256i *)(x + g * GROUP + 32));
-#pragma GCC unroll 4
-        for (int i = 0; i < count; i++) {
-            __m256i both = _mm256_loadu_si256((const __m256i *)(q + (i * groups + g) * 32));
-            _mm_prefetch((const char *)(q + ((i + TILE / 2) * groups + g) * 32), _MM_HINT_T1); /* half a tile ahead */
-            __m256i low = _mm256_and_si256(both, mask), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-            __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second));
-            __m256 part = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-            sum[i] = _mm256_fmadd_ps(part, _mm256_broadcast_ss(&factors[i][g % 8]), sum[i]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < count; i++) {
-        float part[8], total = 0;
-        _mm256_storeu_ps(part, _mm256_add_ps(sum[i], zero[i]));
-        for (int j = 0; j < 8; j++) total += part[j];
-        y[i] = total;
-    }
+/* Adds to sum[i] the products of its 4 weights, bytes without a sign, with the 4 bytes of an input. */
+INLINE Ints add_products(Ints sum, Ints weights, int32_t input) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(input));
+#elif defined(__AVX512BW__)
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)weights, _mm512_set1_epi32(input));
+    return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(input));
+    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-    for (int i = 0; i < count; i++, q += groups * 32, scales += groups * 2) {
-        float total = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            int32_t part = 0;
-            for (int j = 0; j < 32; j++)
-                part += (q[g * 32 + j] & 15) * x[g * GROUP + j] + (q[g * 32 + j] >> 4) * x[g * GROUP + 32 + j];
-            total += (float)part * (bfloat(scales[2 * g]) * x_scales[g]) + bfloat(scales[2 * g + 1]) * x_sums[g];
-        }
-        y[i] = total;
-    }
+    int8_t four[4];
+    memcpy(four, &input, 4);
+    for (int i = 0; i < 4; i++) sum += (weights >> (8 * i) & 255) * four[i];
+    return sum;
 #endif
 }
 
-static void tile(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
-    int64_t cols = m->cols, groups = groups_of(m);
-    if (m->kind == INT4) {
-        const uint8_t *q = (const uint8_t *)m->data + first * groups * 32;
-        const uint16_t *scales = m->scales + first * groups * 2;
-        for (int64_t r = 0; r < n; r++) {
-            const int8_t *bytes = in->bytes + r * groups * GROUP;
-            const float *byte_scales = in->byte_scales + r * padded(groups), *sums = in->group_sums + r * padded(groups);
-            float *out = y + r * m->rows + first;
-            int64_t i = 0;
-            for (; i + 4 <= count; i += 4)
-                dots_int4(q + i * groups * 32, scales + i * groups * 2, groups, bytes, byte_scales, sums, out + i, 4);
-            for (; i < count; i++)
-                dots_int4(q + i * groups * 32, scales + i * groups * 2, groups, bytes, byte_scales, sums, out + i, 1);
+/* LANES rows of a 4-bit matrix with MB input rows of bytes; y (MB, LANES), its rows `stride` apart. */
+INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, const int8_t *x, const float *x_scales,
+                      const float *x_sums, float *y, int64_t stride, const int MB) {
+    Floats sum[8];
+    for (int r = 0; r < MB; r++) sum[r] = (Floats){0};
+    for (int64_t g = 0; g < groups; g++, scales += 2 * LANES) {
+        Ints part[8];
+        for (int r = 0; r < MB; r++) part[r] = (Ints){0};
+#pragma GCC unroll 8
+        for (int k = 0; k < GROUP / 8; k++, q += 4 * LANES) {
+            Ints both = *(const Ints *)q;
+            __builtin_prefetch(q + AHEAD, 0, 2); /* into the second cache */
+            Ints low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
+#pragma GCC unroll 8
+            for (int r = 0; r < MB; r++) {
+                int32_t four[2];
+                memcpy(four, x + (r * groups + g) * GROUP + 4 * k, 4);
+                memcpy(four + 1, x + (r * groups + g) * GROUP + GROUP / 2 + 4 * k, 4);
+                part[r] = add_products(add_products(part[r], low, four[0]), high, four[1]);
+            }
         }
+        Words both = *(const Words *)scales;
+        Floats scale = (Floats)(both << 16), zero = (Floats)(both & 0xffff0000u);
+#pragma GCC unroll 8
+        for (int r = 0; r < MB; r++) {
+            sum[r] += zero * x_sums[r * groups + g];
+            sum[r] += __builtin_convertvector(part[r], Floats) * (scale * x_scales[r * groups + g]);
+        }
+    }
+    for (int r = 0; r < MB; r++) store(y + r * stride, sum[r]);
+}
+
+#define DOTS_INT4(MB)                                                                                                 \
+    static void dots_int4_##MB(const uint8_t *q, const uint16_t *scales, int64_t groups, const int8_t *x,             \
+                               const float *x_scales, const float *x_sums, float *y, int64_t stride) {                \
+        dots_int4(q, scales, groups, x, x_scales, x_sums, y, stride, MB);                                             \
+    }
+DOTS_INT4(1) DOTS_INT4(2) DOTS_INT4(3) DOTS_INT4(4) DOTS_INT4(5) DOTS_INT4(6) DOTS_INT4(7) DOTS_INT4(8)
+static void (*const DOTS_INT4_OF[MOST_ROWS])(const uint8_t *, const uint16_t *, int64_t, const int8_t *, const float *,
+                                             const float *, float *, int64_t) = {
+    dots_int4_1, dots_int4_2, dots_int4_3, dots_int4_4, dots_int4_5, dots_int4_6, dots_int4_7, dots_int4_8};
+
+static void tile_int4(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+    int64_t groups = groups_of(m);
+    for (int64_t r = 0, rows; r < n; r += rows) {
+        rows = n - r < MOST_ROWS ? n - r : MOST_ROWS;
+        for (int64_t i = first; i < first + count; i += LANES) {
+            const uint8_t *q = (const uint8_t *)m->data + i * groups * (GROUP / 2);
+            const uint16_t *scales = m->scales + i * groups * 2;
+            float some[MOST_ROWS * LANES], *out = y + r * m->rows + i;
+            int whole = i + LANES <= m->rows;
+            DOTS_INT4_OF[rows - 1](q, scales, groups, in->bytes + r * groups * GROUP, in->byte_scales + r * groups,
+                                   in->group_sums + r * groups, whole ? out : some, whole ? m->rows : LANES);
+            for (int64_t j = 0; !whole && j < rows; j++)
+                memcpy(out + j * m->rows, some + j * LANES, (size_t)4 * (m->rows - i));
+        }
+    }
+}
+
+static void tile(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+    int64_t cols = m->cols;
+#ifdef HAS_TILES
+    if (uses_tiles && m->kind == BFLOAT16) {
+        bfloats_tiled(m, first, count, in, n, y);
+    } else
+#endif
+    if (m->kind == INT4) {
+        tile_int4(m, first, count, in, n, y);
     } else {
         int64_t size = m->kind == BFLOAT16 ? 2 : 4;
         const char *data = (const char *)m->data + first * cols * size;
@@ -396,33 +623,48 @@ typedef struct {
     int64_t count;
 } Span;
 
-/* out[i..] = the values' components from i on, `count` vectors of them, weighted by the scores. */
-INLINE void mix(const Span spans[2], int64_t head_dim, const float *scores, float inverse, int64_t i, const int count,
-                float *out) {
-    Floats sum[4] = {0};
-    for (int s = 0; s < 2; s++)
-        for (int64_t t = 0; t < spans[s].count; t++, scores++)
+/* The sums of LANES vectors, each in the order of `sum_of`. */
+INLINE Floats sums_of(Floats *v) {
 #pragma GCC unroll 4
-            for (int j = 0; j < count; j++) sum[j] += *scores * load(spans[s].values + t * head_dim + i + j * LANES);
-#pragma GCC unroll 4
-    for (int j = 0; j < count; j++) store(out + i + j * LANES, sum[j] * inverse);
+    for (int width = LANES / 2, count = LANES; width; width /= 2, count /= 2) {
+        Ints low, high;
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i / width * 2 * width + i % width;
+            high[i] = low[i] + width;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < count / 2; i++)
+            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low) + __builtin_shuffle(v[2 * i], v[2 * i + 1], high);
+    }
+    return v[0];
 }
 
-/* One query (head_dim,) over the keys of two spans, in their order; `scores` has room for all of them. */
-static void attend(const float *query, const Span spans[2], int64_t head_dim, float scale, float *scores, float *out) {
-    int64_t total = 0;
-    float most = -INFINITY;
-    for (int s = 0; s < 2; s++)
-        for (int64_t t = 0; t < spans[s].count; t++) {
-            const float *key = spans[s].keys + t * head_dim;
-            Floats sum = {0};
-            for (int64_t i = 0; i < head_dim; i += LANES) sum += load(query + i) * load(key + i);
-            float score = sum_of(sum) * scale;
-            most = score > most ? score : most;
-            scores[total++] = score;
-        }
-    Floats sums = {0};
+/* scores (count,) of a query (head_dim,) and up to LANES keys; writes LANES of them. */
+INLINE void score(const float *query, const float *keys, int64_t head_dim, int64_t count, float scale, float *scores) {
+    Floats sums[LANES];
+#pragma GCC unroll 16
+    for (int t = 0; t < LANES; t++) sums[t] = (Floats){0};
+    for (int64_t i = 0; i < head_dim; i += LANES) {
+        Floats q = load(query + i);
+        if (count == LANES)
+#pragma GCC unroll 16
+            for (int t = 0; t < LANES; t++) sums[t] += q * load(keys + t * head_dim + i);
+        else
+            for (int t = 0; t < count; t++) sums[t] += q * load(keys + t * head_dim + i);
+    }
+    store(scores, sums_of(sums) * scale);
+}
+
+/* Scores (total,) become weights; gives the inverse of their sum. */
+static float weigh(float *scores, int64_t total) {
     for (int64_t t = total; t % LANES; t++) scores[t] = -INFINITY;
+    Floats many = (Floats){0} - INFINITY, sums = {0};
+    for (int64_t t = 0; t < total; t += LANES) {
+        Floats s = load(scores + t);
+        many = (Floats)(((Words)s & (Words)(s > many)) | ((Words)many & ~(Words)(s > many)));
+    }
+    float most = -INFINITY;
+    for (int i = 0; i < LANES; i++) most = many[i] > most ? many[i] : most;
     for (int64_t t = 0; t < total; t += LANES) {
         Floats weight = exponential(load(scores + t) - most);
         store(scores + t, weight);
@@ -430,10 +672,62 @@ static void attend(const float *query, const Span spans[2], int64_t head_dim, fl
             if (t + i >= total) scores[t + i] = 0;
         sums += load(scores + t);
     }
-    float inverse = 1.0f / sum_of(sums);
+    return 1.0f / sum_of(sums);
+}
+
+/* out[q][i..] = the values' components from i on, `count` vectors of them, weighted by a query's scores. */
+INLINE void mix(const Span spans[2], int64_t head_dim, const float *scores, int64_t room, const float *inverse, int64_t i,
+                const int count, const int queries, float *out) {
+    Floats sum[4][4];
+#pragma GCC unroll 4
+    for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+        for (int j = 0; j < count; j++) sum[q][j] = (Floats){0};
+    for (int s = 0; s < 2; s++)
+        for (int64_t t = 0; t < spans[s].count; t++, scores++) {
+            Floats value[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < count; j++) value[j] = load(spans[s].values + t * head_dim + i + j * LANES);
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+                for (int j = 0; j < count; j++) sum[q][j] += scores[q * room] * value[j];
+        }
+#pragma GCC unroll 4
+    for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+        for (int j = 0; j < count; j++) store(out + q * head_dim + i + j * LANES, sum[q][j] * inverse[q]);
+}
+
+INLINE void mix_all(const Span spans[2], int64_t head_dim, const float *scores, int64_t room, const float *inverse,
+                    const int queries, float *out) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) mix(spans, head_dim, scores, inverse, i, 4, out);
-    for (; i < head_dim; i += LANES) mix(spans, head_dim, scores, inverse, i, 1, out);
+    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) mix(spans, head_dim, scores, room, inverse, i, 4, queries, out);
+    for (; i < head_dim; i += LANES) mix(spans, head_dim, scores, room, inverse, i, 1, queries, out);
+}
+
+/* `count` queries (head_dim,) over the same keys, those of two spans in their order; scores has `room` for each. */
+static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, float scale, float *scores,
+                   int64_t room, float *out) {
+    int64_t total = 0;
+    for (int s = 0; s < 2; total += spans[s++].count)
+        for (int64_t t = 0; t < spans[s].count; t += LANES)
+            for (int64_t q = 0; q < count; q++) {
+                int64_t left = spans[s].count - t;
+                score(queries + q * head_dim, spans[s].keys + t * head_dim, head_dim, left < LANES ? left : LANES, scale,
+                      scores + q * room + total + t);
+            }
+    for (int64_t q = 0, some; q < count; q += some) {
+        float inverse[4];
+        some = count - q < 4 ? count - q : 4;
+        for (int64_t j = 0; j < some; j++) inverse[j] = weigh(scores + (q + j) * room, total);
+        const float *from = scores + q * room;
+        float *to = out + q * head_dim;
+        if (some == 4) mix_all(spans, head_dim, from, room, inverse, 4, to);
+        else if (some == 3) mix_all(spans, head_dim, from, room, inverse, 3, to);
+        else if (some == 2) mix_all(spans, head_dim, from, room, inverse, 2, to);
+        else mix_all(spans, head_dim, from, room, inverse, 1, to);
+    }
 }
 
 /* The keys and values that a pass's rows bring with them: the cache's next places, or apart from it. */
@@ -442,9 +736,10 @@ typedef struct {
     int64_t stride;       /* rows from one head to the next */
 } Fresh;
 
-static void attend_row(const Attention *a, const Place *p, const Fresh *fresh, int64_t row, int64_t head,
-                       const float *query, float *scores, float *out) {
-    int64_t kv = head / (a->heads / a->kv_heads), position = p->position + row, cached = p->position;
+/* Some heads of a row that share keys and values: those of head `kv`. */
+static void attend_row(const Attention *a, const Place *p, const Fresh *fresh, int64_t row, int64_t kv, int64_t count,
+                       const float *queries, float *scores, int64_t room, float *out) {
+    int64_t position = p->position + row, cached = p->position;
     int64_t lowest = a->window && position + 1 > a->window ? position + 1 - a->window : 0;
     if (p->run) cached += row - row % p->run;
     int64_t own = lowest > cached ? lowest : cached;
@@ -452,7 +747,7 @@ static void attend_row(const Attention *a, const Place *p, const Fresh *fresh, i
     int64_t new_at = (kv * fresh->stride + own - p->position) * a->head_dim;
     Span spans[2] = {{p->keys + old_at, p->values + old_at, own - lowest},
                      {fresh->keys + new_at, fresh->values + new_at, position + 1 - own}};
-    attend(query, spans, a->head_dim, (float)a->scale, scores, out);
+    attend(queries, count, spans, a->head_dim, (float)a->scale, scores, room, out);
 }
 
 /* Puts queries and keys at their positions, and keys and values where they belong. */
@@ -482,13 +777,15 @@ static void attention(const Attention *a, const Place *places, int64_t num_place
         int64_t end = places[i].position + places[i].count;
         longest = end > longest ? end : longest;
     }
-    int64_t room = (longest + 2 * LANES) / LANES * LANES; /* for one thread's scores */
+    int64_t room = (longest + 2 * LANES) / LANES * LANES, threads = omp_get_max_threads(); /* for one query's scores */
+    int64_t shared = a->heads / a->kv_heads; /* heads that share keys, read once for all where that leaves enough to do */
+    if (n * a->kv_heads < 4 * threads && n * a->kv_heads % threads) shared = 1;
     arena_begin(linear_memory(&a->q, n) + linear_memory(&a->o, n) + 8192 + (size_t)16 * n +
                 (size_t)num_places * (sizeof(Fresh) + 128) +
-                (size_t)4 * (n * (2 * width + 2 * inner + 4 * kv_inner) + omp_get_max_threads() * room));
+                (size_t)4 * (n * (2 * width + 2 * inner + 4 * kv_inner) + threads * shared * room));
     float *normed = take((size_t)4 * n * width), *q = take((size_t)4 * n * inner), *k = take((size_t)4 * n * kv_inner);
     float *v = take((size_t)4 * n * kv_inner), *mixed = take((size_t)4 * n * inner), *out = take((size_t)4 * n * width);
-    float *all_scores = take((size_t)4 * omp_get_max_threads() * room);
+    float *all_scores = take((size_t)4 * threads * shared * room);
     Fresh *fresh = take((size_t)num_places * sizeof(Fresh));
     int64_t *owner = take((size_t)8 * n), *row_of = take((size_t)8 * n);
     for (int64_t r = 0; r < n; r++) normalise(x + r * width, width, a->norm, a->epsilon, normed + r * width);
@@ -505,10 +802,11 @@ static void attention(const Attention *a, const Place *places, int64_t num_place
         }
     }
 #pragma omp parallel for schedule(static)
-    for (int64_t item = 0; item < n * a->heads; item++) {
-        int64_t r = item / a->heads;
-        attend_row(a, places + owner[r], fresh + owner[r], row_of[r], item % a->heads, q + item * a->head_dim,
-                   all_scores + omp_get_thread_num() * room, mixed + item * a->head_dim);
+    for (int64_t item = 0; item < n * a->heads / shared; item++) {
+        int64_t r = item * shared / a->heads, kv = item * shared % a->heads / (a->heads / a->kv_heads);
+        int64_t at = item * shared * a->head_dim;
+        attend_row(a, places + owner[r], fresh + owner[r], row_of[r], kv, shared, q + at,
+                   all_scores + omp_get_thread_num() * shared * room, room, mixed + at);
     }
     linear((const Matrix *[]){&a->o}, 1, mixed, n, (float *[]){out});
     add_to(x, out, n * width);
@@ -522,7 +820,7 @@ static void mlp(const Mlp *m, float *x, int64_t n) {
     float *out = take((size_t)4 * n * width);
     for (int64_t r = 0; r < n; r++) normalise(x + r * width, width, m->norm, m->epsilon, normed + r * width);
     linear((const Matrix *[]){&m->gate, &m->up}, 2, normed, n, (float *[]){gate, up});
-#pragma omp parallel for if (n * inner > 4096)
+#pragma omp parallel for if (n * inner > 16384)
     for (int64_t i = 0; i < n * inner; i += LANES) {
         Floats g = load(gate + i);
         store(gate + i, g / (1.0f + exponential(-g)) * load(up + i));
@@ -612,7 +910,8 @@ static void refit(const float *w, const float *importance, int64_t count, const 
     *zero = (c * d - b * e) / determinant;
 }
 
-static void round_weights(const float *w, const float *importance, int64_t count, int64_t tries, uint8_t *bytes,
+/* levels (GROUP,), w = level * scales[0] + scales[1] */
+static void round_weights(const float *w, const float *importance, int64_t count, int64_t tries, uint8_t *levels,
                           uint16_t *scales) {
     float low = w[0], high = w[0], best = INFINITY, q[GROUP], best_q[GROUP] = {0};
     for (int64_t i = 1; i < count; i++) {
@@ -633,22 +932,34 @@ static void round_weights(const float *w, const float *importance, int64_t count
             }
         }
     }
-    for (int i = 0; i < GROUP / 2; i++)
-        bytes[i] = (uint8_t)((i < count ? (int)best_q[i] : 0) | (i + 32 < count ? (int)best_q[i + 32] : 0) << 4);
+    for (int i = 0; i < GROUP; i++) levels[i] = i < count ? (uint8_t)best_q[i] : 0;
 }
 
-/* A 4-bit copy of m in `bytes` and `scales`. `importance` (cols,) weighs the columns' errors; `tries` ranges are tried. */
+/* Puts the levels of a matrix row's group where the kernels read them: bytes (tiles of LANES rows, groups, GROUP / 8,
+ * LANES, 4), each with columns i and i + GROUP / 2 of its group. */
+static void pack(const uint8_t *levels, const uint16_t *scale, int64_t row, int64_t group, int64_t groups, uint8_t *bytes,
+                 uint16_t *scales) {
+    int64_t at = row / LANES * groups + group, lane = row % LANES;
+    for (int i = 0; i < GROUP / 2; i++)
+        bytes[((at * (GROUP / 8) + i / 4) * LANES + lane) * 4 + i % 4] = (uint8_t)(levels[i] | levels[i + GROUP / 2] << 4);
+    memcpy(scales + (at * LANES + lane) * 2, scale, 4);
+}
+
+/* A 4-bit copy of m in `bytes` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,) weighs the
+ * columns' errors; `tries` ranges are tried. */
 void knn_ssd_round(const Matrix *m, const float *importance, int64_t tries, uint8_t *bytes, uint16_t *scales) {
     int64_t cols = m->cols, groups = groups_of(m);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < m->rows; i++)
         for (int64_t g = 0; g < groups; g++) {
             float w[GROUP] = {0};
+            uint8_t levels[GROUP];
+            uint16_t scale[2] = {0, 0};
             int64_t first = g * GROUP, count = cols - first < GROUP ? cols - first : GROUP;
             for (int64_t c = 0; c < count; c++)
                 w[c] = m->kind == BFLOAT16 ? bfloat(((const uint16_t *)m->data)[i * cols + first + c])
                                            : ((const float *)m->data)[i * cols + first + c];
-            round_weights(w, importance + first, count, tries, bytes + (i * groups + g) * 32,
-                          scales + (i * groups + g) * 2);
+            round_weights(w, importance + first, count, tries, levels, scale);
+            pack(levels, scale, i, g, groups, bytes, scales);
         }
 }

@@ -127,7 +127,9 @@ class LowBit:
 
     def _round(self, matrix: Matrix, importance: torch.Tensor) -> Matrix:
         groups = -(-matrix.cols // GROUP)
-        data = torch.empty(matrix.rows, groups, GROUP // 2, dtype=torch.uint8)
-        scales = torch.zeros(matrix.rows * groups + 8, 2, dtype=torch.bfloat16)  # the kernel reads eight at a time
+        lanes = kernels().knn_ssd_lanes()
+        rows = -(-matrix.rows // lanes) * lanes
+        data = torch.zeros(rows, groups, GROUP // 2, dtype=torch.uint8)
+        scales = torch.zeros(rows, groups, 2, dtype=torch.bfloat16)
         kernels().knn_ssd_round(ctypes.byref(matrix), address(importance), _TRIES, address(data), address(scales))
         return Matrix(self._keeper.keep(data), self._keeper.keep(scales), matrix.bias, matrix.rows, matrix.cols, INT4)

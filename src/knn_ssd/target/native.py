@@ -1,7 +1,8 @@
 """Compiles `kernels.c` for this processor, once, and binds it.
 
 A C compiler with OpenMP is needed where the kernels are to run; without one, or with KNN_SSD_KERNELS=off, everything
-works on the general target, slower and without low-bit drafts. The compiled file is kept in the cache directory, under
+works on the general target, slower and without low-bit drafts. Where the processor has a tile unit (AMX), bfloat16
+weights go through it, unless KNN_SSD_KERNELS=vectors. The compiled file is kept in the cache directory, under
 a name that changes with the source, the compiler and the processor.
 """
 
@@ -113,7 +114,8 @@ def _found() -> ctypes.CDLL | KernelsUnavailable:
 
 
 def _loaded() -> ctypes.CDLL:
-    if os.environ.get("KNN_SSD_KERNELS", "").lower() in ("off", "0", "no"):
+    asked = os.environ.get("KNN_SSD_KERNELS", "").lower()
+    if asked in ("off", "0", "no"):
         raise KernelsUnavailable("the environment says KNN_SSD_KERNELS=off")
     try:
         library = ctypes.CDLL(str(_compiled()))
@@ -123,8 +125,16 @@ def _loaded() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     library.knn_ssd_lanes.restype = c_int64
+    library.knn_ssd_uses_tiles.restype = c_int64
+    library.knn_ssd_want_tiles.argtypes, library.knn_ssd_want_tiles.restype = (c_int64,), None
+    library.knn_ssd_want_tiles(asked != "vectors")
     library.knn_ssd_dismiss_helpers.restype = None
     return library
+
+
+def uses_tiles() -> bool:
+    """Whether bfloat16 weights go through the processor's tile unit."""
+    return why_unavailable() is None and bool(kernels().knn_ssd_uses_tiles())
 
 
 def leave_to_another_thread() -> None:
