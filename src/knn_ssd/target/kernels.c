@@ -326,6 +326,15 @@ INLINE void dots_tiled(const char *data, int64_t cols, const uint16_t *x, int64_
     if (pair && two) _tile_stored(3, sums + SIDE * (1 + two) * width + width, stride);
 }
 
+#define DOTS_TILED(pair, two)                                                                                          \
+    static __attribute__((noinline)) void dots_tiled_##pair##two(const char *data, int64_t cols, const uint16_t *x,   \
+                                                                 int64_t width, int fetch, float *sums) {             \
+        dots_tiled(data, cols, x, width, pair, two, fetch, sums);                                                     \
+    }
+DOTS_TILED(0, 0) DOTS_TILED(0, 1) DOTS_TILED(1, 0) DOTS_TILED(1, 1)
+static void (*const DOTS_TILED_OF[2][2])(const char *, int64_t, const uint16_t *, int64_t, int, float *) = {
+    {dots_tiled_00, dots_tiled_01}, {dots_tiled_10, dots_tiled_11}};
+
 /* y (rows, some), its rows `stride` apart, from sums (SIDE, columns) of all halves. */
 INLINE void add_halves(const float *sums, int64_t columns, int64_t rows, int64_t some, float *y, int64_t stride) {
     __m512 whole[SIDE];
@@ -350,10 +359,7 @@ static void bfloats_tiled(const Matrix *m, int64_t first, int64_t count, const I
             int pair = count - i >= 2 * SIDE;
             some = pair ? 2 * SIDE : count - i < SIDE ? count - i : SIDE;
             if (i && some < SIDE) shape_tiles(some, width);
-            if (pair && two) dots_tiled(data, cols, x, width, 1, 1, !r, sums);
-            else if (pair) dots_tiled(data, cols, x, width, 1, 0, !r, sums);
-            else if (two) dots_tiled(data, cols, x, width, 0, 1, !r, sums);
-            else dots_tiled(data, cols, x, width, 0, 0, !r, sums);
+            DOTS_TILED_OF[pair][two](data, cols, x, width, !r, sums);
             for (int64_t k = 0; k < some; k += SIDE)
                 add_halves(sums + k * width * (1 + two), width * (1 + two), rows, some - k < SIDE ? some - k : SIDE,
                            y + r * m->rows + first + i + k, m->rows);
