@@ -6,14 +6,18 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from knn_ssd import Engine
 from knn_ssd.calibrate import cost
 from knn_ssd.calibrate.objective import Clock, Timing
+from knn_ssd.generation import Stream
 from knn_ssd.target import native
 from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.tokens import PromptLike
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -109,6 +113,23 @@ def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple
     assert head == ["way", "letters", "signs", "all"]
     assert [row[0] for row in found][2:] == ["atlas atlas"]
     run("never_slower.py", *options, "--least", "1000", code=1)
+
+
+def test_outputs_are_compared_in_company_and_alone(
+    run: Run, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--limit", "4", "--clients", "3", "--max-new-tokens", "12"]
+    shown = run("identity.py", *options)
+    assert "all            8 of 8 outputs the same" in shown
+    assert "plain decoding alone: 1 of 1 the same as together" in shown
+    right = Engine.stream
+
+    def wrong(engine: Engine, prompt: PromptLike, **asked: Any) -> Stream:
+        return right(engine, prompt, **{**asked, "max_new_tokens": 12 if asked.get("plain") else 11})
+
+    monkeypatch.setattr(Engine, "stream", wrong)
+    assert "all            8 of 8" not in run("identity.py", *options, code=1)
 
 
 def test_temperatures_are_told_by_method(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:

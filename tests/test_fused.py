@@ -70,7 +70,7 @@ def weights_of(copy: native.Matrix, target: FusedTarget) -> torch.Tensor:
     codes = codes.view(-1, groups, 8, lanes, 4)  # each byte has columns i and i + 32 of its group
     levels = torch.stack([codes & 15, codes >> 4], dim=2).permute(0, 4, 1, 2, 3, 5).reshape(-1, lanes, groups, 64)
     pairs = scales.view(-1, groups, lanes, 2).float().transpose(1, 2)
-    decoded = levels * pairs[..., :1] + pairs[..., 1:]  # (tiles, lanes, groups, 64)
+    decoded = levels * pairs[..., :1] + pairs[..., 1:]  # (bundles, lanes, groups, 64)
     return decoded.reshape(-1, groups * 64)[: copy.rows, : copy.cols]
 
 

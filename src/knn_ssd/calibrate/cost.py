@@ -19,7 +19,7 @@ _ENOUGH_SEC, _MOST_TURNS = 2.0, 50  # a model of a few milliseconds is measured 
 
 
 def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> CostProfile:
-    """The cost profile of a target: single steps under a few plans, and verifications of 1 to 13 tokens.
+    """The cost profile of a target: single steps under a few plans, and verifications of 1 to 17 tokens.
 
     Args:
         target: the model.

@@ -15,7 +15,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#if defined(__linux__) && defined(__AVX512BW__) && defined(__AMX_BF16__)
+#if defined(__linux__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #define HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,7 +28,7 @@
 #endif
 #define STEP (2 * LANES) /* columns that the inner loop takes at once; cols must be a multiple of 32 */
 #define STRETCH 512      /* columns whose inputs stay in the nearest cache */
-#define TILE 32          /* matrix rows that one thread takes at once */
+#define PORTION 32          /* matrix rows that one thread takes at once */
 #define FETCH 32         /* matrix rows that are fetched ahead */
 #define AHEAD 4096       /* bytes of a 4-bit matrix that are fetched ahead */
 #define MOST_ROWS 8      /* input rows that are multiplied with a matrix row while it is at hand */
@@ -45,7 +45,7 @@ enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
 
 typedef struct {
     const void *data;       /* (rows, cols); INT4: bytes, see `pack` */
-    const uint16_t *scales; /* INT4: (tiles, ceil(cols / GROUP), LANES, 2) bfloat16, w = q * scale + zero */
+    const uint16_t *scales; /* INT4: (bundles, ceil(cols / GROUP), LANES, 2) bfloat16, w = q * scale + zero */
     const float *bias;      /* (rows,) or null */
     int64_t rows, cols, kind;
     float *seen;            /* (cols,) or null; squares of the inputs are added, if it is the first that shares them */
@@ -365,6 +365,7 @@ static void bfloats_tiled(const Matrix *m, int64_t first, int64_t count, const I
                            y + r * m->rows + first + i + k, m->rows);
         }
     }
+    _tile_release();
 }
 
 /* Whether the system lets this process use the tiles. */
@@ -504,7 +505,7 @@ INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, 
         for (int r = 0; r < MB; r++) part[r] = (Ints){0};
 #pragma GCC unroll 8
         for (int k = 0; k < GROUP / 8; k++, q += 4 * LANES) {
-            Ints both = *(const Ints *)q;
+            Ints both = (Ints) * (const WordsAt *)q;
             __builtin_prefetch(q + AHEAD, 0, 2); /* into the second cache */
             Ints low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
 #pragma GCC unroll 8
@@ -515,7 +516,7 @@ INLINE void dots_int4(const uint8_t *q, const uint16_t *scales, int64_t groups, 
                 part[r] = add_products(add_products(part[r], low, four[0]), high, four[1]);
             }
         }
-        Words both = *(const Words *)scales;
+        Words both = *(const WordsAt *)scales;
         Floats scale = (Floats)(both << 16), zero = (Floats)(both & 0xffff0000u);
 #pragma GCC unroll 8
         for (int r = 0; r < MB; r++) {
@@ -536,7 +537,7 @@ static void (*const DOTS_INT4_OF[MOST_ROWS])(const uint8_t *, const uint16_t *, 
                                              const float *, float *, int64_t) = {
     dots_int4_1, dots_int4_2, dots_int4_3, dots_int4_4, dots_int4_5, dots_int4_6, dots_int4_7, dots_int4_8};
 
-static void tile_int4(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+static void portion_int4(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
     int64_t groups = groups_of(m);
     for (int64_t r = 0, rows; r < n; r += rows) {
         rows = n - r < MOST_ROWS ? n - r : MOST_ROWS;
@@ -553,7 +554,7 @@ static void tile_int4(const Matrix *m, int64_t first, int64_t count, const Input
     }
 }
 
-static void tile(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+static void portion(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
     int64_t cols = m->cols;
 #ifdef HAS_TILES
     if (uses_tiles && m->kind == BFLOAT16) {
@@ -561,13 +562,13 @@ static void tile(const Matrix *m, int64_t first, int64_t count, const Input *in,
     } else
 #endif
     if (m->kind == INT4) {
-        tile_int4(m, first, count, in, n, y);
+        portion_int4(m, first, count, in, n, y);
     } else {
         int64_t size = m->kind == BFLOAT16 ? 2 : 4;
         const char *data = (const char *)m->data + first * cols * size;
         for (int64_t part = 0, r = 0, rows; r < n; part++, r += rows) {
             rows = part_start(n, part + 1) - r;
-            Floats sums[TILE * MOST_ROWS] = {0};
+            Floats sums[PORTION * MOST_ROWS] = {0};
             for (int64_t c = 0; c < cols; c += STRETCH) {
                 int64_t width = cols - c < STRETCH ? cols - c : STRETCH;
                 DOTS_OF[m->kind][rows - 1](data + c * size, cols, width / STEP, count, in->blocks + r * cols + c * rows,
@@ -587,7 +588,7 @@ static void linear(const Matrix *const *matrices, int count, const float *x, int
     int64_t starts[4] = {0};
     for (int j = 0; j < count; j++) {
         kinds |= 1 << matrices[j]->kind;
-        starts[j + 1] = starts[j] + (matrices[j]->rows + TILE - 1) / TILE;
+        starts[j + 1] = starts[j] + (matrices[j]->rows + PORTION - 1) / PORTION;
     }
     float *seen = matrices[0]->seen;
     for (int64_t r = 0; seen && r < n; r++)
@@ -597,8 +598,8 @@ static void linear(const Matrix *const *matrices, int count, const float *x, int
     for (int64_t t = 0; t < starts[count]; t++) {
         int j = 0;
         while (t >= starts[j + 1]) j++;
-        int64_t first = (t - starts[j]) * TILE, left = matrices[j]->rows - first;
-        tile(matrices[j], first, left < TILE ? left : TILE, &in, n, y[j]);
+        int64_t first = (t - starts[j]) * PORTION, left = matrices[j]->rows - first;
+        portion(matrices[j], first, left < PORTION ? left : PORTION, &in, n, y[j]);
     }
 }
 
@@ -629,6 +630,16 @@ typedef struct {
     int64_t count;
 } Span;
 
+INLINE Floats shuffle(Floats a, Floats b, Ints which) {
+#ifdef __clang__
+    Floats result;
+    for (int i = 0; i < LANES; i++) result[i] = which[i] < LANES ? a[which[i]] : b[which[i] - LANES];
+    return result;
+#else
+    return __builtin_shuffle(a, b, which);
+#endif
+}
+
 /* The sums of LANES vectors, each in the order of `sum_of`. */
 INLINE Floats sums_of(Floats *v) {
 #pragma GCC unroll 4
@@ -640,7 +651,7 @@ INLINE Floats sums_of(Floats *v) {
         }
 #pragma GCC unroll 8
         for (int i = 0; i < count / 2; i++)
-            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low) + __builtin_shuffle(v[2 * i], v[2 * i + 1], high);
+            v[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], high);
     }
     return v[0];
 }
@@ -941,7 +952,7 @@ static void round_weights(const float *w, const float *importance, int64_t count
     for (int i = 0; i < GROUP; i++) levels[i] = i < count ? (uint8_t)best_q[i] : 0;
 }
 
-/* Puts the levels of a matrix row's group where the kernels read them: bytes (tiles of LANES rows, groups, GROUP / 8,
+/* Puts the levels of a matrix row's group where the kernels read them: bytes (bundles of LANES rows, groups, GROUP / 8,
  * LANES, 4), each with columns i and i + GROUP / 2 of its group. */
 static void pack(const uint8_t *levels, const uint16_t *scale, int64_t row, int64_t group, int64_t groups, uint8_t *bytes,
                  uint16_t *scales) {
