@@ -4,9 +4,9 @@
 
 Each atlas, look-up alone at temperature 1, and default settings at temperature 1 decode the same prompts as plain
 decoding does, one prompt after the other and in turn who begins. The controller is asked for where a plan or a seed is
-given, for it alone promises this: a policy that is followed to the letter drafts whether it pays or not. Prompts are of the second half of each domain's, for
-the other recipes calibrate on the first. Prints tokens per second over those of plain decoding by domain, after the
-first token, and ends with 1 if one of them is under `--least`.
+given, for it alone promises this: a policy that is followed to the letter drafts whether it pays or not. Prompts are of
+the second half of each domain's, for the other recipes calibrate on the first. Prints tokens per second over those of
+plain decoding by domain, after the first token, and ends with 1 if one of them is under `--least`.
 """
 
 from __future__ import annotations
