@@ -39,7 +39,7 @@ from knn_ssd.testing import PlantedModel, planted_tiny_model, tiny_model, tiny_t
 
 REDUNDANT = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
 BUDGET = 60  # trials per domain, over 2 ** 16 plans
-COST = CostProfile(1.0, 0.05, 0.05, tuple(1.0 + 0.02 * i for i in range(13)))
+COST = CostProfile(1.0, 0.05, 0.05, tuple(1.0 + 0.02 * i for i in range(17)))
 
 
 @pytest.fixture(scope="module")
