@@ -2,11 +2,11 @@
 
     python benchmarks/never_slower.py [--prompts FILE.jsonl…] [--atlas FOLDER…] [--limit N] [--least 0.98]
 
-Each atlas, look-up alone at temperature 1, and default settings at temperature 1 decode the same prompts as plain
-decoding does, one prompt after the other and in turn who begins. The controller is asked for where a plan or a seed is
-given, for it alone promises this: a policy that is followed to the letter drafts whether it pays or not. Prompts are of
-the second half of each domain's, for the other recipes calibrate on the first. Prints tokens per second over those of
-plain decoding by domain, after the first token, and ends with 1 if one of them is under `--least`.
+Each atlas, look-up alone at temperature 1, and default settings at temperature 1, with a seed and without, decode the
+same prompts as plain decoding does, one prompt after the other and in turn who begins. The controller is asked for
+where a plan is given, for it alone promises this: a policy that is followed to the letter drafts whether it pays or
+not. Prompts are of the second half of each domain's, for the other recipes calibrate on the first. Prints tokens per
+second over those of plain decoding by domain, after the first token, and ends with 1 if one of them is under `--least`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> None:
     ways: dict[str, tuple[Engine, dict[str, Any], dict[str, Any]]] = {
         "look-up alone, temperature 1": (engine, {"plan": lookup, **controlled}, sampled),
         "default, temperature 1": (engine, controlled, sampled),
+        "default, temperature 1, a seed": (engine, sampled, sampled),
     }
     for folder in args.atlas:
         with_atlas = Engine(engine.model, engine.tokenizer, Atlas.load(folder), target=engine.target)

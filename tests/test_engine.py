@@ -208,6 +208,21 @@ def test_earlier_answers_are_looked_up_where_that_was_asked_for(
         Engine(engine.model, engine.tokenizer, remember=3)
 
 
+def test_a_seeded_output_depends_on_its_request_alone(engine: Engine) -> None:
+    options: dict[str, Any] = {"temperature": 0.7, "seed": 4, "max_new_tokens": 40}
+    fresh, used = (Engine(engine.model, engine.tokenizer) for _ in range(2))
+    expected = fresh.generate("hello hello hello", **options)
+    assert expected.stats.drafted > 0
+    used.generate("hello hello hello", temperature=1.5, max_new_tokens=60)
+    for _ in range(200):
+        for rows in range(2, 17):
+            used.costs.saw_verification(rows, 1000.0)  # whoever believes that drafts nothing
+    found = used.generate("hello hello hello", **options)
+    assert (found.token_ids, found.stats.drafted) == (expected.token_ids, expected.stats.drafted)
+    clocked = used.generate("hello hello hello", adaptive=True, **options)
+    assert clocked.stats.drafted < expected.stats.drafted
+
+
 def test_plain_decoding_drafts_nothing(engine: Engine) -> None:
     generation = engine.generate("hi", max_new_tokens=6, plain=True)
     assert generation.plan.is_plain

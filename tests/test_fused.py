@@ -217,7 +217,7 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), [(7, 32), (33, 96), (100, 2112)])
-@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 40])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 40, 150])
 def test_a_matrix_is_multiplied_to_the_bits_that_inputs_keep(
     unit: str, count: int, rows: int, cols: int, low: bool
 ) -> None:

@@ -126,9 +126,9 @@ def typical_profile(num_layers: int) -> CostProfile:
         attention_sec=attention,
         mlp_sec=mlp,
         verify_sec=(1.0, 1.05, 1.1, 1.15, 1.25, 1.4, 1.5, 1.65, 1.9, 2.1, 2.3, 2.5, 2.7),
-        low_attention_sec=0.65 * attention,
-        low_mlp_sec=0.65 * mlp,
-        low_head_sec=0.65 * head,
+        low_attention_sec=0.5 * attention,
+        low_mlp_sec=0.5 * mlp,
+        low_head_sec=0.5 * head,
     )
 
 

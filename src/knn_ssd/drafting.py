@@ -29,7 +29,8 @@ class Drafting:
         self._target = target
         self._capacity = remember
         self._memories: dict[str | None, Memory] = {}
-        self.costs = Costs(cost or typical_profile(target.num_layers))
+        self._profile = cost or typical_profile(target.num_layers)
+        self.costs = Costs(self._profile)
         self._experience: dict[object, Experience] = {}
 
     def source(
@@ -41,6 +42,7 @@ class Drafting:
         label: str | None = None,
         agreement: float | None = None,
         adaptive: bool = True,
+        reproducible: bool = False,
     ) -> DraftSource | None:
         """Who drafts for a request; None is plain decoding.
 
@@ -52,15 +54,21 @@ class Drafting:
             agreement: what calibration measured of the plan's drafts.
             adaptive: choose length, source and stop by expected tokens per second, within the policy's bounds; else
                 the policy to the letter, which knows nothing of earlier requests either.
+            reproducible: adaptive by what costs are on paper and by the request alone, not by the clock, nor by other
+                requests.
         """
         if plan.is_plain:
             return None
-        memory = self._memory(label) if adaptive else None
+        memory = self._memory(label) if adaptive and not reproducible else None
         lookup = LookupDraft(memory) if plan.policy.lookup else None
         if not adaptive:
             drafts = plan.cheapens or lookup is None
             return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
         self_draft = SelfDraft(session, plan, sampler) if plan.cheapens else None
+        if reproducible:
+            costs = Costs(self._profile)
+            costs.by_pass = True  # nobody tells it what passes take
+            return Controller(plan, costs, new_experience(plan, agreement), self_draft, lookup)
         key = (label, plan.modes, plan.head, sampler.greedy)
         if key not in self._experience:
             self._experience[key] = new_experience(plan, agreement)

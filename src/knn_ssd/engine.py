@@ -198,8 +198,8 @@ class Engine:
             domain: use this label's plan, whatever the route.
             plan: use this plan, whatever the route.
             adaptive: within the plan's policy, choose each round who drafts and how far by expected tokens per second;
-                else follow the policy to the letter. Which random numbers are used up depends on what was drafted, and
-                that on the clock: so None is adaptive unless `plan` or, for sampling, a `seed` is given.
+                else follow the policy to the letter. None is adaptive unless a `plan` is given; for sampling with a
+                `seed`, whose draws depend on what was drafted, by costs on paper and by this request alone.
             chat: put text through the tokenizer's chat template if it has one.
             logprobs: for each token, tell its logarithmic probability and those of so many likeliest; None is neither.
 
@@ -223,17 +223,17 @@ class Engine:
         route = self._route(prefill)
         chosen = self._choose_plan(route, plain, domain, plan)
         route_sec = time.perf_counter() - started
-        if adaptive is None:
-            adaptive = plan is None and (params.greedy or seed is None)
+        reproducible = adaptive is None and plan is None and not params.greedy and seed is not None
+        adaptive = plan is None if adaptive is None else adaptive
         label = domain or (route.plan_label if route is not None else None)
-        source = self._source(session, chosen, sampler, label, adaptive)
+        source = self._source(session, chosen, sampler, label, adaptive, reproducible)
         at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
         pieces: list[str] = []
         ends = self._ending(text, pieces)
         rounds = decode(
             session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock, logprobs
         )
-        if adaptive and not plain:
+        if adaptive and not reproducible and not plain:
             rounds = self._remembering(rounds, label, token_ids)
         steps = self._steps(session, rounds, text, pieces, route, chosen, prefill, route_sec)
         return Stream(route, chosen, len(token_ids), steps)  # which grow from the first step on
@@ -270,7 +270,7 @@ class Engine:
             route = self._route(prefill)
             chosen = self._choose_plan(route, plain=False, domain=None, plan=None)
             label = route.plan_label if route is not None else None
-            source = self._source(session, chosen, sampler, label, adaptive=sampler.greedy)
+            source = self._source(session, chosen, sampler, label, reproducible=not sampler.greedy)
             for _round in decode(session, context, prefill.logits, source, sampler, limit, ends):
                 pass
         finally:
@@ -288,13 +288,22 @@ class Engine:
         plan: Plan,
         sampler: Sampler,
         label: str | None,
-        adaptive: bool,
+        adaptive: bool = True,
+        reproducible: bool = False,
     ) -> DraftSource | None:
         self.target.prepare(plan)
         agreement = None
         if self.atlas is not None and plan == self.atlas.plan_for(label):
             agreement = self.atlas.evidence_of(label).get("agreement")
-        return self._drafting.source(session, plan, sampler, label=label, agreement=agreement, adaptive=adaptive)
+        return self._drafting.source(
+            session,
+            plan,
+            sampler,
+            label=label,
+            agreement=agreement,
+            adaptive=adaptive,
+            reproducible=reproducible,
+        )
 
     def _remembering(self, rounds: Iterator[Round], label: str | None, context: list[int]) -> Iterator[Round]:
         """The rounds; when they have ended, `context`, which they lengthen, is there for later look-ups."""

@@ -21,7 +21,7 @@ _FIRST_CHARACTER, _LAST_CHARACTER = 33, 126  # printable, without the space
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_embd": 32,
         "n_layer": 4,
         "n_head": 4,
-        "n_inner": 48,
+        "n_inner": 64,
         "n_positions": 256,
         **dict.fromkeys(
             (
@@ -153,8 +153,10 @@ def planted_tiny_model(
     size = (_LAST_CHARACTER - _FIRST_CHARACTER + 1) // len(domains)
     starts = {domain: _FIRST_CHARACTER + i * size for i, domain in enumerate(domains)}
     tokens = {domain: range(start, start + size) for domain, start in starts.items()}
-    sizes: dict[str, Any] = {"num_hidden_layers": num_layers, "hidden_size": 64, "initializer_range": 0.4}
-    model = tiny_model("llama", seed, tie_word_embeddings=False, eos_token_id=None, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 48, "initializer_range": 0.4}
+    model = tiny_model(
+        "llama", seed, num_hidden_layers=num_layers, tie_word_embeddings=False, eos_token_id=None, **sizes
+    )
     weights = dict(model.named_parameters())
     directions = torch.eye(len(domains), 64)  # (domains, D)
     # Weak enough in the text to leave it varied, strong enough in the head to hold it in its domain.
