@@ -184,6 +184,13 @@ static void round_group(const float *x, int64_t count, int8_t *bytes, float *sca
     *sum = *scale * (float)total;
 }
 
+/* What a thread keeps from one portion of a matrix to the next.
+ * `cold`: nobody has fetched the portion's beginning; `rows`, `columns`: how tiles are shaped, 0 if they are not. */
+typedef struct {
+    int cold;
+    int64_t rows, columns;
+} Worker;
+
 /* ---- the tile unit (AMX) ----
  *
  * It multiplies 16 matrix rows with up to 16 columns of inputs at once, 64 bytes deep, and adds every sum's terms in the
@@ -201,6 +208,8 @@ static int uses_tiles;
 #define BLOCK SIDE                 /* input rows whose halves are multiplied at once */
 #define MOST_COLUMNS (2 * SIDE)    /* that they take */
 #define AHEAD_STEPS 12             /* steps of 32 columns that a matrix is fetched ahead */
+#define MOST_STEPS 64              /* of a region */
+#define MOST_BLOCKS 8              /* that a region is multiplied with */
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -209,7 +218,9 @@ typedef struct {
 } Shapes;
 
 /* Sums are tiles 0 to 3, (rows, columns); 4 and 5 parts of the matrix, 6 and 7 of the input. */
-static void shape_tiles(int64_t rows, int64_t columns) {
+static void shape_tiles(Worker *worker, int64_t rows, int64_t columns) {
+    if (worker->rows == rows && worker->columns == columns) return;
+    worker->rows = rows, worker->columns = columns;
     Shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.rows[i] = (uint8_t)(i < 6 ? rows : SIDE);
@@ -290,23 +301,33 @@ static void arrange_halves(const float *x, int64_t n, int64_t cols, uint16_t *to
         }
 }
 
-/* sums (16 or, as a pair of tiles, 32 matrix rows, 1 or 2 times width); the last 16 may be fewer, as tiles are shaped.
- * With `fetch`, what comes AHEAD_STEPS later is brought into the second cache: of the same rows, then of the next. */
-INLINE void dots_tiled(const char *data, int64_t cols, const uint16_t *x, int64_t width, const int pair, const int two,
-                       int fetch, float *sums) {
-    const int64_t stride = 4 * width * (1 + two), steps = cols / 32, rows = SIDE * (1 + pair);
-    const char *ahead = data + AHEAD_STEPS % steps * 64 + AHEAD_STEPS / steps * rows * 2 * cols;
-    int64_t left = steps - AHEAD_STEPS % steps; /* of the rows that are fetched */
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+/* What is brought into the second cache while a matrix is multiplied, line by line: `rows` of it from `ahead` on, each so
+ * many steps long, `turn` steps of which are left before what comes next, `then` bytes on. */
+typedef struct {
+    const char *ahead;
+    int64_t rows, turn, then;
+} Fetch;
+
+/* sums (16 or, as a pair of tiles, 32 matrix rows, 1 or 2 times width), which more columns are added to unless `begin`;
+ * the last 16 may be fewer, as tiles are shaped. */
+INLINE void dots_tiled(const char *data, int64_t cols, int64_t steps, const uint16_t *x, int64_t width, const int pair,
+                       const int two, int begin, Fetch fetch, float *sums) {
+    const int64_t stride = 4 * width * (1 + two);
+    float *const at[4] = {sums, sums + width, sums + SIDE * (1 + two) * width, sums + SIDE * (1 + two) * width + width};
+    if (begin) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, at[0], stride);
+        if (two) _tile_loadd(1, at[1], stride);
+        if (pair) _tile_loadd(2, at[2], stride);
+        if (pair && two) _tile_loadd(3, at[3], stride);
+    }
     for (int64_t step = 0; step < steps; step++, data += 64, x += (1 + two) * SIDE * width * 2) {
-        if (fetch) {
-#pragma GCC unroll 32
-            for (int64_t i = 0; i < rows; i++) _mm_prefetch(ahead + i * 2 * cols, _MM_HINT_T1);
-            ahead += --left ? 64 : 64 + (rows - 1) * 2 * cols;
-        }
+        for (int64_t i = 0; i < fetch.rows; i++) _mm_prefetch(fetch.ahead + i * 2 * cols, _MM_HINT_T1);
+        fetch.ahead += --fetch.turn ? 64 : fetch.then;
         _tile_loadd(6, x, 4 * width);
         _tile_loadd(4, data, 2 * cols);
         _tile_dpbf16ps(0, 4, 6);
@@ -320,20 +341,21 @@ INLINE void dots_tiled(const char *data, int64_t cols, const uint16_t *x, int64_
         }
         if (pair && two) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, stride);
-    if (two) _tile_stored(1, sums + width, stride);
-    if (pair) _tile_stored(2, sums + SIDE * (1 + two) * width, stride);
-    if (pair && two) _tile_stored(3, sums + SIDE * (1 + two) * width + width, stride);
+    _tile_stored(0, at[0], stride);
+    if (two) _tile_stored(1, at[1], stride);
+    if (pair) _tile_stored(2, at[2], stride);
+    if (pair && two) _tile_stored(3, at[3], stride);
 }
 
+typedef void (*DotsTiled)(const char *, int64_t, int64_t, const uint16_t *, int64_t, int, Fetch, float *);
 #define DOTS_TILED(pair, two)                                                                                          \
-    static __attribute__((noinline)) void dots_tiled_##pair##two(const char *data, int64_t cols, const uint16_t *x,   \
-                                                                 int64_t width, int fetch, float *sums) {             \
-        dots_tiled(data, cols, x, width, pair, two, fetch, sums);                                                     \
+    static __attribute__((noinline)) void dots_tiled_##pair##two(const char *data, int64_t cols, int64_t steps,       \
+                                                                 const uint16_t *x, int64_t width, int begin,         \
+                                                                 Fetch fetch, float *sums) {                          \
+        dots_tiled(data, cols, steps, x, width, pair, two, begin, fetch, sums);                                       \
     }
 DOTS_TILED(0, 0) DOTS_TILED(0, 1) DOTS_TILED(1, 0) DOTS_TILED(1, 1)
-static void (*const DOTS_TILED_OF[2][2])(const char *, int64_t, const uint16_t *, int64_t, int, float *) = {
-    {dots_tiled_00, dots_tiled_01}, {dots_tiled_10, dots_tiled_11}};
+static const DotsTiled DOTS_TILED_OF[2][2] = {{dots_tiled_00, dots_tiled_01}, {dots_tiled_10, dots_tiled_11}};
 
 /* y (rows, some), its rows `stride` apart, from sums (SIDE, columns) of all halves. */
 INLINE void add_halves(const float *sums, int64_t columns, int64_t rows, int64_t some, float *y, int64_t stride) {
@@ -346,26 +368,50 @@ INLINE void add_halves(const float *sums, int64_t columns, int64_t rows, int64_t
         _mm512_mask_storeu_ps(y + j * stride, (__mmask16)((1u << some) - 1), whole[j]);
 }
 
-static void bfloats_tiled(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
-    int64_t cols = m->cols;
-    for (int64_t r = 0; r < n; r += BLOCK) {
-        int64_t rows = n - r < BLOCK ? n - r : BLOCK, width = tile_columns(2 * rows);
-        int two = 2 * rows > SIDE;
-        const uint16_t *x = in->halves + 2 * r * cols;
-        float sums[2 * SIDE * MOST_COLUMNS + 2 * SIDE] __attribute__((aligned(64)));
-        shape_tiles(count < SIDE ? count : SIDE, width);
-        for (int64_t i = 0, some; i < count; i += some) {
-            const char *data = (const char *)m->data + (first + i) * cols * 2;
-            int pair = count - i >= 2 * SIDE;
-            some = pair ? 2 * SIDE : count - i < SIDE ? count - i : SIDE;
-            if (i && some < SIDE) shape_tiles(some, width);
-            DOTS_TILED_OF[pair][two](data, cols, x, width, !r, sums);
-            for (int64_t k = 0; k < some; k += SIDE)
-                add_halves(sums + k * width * (1 + two), width * (1 + two), rows, some - k < SIDE ? some - k : SIDE,
-                           y + r * m->rows + first + i + k, m->rows);
+/* The matrix is read once, a region of its rows and columns at a time, for all blocks. While the first block waits for a
+ * region, the others would have nothing to read: so they bring in the next one, each a part of its rows. A block alone, and
+ * the first block of a thread's first region (`cold`), fetch for themselves. */
+static Fetch fetch_for(int64_t block, int64_t blocks, const char *region, const char *next, int64_t cols, int64_t steps,
+                       int64_t rows, int cold) {
+    if (block == 0) {
+        int64_t lead = AHEAD_STEPS < steps ? AHEAD_STEPS : steps - 1;
+        return (Fetch){region + lead * 64, cold || blocks == 1 ? rows : 0, steps - lead, next - (region + (steps - 1) * 64)};
+    }
+    int64_t from = (block - 1) * rows / (blocks - 1), to = block * rows / (blocks - 1);
+    return (Fetch){next + from * 2 * cols, to - from, INT64_MAX, 0};
+}
+
+static void bfloats_tiled(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, Worker *worker,
+                          float *y) {
+    const int64_t cols = m->cols, total = cols / 32, stretches = (total + MOST_STEPS - 1) / MOST_STEPS;
+    const int pair = count == 2 * SIDE;
+    const char *data = (const char *)m->data + first * cols * 2;
+    float sums[MOST_BLOCKS][2 * SIDE * MOST_COLUMNS + 2 * SIDE] __attribute__((aligned(64)));
+    for (int64_t start = 0; start < n; start += MOST_BLOCKS * BLOCK) {
+        int64_t left = n - start < MOST_BLOCKS * BLOCK ? n - start : MOST_BLOCKS * BLOCK, blocks = (left + BLOCK - 1) / BLOCK;
+        for (int64_t s = 0; s < stretches; s++) {
+            int64_t done = total * s / stretches, steps = total * (s + 1) / stretches - done;
+            const char *region = data + done * 64, *next = s + 1 < stretches ? region + steps * 64 : data + count * cols * 2;
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t r = start + b * BLOCK, rows = n - r < BLOCK ? n - r : BLOCK, width = tile_columns(2 * rows);
+                int two = 2 * rows > SIDE;
+                const uint16_t *x = in->halves + 2 * r * cols + done * (1 + two) * SIDE * width * 2;
+                Fetch fetch = fetch_for(b, blocks, region, next, cols, steps, count, worker->cold && !start && !s);
+                if (pair) {
+                    shape_tiles(worker, SIDE, width);
+                    DOTS_TILED_OF[1][two](region, cols, steps, x, width, !s, fetch, sums[b]);
+                } else
+                    for (int64_t i = 0; i < count; i += SIDE, fetch.rows = 0) {
+                        shape_tiles(worker, count - i < SIDE ? count - i : SIDE, width);
+                        DOTS_TILED_OF[0][two](region + i * cols * 2, cols, steps, x, width, !s, fetch,
+                                              sums[b] + i * width * (1 + two));
+                    }
+                for (int64_t k = 0; k < count && s + 1 == stretches; k += SIDE)
+                    add_halves(sums[b] + k * width * (1 + two), width * (1 + two), rows, count - k < SIDE ? count - k : SIDE,
+                               y + r * m->rows + first + k, m->rows);
+            }
         }
     }
-    _tile_release();
 }
 
 /* Whether the system lets this process use the tiles. */
@@ -554,11 +600,11 @@ static void portion_int4(const Matrix *m, int64_t first, int64_t count, const In
     }
 }
 
-static void portion(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, float *y) {
+static void portion(const Matrix *m, int64_t first, int64_t count, const Input *in, int64_t n, Worker *worker, float *y) {
     int64_t cols = m->cols;
 #ifdef HAS_TILES
     if (uses_tiles && m->kind == BFLOAT16) {
-        bfloats_tiled(m, first, count, in, n, y);
+        bfloats_tiled(m, first, count, in, n, worker, y);
     } else
 #endif
     if (m->kind == INT4) {
@@ -594,12 +640,22 @@ static void linear(const Matrix *const *matrices, int count, const float *x, int
     for (int64_t r = 0; seen && r < n; r++)
         for (int64_t c = 0; c < matrices[0]->cols; c++) seen[c] += x[r * matrices[0]->cols + c] * x[r * matrices[0]->cols + c];
     Input in = prepare(x, n, matrices[0], kinds);
-#pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < starts[count]; t++) {
-        int j = 0;
-        while (t >= starts[j + 1]) j++;
-        int64_t first = (t - starts[j]) * PORTION, left = matrices[j]->rows - first;
-        portion(matrices[j], first, left < PORTION ? left : PORTION, &in, n, y[j]);
+#pragma omp parallel
+    {
+        Worker worker = {0};
+        int64_t after = -1; /* what this thread has just done */
+#pragma omp for schedule(guided, 2) /* for one thread's processor may be slower than another's for a while */
+        for (int64_t t = 0; t < starts[count]; t++) {
+            int j = 0;
+            while (t >= starts[j + 1]) j++;
+            int64_t first = (t - starts[j]) * PORTION, left = matrices[j]->rows - first;
+            worker.cold = t != after || !first;
+            portion(matrices[j], first, left < PORTION ? left : PORTION, &in, n, &worker, y[j]);
+            after = t + 1;
+        }
+#ifdef HAS_TILES
+        if (worker.rows) _tile_release();
+#endif
     }
 }
 
@@ -640,36 +696,55 @@ INLINE Floats shuffle(Floats a, Floats b, Ints which) {
 #endif
 }
 
+/* Which of two vectors' components to take for the first and second half of every pair of runs, by the runs' width. */
+#if LANES == 16
+static const Ints FIRST_HALVES[4] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+                                     {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                                     {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                                     {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
+#else
+static const Ints FIRST_HALVES[3] = {
+    {0, 2, 4, 6, 8, 10, 12, 14}, {0, 1, 4, 5, 8, 9, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+#endif
+
 /* The sums of LANES vectors, each in the order of `sum_of`. */
 INLINE Floats sums_of(Floats *v) {
 #pragma GCC unroll 4
-    for (int width = LANES / 2, count = LANES; width; width /= 2, count /= 2) {
-        Ints low, high;
-        for (int i = 0; i < LANES; i++) {
-            low[i] = i / width * 2 * width + i % width;
-            high[i] = low[i] + width;
-        }
+    for (int level = LANES == 16 ? 3 : 2; level >= 0; level--) {
+        Ints low = FIRST_HALVES[level], high = low + (1 << level);
 #pragma GCC unroll 8
-        for (int i = 0; i < count / 2; i++)
+        for (int i = 0; i < 1 << level; i++)
             v[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], high);
     }
     return v[0];
 }
 
 /* scores (count,) of a query (head_dim,) and up to LANES keys; writes LANES of them. */
-INLINE void score(const float *query, const float *keys, int64_t head_dim, int64_t count, float scale, float *scores) {
+INLINE void score(const float *query, const float *keys, const int64_t head_dim, int64_t count, float scale, float *scores) {
     Floats sums[LANES];
 #pragma GCC unroll 16
     for (int t = 0; t < LANES; t++) sums[t] = (Floats){0};
-    for (int64_t i = 0; i < head_dim; i += LANES) {
-        Floats q = load(query + i);
-        if (count == LANES)
+    if (count == LANES)
+        for (int64_t i = 0; i < head_dim; i += LANES) {
+            Floats q = load(query + i);
 #pragma GCC unroll 16
             for (int t = 0; t < LANES; t++) sums[t] += q * load(keys + t * head_dim + i);
-        else
-            for (int t = 0; t < count; t++) sums[t] += q * load(keys + t * head_dim + i);
-    }
+        }
+    else
+        for (int t = 0; t < count; t++)
+            for (int64_t i = 0; i < head_dim; i += LANES) sums[t] += load(query + i) * load(keys + t * head_dim + i);
     store(scores, sums_of(sums) * scale);
+}
+
+/* Scores of `count` queries, each with `room`, and of `keys` keys. */
+INLINE void score_all(const float *queries, int64_t count, const float *keys, int64_t num_keys, const int64_t head_dim,
+                      float scale, float *scores, int64_t room) {
+    for (int64_t t = 0; t < num_keys; t += LANES)
+        for (int64_t q = 0; q < count; q++) {
+            int64_t left = num_keys - t;
+            score(queries + q * head_dim, keys + t * head_dim, head_dim, left < LANES ? left : LANES, scale,
+                  scores + q * room + t);
+        }
 }
 
 /* Scores (total,) become weights; gives the inverse of their sum. */
@@ -727,13 +802,11 @@ INLINE void mix_all(const Span spans[2], int64_t head_dim, const float *scores, 
 static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, float scale, float *scores,
                    int64_t room, float *out) {
     int64_t total = 0;
-    for (int s = 0; s < 2; total += spans[s++].count)
-        for (int64_t t = 0; t < spans[s].count; t += LANES)
-            for (int64_t q = 0; q < count; q++) {
-                int64_t left = spans[s].count - t;
-                score(queries + q * head_dim, spans[s].keys + t * head_dim, head_dim, left < LANES ? left : LANES, scale,
-                      scores + q * room + total + t);
-            }
+    for (int s = 0; s < 2; total += spans[s++].count) { /* the usual sizes are known to the compiler */
+        if (head_dim == 64) score_all(queries, count, spans[s].keys, spans[s].count, 64, scale, scores + total, room);
+        else if (head_dim == 128) score_all(queries, count, spans[s].keys, spans[s].count, 128, scale, scores + total, room);
+        else score_all(queries, count, spans[s].keys, spans[s].count, head_dim, scale, scores + total, room);
+    }
     for (int64_t q = 0, some; q < count; q += some) {
         float inverse[4];
         some = count - q < 4 ? count - q : 4;
@@ -818,7 +891,7 @@ static void attention(const Attention *a, const Place *places, int64_t num_place
             row_of[first + r] = r;
         }
     }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(guided)
     for (int64_t item = 0; item < n * a->heads / shared; item++) {
         int64_t r = item * shared / a->heads, kv = item * shared % a->heads / (a->heads / a->kv_heads);
         int64_t at = item * shared * a->head_dim;
