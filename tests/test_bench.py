@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
 from knn_ssd.bench import run as harness
 from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, _skipping, make_methods
-from knn_ssd.bench.pictures import Axes, lines
+from knn_ssd.bench.pictures import Axes, bars, lines
 from knn_ssd.bench.records import Record, RecordFile, read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench, run_prompt
@@ -312,6 +312,11 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen[tag] += 1
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_no_line_is_drawn_across_what_is_written() -> None:
+    drawn = bars([("plain", 1.0, None, "red"), ("slow", 0.9, (0.8, 0.95), "blue")])
+    assert drawn.index("<text") > max(drawn.rindex(f"<{shape}") for shape in ("line", "rect", "path"))
 
 
 def test_the_command_measures_and_writes(

@@ -149,4 +149,6 @@ def mode_map(plans: Mapping[str, Plan]) -> str:
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[str], top: float = 0) -> str:
-    return f"<svg viewBox='0 {top:g} {width:g} {height:g}' role=img aria-label='{label}'>{''.join(parts)}</svg>"
+    """What is written comes last, so that no line is drawn across it."""
+    drawn = "".join(sorted(parts, key=lambda part: part.startswith("<text")))
+    return f"<svg viewBox='0 {top:g} {width:g} {height:g}' role=img aria-label='{label}'>{drawn}</svg>"

@@ -25,7 +25,7 @@ _STYLE = """
   --soft: #1b2129; --bad: #ff8a80; --c0: #6ea8e8; --c1: #f0985a; --c2: #6fc28e; --c3: #c98be0; --c4: #d9b93b;
   --c5: #ec86ab; --c6: #5cc4ba; --c7: #a9b4c0; --c8: #c9a27e; } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 p { margin: .4rem 0 } .quiet { color: var(--quiet); font-size: .9rem } .bad { color: var(--bad); font-weight: 600 }
