@@ -2,11 +2,12 @@
 
     python benchmarks/never_slower.py [--prompts FILE.jsonl…] [--atlas FOLDER…] [--limit N] [--least 0.98]
 
-Each atlas, look-up alone at temperature 1, and default settings at temperature 1, with a seed and without, decode the
-same prompts as plain decoding does, one prompt after the other and in turn who begins. The controller is asked for
-where a plan is given, for it alone promises this: a policy that is followed to the letter drafts whether it pays or
-not. Prompts are of the second half of each domain's, for the other recipes calibrate on the first. Prints tokens per
-second over those of plain decoding by domain, after the first token, and ends with 1 if one of them is under `--least`.
+Each atlas, look-up alone at temperature 1, and default settings at temperature 1, under the controller of requests
+without a seed and under that of those with one, decode the same prompts as plain decoding does, one prompt after the
+other and in turn who begins. The controller is asked for where a plan is given, for it alone promises this: a policy
+that is followed to the letter drafts whether it pays or not. Prompts are of the second half of each domain's, for the
+other recipes calibrate on the first. Prints tokens per second over those of plain decoding by domain, after the first
+token, and ends with 1 if one of them is under `--least`.
 """
 
 from __future__ import annotations

@@ -736,7 +736,7 @@ INLINE void score(const float *query, const float *keys, const int64_t head_dim,
     store(scores, sums_of(sums) * scale);
 }
 
-/* Scores of `count` queries, each with `room`, and of `keys` keys. */
+/* Scores of `count` queries, each with `room`, and of `num_keys` keys. */
 INLINE void score_all(const float *queries, int64_t count, const float *keys, int64_t num_keys, const int64_t head_dim,
                       float scale, float *scores, int64_t room) {
     for (int64_t t = 0; t < num_keys; t += LANES)
