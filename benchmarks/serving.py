@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py [--prompts FILE.jsonl…] [--model M] [--clients 8] [--limit N] [--max-new-tokens N]
 
-Starts `knn-ssd serve` without a prefix cache, so that no prompt is cheaper the second time. In each turn, one client
-asks for all prompts one after the other, then so many clients ask for the same ones together. Prints total tokens over
-wall time of both, the ratio's median over turns, the time to the first text, and whether every answer was the same.
+Each measurement has a `knn-ssd serve` of its own, as it comes, so that no prompt is known from before. In each turn,
+one client asks for all prompts one after the other, then so many clients ask another server for the same ones
+together. Prints total tokens over wall time of both, the ratio's median over turns, the time to the first text, and
+whether every answer was the same. With `--prefix-cache 0` no prompt gains by what it has in common with earlier ones.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -63,6 +65,20 @@ def together(
     return sum(reply.tokens for reply in replies) / (time.perf_counter() - started), replies
 
 
+@contextmanager
+def server(options: Sequence[str]) -> Iterator[httpx.Client]:
+    """A client of a new server."""
+    command = [sys.executable, "-m", "knn_ssd", "serve", "--port", "0", "--name", "m", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        address = next(found[1] for line in process.stderr if (found := re.search(r"(http://\S+)/v1", line)))
+        try:
+            with httpx.Client(base_url=address, timeout=600) as client:
+                yield client
+        finally:
+            process.terminate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
@@ -72,31 +88,30 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="prompts in all, each of another domain than the last")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--prefix-cache", metavar="MIB", help="as `knn-ssd serve` has it")
     args = parser.parse_args()
-    prompts = [prompt.prompt for prompt in stream(read_workloads(args.prompts), 1.0)[: args.limit]]
-    options = [
-        item for name in ("model", "atlas") if getattr(args, name) for item in (f"--{name}", getattr(args, name))
-    ]
-    command = [sys.executable, "-m", "knn_ssd", "serve", "--port", "0", "--prefix-cache", "0", "--name", "m"]
-    command += ["--running", str(args.clients), *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        address = next(found[1] for line in server.stderr if (found := re.search(r"(http://\S+)/v1", line)))
-        try:
-            with httpx.Client(base_url=address, timeout=600) as client:
-                together(client, "m", prompts[: args.clients], 16, args.clients)  # the warm-up
-                alone, crowd, ratios = [], [], []
-                for _ in range(args.turns):
-                    one, replies = together(client, "m", prompts, args.max_new_tokens, 1)
-                    many, others = together(client, "m", prompts, args.max_new_tokens, args.clients)
-                    ratios.append(many / one)
-                    same = sum(a.text == b.text for a, b in zip(replies, others, strict=True))
-                    alone += [reply.first_sec for reply in replies]
-                    crowd += [reply.first_sec for reply in others]
-                    print(f"one {one:.1f} tokens/s, {args.clients} together {many:.1f}: {many / one:.2f}x, ", end="")
-                    print(f"{same} of {len(prompts)} answers the same", flush=True)
-        finally:
-            server.terminate()
+    prompts = [prompt.prompt for prompt in stream(read_workloads(args.prompts), 1.0)]
+    if len(prompts) < args.limit + args.clients:
+        sys.exit(f"{len(prompts)} prompts are too few: {args.limit} are measured, {args.clients} others warm up.")
+    measured, others = prompts[: args.limit], prompts[args.limit : args.limit + args.clients]
+    given = {"--model": args.model, "--atlas": args.atlas, "--prefix-cache": args.prefix_cache}
+    options = [item for name, value in given.items() if value is not None for item in (name, value)]
+
+    def measure(clients: int) -> tuple[float, list[Reply]]:
+        with server([*options, "--running", str(args.clients)]) as client:
+            together(client, "m", others, 16, args.clients)  # the warm-up
+            return together(client, "m", measured, args.max_new_tokens, clients)
+
+    alone, crowd, ratios = [], [], []
+    for _ in range(args.turns):
+        one, replies = measure(1)
+        many, crowded = measure(args.clients)
+        ratios.append(many / one)
+        same = sum(a.text == b.text for a, b in zip(replies, crowded, strict=True))
+        alone += [reply.first_sec for reply in replies]
+        crowd += [reply.first_sec for reply in crowded]
+        print(f"one {one:.1f} tokens/s, {args.clients} together {many:.1f}: {many / one:.2f}x, ", end="")
+        print(f"{same} of {len(measured)} answers the same", flush=True)
     waits = [f"{statistics.median(w):.2f} s (worst {max(w):.2f})" for w in (alone, crowd)]
     print(f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} alone, {waits[1]} together")
 

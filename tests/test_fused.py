@@ -187,6 +187,44 @@ def test_low_bit_copies_are_near_small_and_made_once() -> None:
     assert target.low.bytes == made
 
 
+@pytest.mark.parametrize("heads", [{}, {"head_dim": 64}, {"head_dim": 128}, {"sliding_window": 9}])
+def test_low_attentions_see_keys_and_values_in_8_bits(heads: dict[str, int]) -> None:
+    target = FusedTarget(wide_model("mistral", torch.bfloat16, **heads))
+    session = target.open(60)
+    session.prefill(tokens(45))
+    exact, low, scales = session._cache[:2], session._cache[2:4], session._cache[4:]  # of keys and values each
+    for known, rounded, scale in zip(exact, low, scales, strict=True):
+        step = scale[:, :, :45, None]
+        assert (rounded[:, :, :45].abs().amax(dim=-1) == 127).all()
+        assert ((known - rounded * scale[..., None])[:, :, :45].abs() <= 0.501 * step).all()
+    drafted, full = session.forward([5], ALL_LOW), session.forward([5])
+    for known in exact:
+        known[:, :, :45] += 1.0
+    assert torch.equal(session.forward([5], ALL_LOW), drafted)
+    changed = session.forward([5])
+    assert not torch.equal(changed, full)
+    for known, rounded, scale in zip(exact, low, scales, strict=True):
+        known[:, :, :45] -= 1.0
+        rounded[:, :, :45] = rounded[:, :, :45] // 2
+        scale[:, :, :45] *= 2.0
+    halved = session.forward([5], ALL_LOW)  # what is lost is half a step, and shows
+    assert not torch.equal(halved, drafted)
+    assert torch.cosine_similarity(halved, drafted).min() > 0.95
+
+
+def test_rehearsals_see_what_drafts_see() -> None:
+    target = FusedTarget(wide_model("qwen3", torch.bfloat16))
+    session, told = target.open(40), tokens(8, seed=3)
+    session.prefill(tokens(20))
+    session.forward(told)
+    session.commit(8)
+    session.rewind(20)
+    rehearsed = session.rehearse(told, ALL_LOW, 8)
+    for i, token in enumerate(told):
+        assert torch.equal(session.forward([token], ALL_LOW)[0], rehearsed[i])
+        session.commit(1)
+
+
 def test_one_low_sublayer_makes_one_copy() -> None:
     target = FusedTarget(wide_model("llama"))
     session = target.open(10)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="no
 
 def prefix(token_ids: list[int]) -> Prefix:
     rows = torch.zeros(1, 1, len(token_ids), 1)
-    return Prefix(tuple(token_ids), rows, rows, torch.zeros(len(token_ids), 2))
+    return Prefix(tuple(token_ids), (rows, rows), torch.zeros(len(token_ids), 2))
 
 
 PER_TOKEN = prefix([0]).bytes

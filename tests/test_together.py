@@ -195,6 +195,26 @@ def test_a_request_can_be_cancelled_while_its_prompt_is_read(engine: Engine) -> 
         scheduler.close(0)
 
 
+def test_who_drafts_while_others_wait_bears_the_whole_pass() -> None:
+    from knn_ssd.controller import typical_profile
+
+    plan = Plan.low(4)
+    costs = Costs(typical_profile(4))
+    alone = costs.step(plan)
+    costs.company = 8
+    for _ in range(200):
+        costs.saw_verification(8, 1.65)
+    shared = costs.step(plan)
+    assert shared < alone / 2  # nobody knows better than that all will draft
+    for _ in range(30):
+        costs.saw_steps(plan, 1, costs.drafting_pass(plan, 1), rows=1)
+    assert costs.step(plan) == pytest.approx(costs.drafting_pass(plan, 1))
+    assert costs.step(plan) > 2 * shared
+    for _ in range(200):
+        costs.saw_verification(8, 1.65)
+    assert costs.step(plan) == pytest.approx(costs.drafting_pass(plan, 8) / 8)  # they may have changed their minds
+
+
 def test_in_company_rows_cost_what_they_add() -> None:
     from knn_ssd.controller import typical_profile
 

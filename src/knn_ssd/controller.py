@@ -26,6 +26,7 @@ _MOST_PATIENCE = 128
 _NEARER = 0.95  # of a price
 _LEVEL_RATE, _RATE = 0.1, 0.02  # of corrections of all costs and of one kind's; the first of a kind go faster
 _STALE = 12  # passes after which what was seen of a kind does not slow its correction
+_HOPE, _DISAPPOINTMENT = 0.02, 0.15  # how fast all are thought to draft again, and those who did not to stay away
 _FIRST_PLAIN, _PLAIN_EVERY = 8, 64  # passes without one of a single row until one is wanted, doubled from the first on
 _MOST_ROWS = 32  # beyond that, costs are corrected as for so many
 _LIKENESS = 0.95  # of a block's cost to that of one with a row more
@@ -50,9 +51,10 @@ class Costs:
         self.company = 1
         self.by_pass = False
         self._profile = profile
+        self._drafters = 1.0  # how many of the company drafted together lately
         self._level: float | None = None  # of the whole profile on this machine now
         self._by_rows = [1.0] * (_MOST_ROWS + 1)
-        self._by_modes: dict[tuple[tuple[Mode, ...], int], float] = {}  # and rows
+        self._by_modes: dict[tuple[Mode, ...], list[float]] = {}  # and rows
         self._seen: dict[object, tuple[int, int]] = {}  # by rows, or modes and rows: how often, and when last
         self._passes = self._plain_passes = 0
 
@@ -61,32 +63,30 @@ class Costs:
         return self._block(rows * self.company) / self.company
 
     def step(self, plan: Plan) -> float:
-        """Of one request's draft by a token."""
-        return self.drafting_pass(plan, self.company) / self.company
+        """Of one request's draft by a token. All wait for it, so those who draft bear the whole pass."""
+        drafters = max(1, min(self.company, round(self._drafters)))
+        return self.drafting_pass(plan, drafters) / drafters
 
     def drafting_pass(self, plan: Plan, rows: int) -> float:
         """A whole pass that drafts one token for each of so many requests."""
-        more = self._profile.verification_sec(rows) - self._profile.verification_sec(1)  # arithmetic, mostly
-        known = (self._profile.draft_step_sec(plan) + more) * self._by_modes.get((plan.modes, rows), 1.0)
-        return known * (self._level or 1.0)
+        more = self._block(rows) - self._block(1)  # arithmetic, mostly
+        known = self._profile.draft_step_sec(plan) * (self._level or 1.0) + max(0.0, more)
+        return known * self._steps(plan)[min(rows, _MOST_ROWS)]
 
     def saw_verification(self, rows: int, seconds: float) -> None:
-        """What a pass took. What is learned of a block of rows holds nearly as well for one of a few rows more. Else
-        blocks that were never run would keep what the profile says, and look dear beside those that turned out cheap.
-        """
+        """What a pass took."""
         factor = self._correction(rows, seconds / max(self._block(rows), 1e-9))
         if rows == 1:
-            self._by_rows[1] *= factor
             self._plain_passes += 1
-            return
-        for other in range(2, _MOST_ROWS + 1):
-            self._by_rows[other] *= factor ** (_LIKENESS ** abs(other - rows))
+        self._drafters += _HOPE * (self.company - self._drafters)
+        _correct(self._by_rows, rows, factor)
 
     def saw_steps(self, plan: Plan, count: int, seconds: float, rows: int = 1) -> None:
         """What so many drafting passes, each of so many rows, took together."""
+        self._drafters += _DISAPPOINTMENT * (rows - self._drafters)
         key = (plan.modes, rows)
         factor = self._correction(key, seconds / max(count * self.drafting_pass(plan, rows), 1e-9))
-        self._by_modes[key] = self._by_modes.get(key, 1.0) * factor
+        _correct(self._steps(plan), rows, factor)
 
     @property
     def wants_plain(self) -> bool:
@@ -95,6 +95,10 @@ class Costs:
             return False  # no pass would be of one row
         _, when = self._seen.get(1, (0, 0))
         return self._passes - when >= min(_FIRST_PLAIN << self._plain_passes, _PLAIN_EVERY)
+
+    def _steps(self, plan: Plan) -> list[float]:
+        """Factors of a plan's drafting passes, by rows."""
+        return self._by_modes.setdefault(plan.modes, [1.0] * (_MOST_ROWS + 1))
 
     def _block(self, rows: int) -> float:
         known = self._profile.verification_sec(rows) * self._by_rows[min(rows, _MOST_ROWS)]
@@ -116,6 +120,18 @@ class Costs:
         ratio = min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO)
         self._level *= ratio**_LEVEL_RATE
         return float(ratio ** max(_RATE, 0.5 / seen))
+
+
+def _correct(factors: list[float], rows: int, factor: float) -> None:
+    """Corrects what is thought of a pass. What is learned of one with several rows holds nearly as well for one of a
+    few rows more. Else passes that were never run would keep what the profile says, and look dear beside those that
+    turned out cheap.
+    """
+    if rows == 1:
+        factors[1] *= factor
+        return
+    for other in range(2, len(factors)):
+        factors[other] *= factor ** (_LIKENESS ** abs(other - rows))
 
 
 def typical_profile(num_layers: int) -> CostProfile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -104,7 +105,7 @@ class Plan:
     @property
     def modes(self) -> tuple[Mode, ...]:
         """All 2L modes, layer by layer: attention 0, MLP 0, attention 1, …"""
-        return tuple(mode for pair in zip(self.attention, self.mlp, strict=True) for mode in pair)
+        return _in_turn(self.attention, self.mlp)
 
     @property
     def skipped_attention(self) -> tuple[int, ...]:
@@ -186,6 +187,11 @@ class Plan:
             for name in ("attention", "mlp")
         )
         return cls(attention, mlp, Mode(data["head"]), Policy(**data["policy"]))
+
+
+@functools.lru_cache
+def _in_turn(attention: tuple[Mode, ...], mlp: tuple[Mode, ...]) -> tuple[Mode, ...]:
+    return tuple(mode for pair in zip(attention, mlp, strict=True) for mode in pair)
 
 
 def _where(modes: tuple[Mode, ...], wanted: Mode) -> tuple[int, ...]:

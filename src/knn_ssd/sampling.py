@@ -139,9 +139,9 @@ class Sampler:
             tokens: at least n - 1 of them.
         """
         if self.greedy and not self.processors:
-            return Certain(tuple(logits.argmax(dim=-1).tolist()))
+            return Certain(most_likely(logits))
         scores = self._process(logits.to(torch.float32, copy=True), context, tokens)
-        return Certain(tuple(scores.argmax(dim=-1).tolist())) if self.greedy else scores.softmax(dim=-1)
+        return Certain(most_likely(scores)) if self.greedy else scores.softmax(dim=-1)
 
     def pick(self, probs: Row) -> int:
         """A token drawn from probs (V,), which need not sum to one."""
@@ -167,6 +167,13 @@ class Sampler:
             for i in range(len(scores))
         ]
         return torch.cat(rows)
+
+
+def most_likely(scores: torch.Tensor) -> tuple[int, ...]:
+    """The first of the highest of each row's scores (n, V)."""
+    if scores.dtype is torch.float32 and scores.device.type == "cpu":  # where numpy is ten times as fast
+        return tuple(scores.detach().numpy().argmax(axis=-1).tolist())
+    return tuple(scores.argmax(dim=-1).tolist())
 
 
 def _require(condition: bool, rule: str, value: float) -> None:

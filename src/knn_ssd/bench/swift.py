@@ -20,7 +20,7 @@ from optuna.distributions import FloatDistribution
 from knn_ssd.draft.contract import Draft, Outcome
 from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.plan import Mode, Plan, Policy
-from knn_ssd.sampling import Sampler
+from knn_ssd.sampling import Sampler, most_likely
 from knn_ssd.target.contract import Session
 
 LEAST_LAYERS = 3  # the first and the last are never skipped
@@ -88,7 +88,7 @@ class SwiftSearch:
         window = self.settings.window
         with session.looking_back(window):
             logits = session.rehearse(list(context[-window - 1 : -1]), plan, window)  # (window, V)
-        guesses = logits.argmax(dim=-1).tolist()
+        guesses = most_likely(logits)
         agreement = sum(guess == token for guess, token in zip(guesses, context[-window:], strict=True)) / window
         self.steps += 1
         if agreement > self.agreement:

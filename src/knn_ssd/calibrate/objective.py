@@ -23,7 +23,7 @@ from knn_ssd.decode import decode
 from knn_ssd.draft.self_draft import top_probability
 from knn_ssd.drafting import Drafting
 from knn_ssd.plan import Mode, Plan, Policy
-from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.sampling import Sampler, SamplingParams, most_likely
 from knn_ssd.target.contract import Session, Target
 
 RUN_LENGTH = 8  # drafts are rehearsed in runs of this many tokens
@@ -120,7 +120,7 @@ class Rehearsals:
     def _rehearse(self, plan: Plan, observation: Observation, session: Session) -> Record:
         tokens = observation.token_ids
         logits = session.rehearse(list(tokens[:-1]), plan, RUN_LENGTH)  # (n, V)
-        agrees = [int(best) == after for best, after in zip(logits.argmax(dim=-1), tokens[1:], strict=True)]
+        agrees = [best == after for best, after in zip(most_likely(logits), tokens[1:], strict=True)]
         return Record(tuple(agrees), tuple(top_probability(logits).tolist()))
 
 

@@ -55,8 +55,7 @@ class FusedSession(Pointed):
         self._target = target
         self._prefixes = prefixes
         first = target.attentions[0]
-        shape = (target.num_layers, first.kv_heads, capacity, first.head_dim)
-        self._keys, self._values = torch.empty(shape), torch.empty(shape)
+        self._cache = _empty_cache(target.num_layers, first.kv_heads, capacity, first.head_dim)
         self._hidden = torch.empty(capacity, target.hidden_size)  # of what the full model ran
         self._token_ids: list[int] = []  # up to the end of the last pass
 
@@ -94,20 +93,17 @@ class FusedSession(Pointed):
         alone; nothing is written.
         """
         self._pointer.check_room(1)
-        positions = map(address, self._target.positions(self.length + 1))
-        caches = map(address, (self._keys[layer], self._values[layer]))
-        place = Place(*positions, *caches, self.capacity, self.length, 1, 1)
+        pointers = map(address, (*self._target.positions(self.length + 1), *(part[layer] for part in self._cache)))
+        place = Place(*pointers, self.capacity, self.length, 1, 1)
         return self._target.run_layer(layer, states, [place] * len(states))
 
     def close(self) -> None:
         self._keep()
-        self._keys = self._values = self._hidden = torch.empty(0)
+        self._cache, self._hidden = (), torch.empty(0)
 
     def place(self, count: int, run_length: int, positions: tuple[torch.Tensor, torch.Tensor]) -> Place:
         """Where `count` rows of a pass stand; positions (at least the pointer and `count`, rotary)."""
-        cosines, sines = positions
-        pointers = map(address, (cosines, sines, self._keys, self._values))
-        return Place(*pointers, self.capacity, self.length, run_length, count)
+        return Place(*map(address, (*positions, *self._cache)), self.capacity, self.length, run_length, count)
 
     def _run(self, wanted: Pass) -> torch.Tensor:
         self._pointer.check_room(len(wanted.token_ids))
@@ -123,8 +119,8 @@ class FusedSession(Pointed):
         if found is None:
             return 0
         prefix, count = found
-        self._keys[:, :, :count] = prefix.keys[:, :, :count]
-        self._values[:, :, :count] = prefix.values[:, :, :count]
+        for own, kept in zip(self._cache, prefix.cache, strict=True):
+            own[:, :, :count] = kept[:, :, :count]
         self._hidden[:count] = prefix.hidden[:count]
         self._token_ids = list(token_ids[:count])
         self._pointer.ran(count, None)
@@ -134,9 +130,20 @@ class FusedSession(Pointed):
     def _keep(self) -> None:
         """Leaves what the full model ran to later sessions."""
         store, count = self._prefixes, self._pointer.verified
-        if store is None or not self._keys.numel():
+        if store is None or not self._cache:
             return
         token_ids = tuple(self._token_ids[:count])
-        parts = (self._keys[:, :, :count], self._values[:, :, :count], self._hidden[:count])
-        if store.wants(token_ids, sum(part.nbytes for part in parts)):
-            store.add(Prefix(token_ids, *(part.clone(memory_format=torch.contiguous_format) for part in parts)))
+        prefix = Prefix(token_ids, tuple(part[:, :, :count] for part in self._cache), self._hidden[:count])
+        if store.wants(token_ids, prefix.bytes):
+            store.add(prefix.copy())
+
+
+def _empty_cache(num_layers: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Room for keys and values, in the order of `native.Place`: float32, the same in 8 bits, and the scales of these.
+
+    The latter are what low-bit attentions read (as arXiv 2502.10424 does, with a scale for each vector), for at a few
+    hundred tokens a draft would read as much of keys and values in float32 as of weights in 4 bits.
+    """
+    vectors = (num_layers, kv_heads, capacity)
+    shapes = ((*vectors, head_dim), torch.float32), ((*vectors, head_dim), torch.int8), (vectors, torch.float32)
+    return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2))

@@ -31,6 +31,7 @@
 #define PORTION 32          /* matrix rows that one thread takes at once */
 #define FETCH 32         /* matrix rows that are fetched ahead */
 #define AHEAD 4096       /* bytes of a 4-bit matrix that are fetched ahead */
+#define LOW_AHEAD 2048   /* bytes of keys and values of 8 bits that are fetched ahead */
 #define MOST_ROWS 8      /* input rows that are multiplied with a matrix row while it is at hand */
 #define GROUP 64         /* columns that share a scale in a 4-bit matrix */
 #define INLINE static inline __attribute__((always_inline))
@@ -38,8 +39,10 @@
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef Floats FloatsAt __attribute__((aligned(4), may_alias));
 typedef Words WordsAt __attribute__((aligned(2), may_alias));
+typedef Bytes BytesAt __attribute__((aligned(1), may_alias));
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
 
@@ -64,12 +67,19 @@ typedef struct {
     double epsilon;
 } Mlp;
 
+/* Keys and values, and the same rounded to 8 bits: these are what low-bit attentions read and write. */
+typedef struct {
+    float *keys, *values;              /* (…, head_dim) */
+    int8_t *low_keys, *low_values;     /* likewise */
+    float *key_scales, *value_scales;  /* (…,) */
+} Cache;
+
 /* Where `count` rows of a pass stand; rows of several caches may run together. In a rehearsal (`run` > 0) nothing is
  * written to the cache: row i sees the cached keys up to the start of its run of `run` rows, and the pass's own from
  * there. */
 typedef struct {
     const float *cosines, *sines; /* (context, rotary) */
-    float *keys, *values;         /* (layers, kv_heads, capacity, head_dim); of one layer within an attention */
+    Cache cache;                  /* (layers, kv_heads, capacity, …); of one layer within an attention */
     int64_t capacity, position, run, count;
 } Place;
 
@@ -116,6 +126,16 @@ INLINE float sum_of(Floats a) {
 
 INLINE Floats load(const float *p) { return *(const FloatsAt *)p; }
 INLINE void store(float *p, Floats a) { *(FloatsAt *)p = a; }
+
+INLINE Floats widen(const int8_t *p) { /* compilers take many instructions for it where they are not told these */
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const BytesAt *)p, Ints), Floats);
+#endif
+}
 
 INLINE Floats exponential(Floats x) { /* as in the Cephes library; relative error about 1e-7 */
     const Floats low = (Floats){0} - 87.0f, high = (Floats){0} + 88.0f;
@@ -164,7 +184,8 @@ static void arrange_row(const float *x, float *to, int64_t cols, int64_t rows, i
 /* The first row of a part when n rows are cut into parts of as many as are multiplied at once. */
 INLINE int64_t part_start(int64_t n, int64_t part) { return part * MOST_ROWS < n ? part * MOST_ROWS : n; }
 
-static void round_group(const float *x, int64_t count, int8_t *bytes, float *scale, float *sum) {
+/* x (count,) rounded to 8 bits with one scale; gives the sum of the bytes. */
+static int32_t round_vector(const float *x, int64_t count, int8_t *bytes, float *scale) {
     float most = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < count; i++) {
@@ -179,8 +200,13 @@ static void round_group(const float *x, int64_t count, int8_t *bytes, float *sca
         bytes[i] = (int8_t)level;
         total += level;
     }
-    memset(bytes + count, 0, GROUP - count);
     *scale = most / 127;
+    return total;
+}
+
+static void round_group(const float *x, int64_t count, int8_t *bytes, float *scale, float *sum) {
+    int32_t total = round_vector(x, count, bytes, scale);
+    memset(bytes + count, 0, GROUP - count);
     *sum = *scale * (float)total;
 }
 
@@ -681,8 +707,15 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t s
     }
 }
 
+/* From its vector number `index` on. */
+static Cache cache_from(Cache c, int64_t index, int64_t head_dim) {
+    int64_t at = index * head_dim;
+    return (Cache){c.keys + at,       c.values + at,         c.low_keys + at,
+                   c.low_values + at, c.key_scales + index, c.value_scales + index};
+}
+
 typedef struct {
-    const float *keys, *values;
+    Cache cache;
     int64_t count;
 } Span;
 
@@ -736,15 +769,22 @@ INLINE void score(const float *query, const float *keys, const int64_t head_dim,
     store(scores, sums_of(sums) * scale);
 }
 
-/* Scores of `count` queries, each with `room`, and of `num_keys` keys. */
-INLINE void score_all(const float *queries, int64_t count, const float *keys, int64_t num_keys, const int64_t head_dim,
+/* Scores of `count` queries, each with `room`, and of a span's keys. */
+INLINE void score_all(const float *queries, int64_t count, const Span *span, const int64_t head_dim, const int low,
                       float scale, float *scores, int64_t room) {
-    for (int64_t t = 0; t < num_keys; t += LANES)
+    float wide[low ? LANES * head_dim : 1];
+    for (int64_t t = 0; t < span->count; t += LANES) {
+        int64_t some = span->count - t < LANES ? span->count - t : LANES;
+        const float *keys = low ? wide : span->cache.keys + t * head_dim;
+        const int8_t *low_keys = span->cache.low_keys + t * head_dim;
+        for (int64_t i = 0; low && i < LANES * head_dim; i += 64) __builtin_prefetch(low_keys + LOW_AHEAD + i);
+        for (int64_t i = 0; low && i < some * head_dim; i += LANES) store(wide + i, widen(low_keys + i));
         for (int64_t q = 0; q < count; q++) {
-            int64_t left = num_keys - t;
-            score(queries + q * head_dim, keys + t * head_dim, head_dim, left < LANES ? left : LANES, scale,
-                  scores + q * room + t);
+            float *to = scores + q * room + t;
+            score(queries + q * head_dim, keys, head_dim, some, scale, to);
+            for (int64_t i = 0; low && i < some; i++) to[i] *= span->cache.key_scales[t + i];
         }
+    }
 }
 
 /* Scores (total,) become weights; gives the inverse of their sum. */
@@ -767,9 +807,13 @@ static float weigh(float *scores, int64_t total) {
     return 1.0f / sum_of(sums);
 }
 
+INLINE Floats value_at(const Cache *c, int64_t at, const int low) {
+    return low ? widen(c->low_values + at) : load(c->values + at);
+}
+
 /* out[q][i..] = the values' components from i on, `count` vectors of them, weighted by a query's scores. */
 INLINE void mix(const Span spans[2], int64_t head_dim, const float *scores, int64_t room, const float *inverse, int64_t i,
-                const int count, const int queries, float *out) {
+                const int count, const int queries, const int low, float *out) {
     Floats sum[4][4];
 #pragma GCC unroll 4
     for (int q = 0; q < queries; q++)
@@ -778,8 +822,9 @@ INLINE void mix(const Span spans[2], int64_t head_dim, const float *scores, int6
     for (int s = 0; s < 2; s++)
         for (int64_t t = 0; t < spans[s].count; t++, scores++) {
             Floats value[4];
+            if (low) __builtin_prefetch(spans[s].cache.low_values + t * head_dim + i + LOW_AHEAD);
 #pragma GCC unroll 4
-            for (int j = 0; j < count; j++) value[j] = load(spans[s].values + t * head_dim + i + j * LANES);
+            for (int j = 0; j < count; j++) value[j] = value_at(&spans[s].cache, t * head_dim + i + j * LANES, low);
 #pragma GCC unroll 4
             for (int q = 0; q < queries; q++)
 #pragma GCC unroll 4
@@ -792,38 +837,55 @@ INLINE void mix(const Span spans[2], int64_t head_dim, const float *scores, int6
 }
 
 INLINE void mix_all(const Span spans[2], int64_t head_dim, const float *scores, int64_t room, const float *inverse,
-                    const int queries, float *out) {
+                    const int queries, const int low, float *out) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) mix(spans, head_dim, scores, room, inverse, i, 4, queries, out);
-    for (; i < head_dim; i += LANES) mix(spans, head_dim, scores, room, inverse, i, 1, queries, out);
+    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) mix(spans, head_dim, scores, room, inverse, i, 4, queries, low, out);
+    for (; i < head_dim; i += LANES) mix(spans, head_dim, scores, room, inverse, i, 1, queries, low, out);
 }
 
-/* `count` queries (head_dim,) over the same keys, those of two spans in their order; scores has `room` for each. */
-static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, float scale, float *scores,
-                   int64_t room, float *out) {
+/* Weights take on the scales of the values that they are for. */
+static void scale_weights(const Span spans[2], float *weights) {
+    for (int s = 0; s < 2; weights += spans[s++].count)
+        for (int64_t t = 0; t < spans[s].count; t++) weights[t] *= spans[s].cache.value_scales[t];
+}
+
+INLINE void attend_in(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, const int low, float scale,
+                      float *scores, int64_t room, float *out) {
     int64_t total = 0;
     for (int s = 0; s < 2; total += spans[s++].count) { /* the usual sizes are known to the compiler */
-        if (head_dim == 64) score_all(queries, count, spans[s].keys, spans[s].count, 64, scale, scores + total, room);
-        else if (head_dim == 128) score_all(queries, count, spans[s].keys, spans[s].count, 128, scale, scores + total, room);
-        else score_all(queries, count, spans[s].keys, spans[s].count, head_dim, scale, scores + total, room);
+        if (head_dim == 64) score_all(queries, count, spans + s, 64, low, scale, scores + total, room);
+        else if (head_dim == 128) score_all(queries, count, spans + s, 128, low, scale, scores + total, room);
+        else score_all(queries, count, spans + s, head_dim, low, scale, scores + total, room);
     }
     for (int64_t q = 0, some; q < count; q += some) {
         float inverse[4];
         some = count - q < 4 ? count - q : 4;
-        for (int64_t j = 0; j < some; j++) inverse[j] = weigh(scores + (q + j) * room, total);
+        for (int64_t j = 0; j < some; j++) {
+            inverse[j] = weigh(scores + (q + j) * room, total);
+            if (low) scale_weights(spans, scores + (q + j) * room);
+        }
         const float *from = scores + q * room;
         float *to = out + q * head_dim;
-        if (some == 4) mix_all(spans, head_dim, from, room, inverse, 4, to);
-        else if (some == 3) mix_all(spans, head_dim, from, room, inverse, 3, to);
-        else if (some == 2) mix_all(spans, head_dim, from, room, inverse, 2, to);
-        else mix_all(spans, head_dim, from, room, inverse, 1, to);
+        if (some == 4) mix_all(spans, head_dim, from, room, inverse, 4, low, to);
+        else if (some == 3) mix_all(spans, head_dim, from, room, inverse, 3, low, to);
+        else if (some == 2) mix_all(spans, head_dim, from, room, inverse, 2, low, to);
+        else mix_all(spans, head_dim, from, room, inverse, 1, low, to);
     }
 }
 
+/* `count` queries (head_dim,) over the same keys, those of two spans in their order; scores has `room` for each. */
+static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, int low, float scale,
+                   float *scores, int64_t room, float *out) {
+    if (low) attend_in(queries, count, spans, head_dim, 1, scale, scores, room, out);
+    else attend_in(queries, count, spans, head_dim, 0, scale, scores, room, out);
+}
+
+static int is_low(const Attention *a) { return a->q.kind == INT4; }
+
 /* The keys and values that a pass's rows bring with them: the cache's next places, or apart from it. */
 typedef struct {
-    float *keys, *values; /* the first row's, of the first head */
-    int64_t stride;       /* rows from one head to the next */
+    Cache cache;    /* from the first row on, of the first head */
+    int64_t stride; /* rows from one head to the next */
 } Fresh;
 
 /* Some heads of a row that share keys and values: those of head `kv`. */
@@ -833,11 +895,10 @@ static void attend_row(const Attention *a, const Place *p, const Fresh *fresh, i
     int64_t lowest = a->window && position + 1 > a->window ? position + 1 - a->window : 0;
     if (p->run) cached += row - row % p->run;
     int64_t own = lowest > cached ? lowest : cached;
-    int64_t old_at = (kv * p->capacity + lowest) * a->head_dim;
-    int64_t new_at = (kv * fresh->stride + own - p->position) * a->head_dim;
-    Span spans[2] = {{p->keys + old_at, p->values + old_at, own - lowest},
-                     {fresh->keys + new_at, fresh->values + new_at, position + 1 - own}};
-    attend(queries, count, spans, a->head_dim, (float)a->scale, scores, room, out);
+    int64_t old_at = kv * p->capacity + lowest, new_at = kv * fresh->stride + own - p->position;
+    Span spans[2] = {{cache_from(p->cache, old_at, a->head_dim), own - lowest},
+                     {cache_from(fresh->cache, new_at, a->head_dim), position + 1 - own}};
+    attend(queries, count, spans, a->head_dim, is_low(a), (float)a->scale, scores, room, out);
 }
 
 /* Puts queries and keys at their positions, and keys and values where they belong. */
@@ -852,10 +913,15 @@ static void place_rows(const Attention *a, const Place *p, const Fresh *fresh, f
         }
         for (int64_t h = 0; h < a->kv_heads; h++) {
             float *head = k + (r * a->kv_heads + h) * size;
+            const float *value = v + (r * a->kv_heads + h) * size;
             if (a->k_norm) normalise(head, size, a->k_norm, a->epsilon, head);
             rotate(head, cosines, sines, a->rotary);
-            memcpy(fresh->keys + (h * fresh->stride + r) * size, head, (size_t)4 * size);
-            memcpy(fresh->values + (h * fresh->stride + r) * size, v + (r * a->kv_heads + h) * size, (size_t)4 * size);
+            Cache to = cache_from(fresh->cache, h * fresh->stride + r, size);
+            round_vector(head, size, to.low_keys, to.key_scales);
+            round_vector(value, size, to.low_values, to.value_scales);
+            if (is_low(a)) continue;
+            memcpy(to.keys, head, (size_t)4 * size);
+            memcpy(to.values, value, (size_t)4 * size);
         }
     }
 }
@@ -871,7 +937,7 @@ static void attention(const Attention *a, const Place *places, int64_t num_place
     int64_t shared = a->heads / a->kv_heads; /* heads that share keys, read once for all where that leaves enough to do */
     if (n * a->kv_heads < 4 * threads && n * a->kv_heads % threads) shared = 1;
     arena_begin(linear_memory(&a->q, n) + linear_memory(&a->o, n) + 8192 + (size_t)16 * n +
-                (size_t)num_places * (sizeof(Fresh) + 128) +
+                (size_t)num_places * (sizeof(Fresh) + 6 * 64) + (size_t)8 * n * a->kv_heads + (size_t)2 * n * kv_inner +
                 (size_t)4 * (n * (2 * width + 2 * inner + 4 * kv_inner) + threads * shared * room));
     float *normed = take((size_t)4 * n * width), *q = take((size_t)4 * n * inner), *k = take((size_t)4 * n * kv_inner);
     float *v = take((size_t)4 * n * kv_inner), *mixed = take((size_t)4 * n * inner), *out = take((size_t)4 * n * width);
@@ -882,9 +948,11 @@ static void attention(const Attention *a, const Place *places, int64_t num_place
     linear((const Matrix *[]){&a->q, &a->k, &a->v}, 3, normed, n, (float *[]){q, k, v});
     for (int64_t i = 0, first = 0; i < num_places; first += places[i++].count) {
         const Place *p = places + i;
-        int64_t at = p->position * a->head_dim, size = p->count * kv_inner;
-        fresh[i] = (Fresh){p->keys + at, p->values + at, p->capacity};
-        if (p->run) fresh[i] = (Fresh){take((size_t)4 * size), take((size_t)4 * size), p->count};
+        size_t size = p->count * kv_inner, vectors = p->count * a->kv_heads;
+        fresh[i] = (Fresh){cache_from(p->cache, p->position, a->head_dim), p->capacity};
+        if (p->run)
+            fresh[i] = (Fresh){{take(4 * size), take(4 * size), take(size), take(size), take(4 * vectors), take(4 * vectors)},
+                               p->count};
         place_rows(a, p, fresh + i, q + first * inner, k + first * kv_inner, v + first * kv_inner);
         for (int64_t r = 0; r < p->count; r++) {
             owner[first + r] = i;
@@ -928,10 +996,9 @@ void knn_ssd_pass(const Attention *const *attentions, const Mlp *const *mlps, in
     for (int64_t l = 0; l < layers; l++) {
         if (attentions[l]) {
             for (int64_t i = 0; i < num_places; i++) {
-                int64_t size = attentions[l]->kv_heads * places[i].capacity * attentions[l]->head_dim;
+                int64_t vectors = attentions[l]->kv_heads * places[i].capacity;
                 here[i] = places[i];
-                here[i].keys += l * size;
-                here[i].values += l * size;
+                here[i].cache = cache_from(places[i].cache, l * vectors, attentions[l]->head_dim);
             }
             attention(attentions[l], here, num_places, x, n);
         }

@@ -71,7 +71,8 @@ class Place(ctypes.Structure):
     """Where some rows of a pass stand: positions, cache, pointer, and how many they are."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("cosines", "sines", "keys", "values")),
+        *((name, c_void_p) for name in ("cosines", "sines")),
+        *((name, c_void_p) for name in ("keys", "values", "low_keys", "low_values", "key_scales", "value_scales")),
         *((name, c_int64) for name in ("capacity", "position", "run", "count")),
     )
 

@@ -16,18 +16,23 @@ class Prefix:
 
     Args:
         token_ids: n of them.
-        keys, values: (L, kv_heads, n, head_dim).
+        cache: keys and values, (L, kv_heads, n, …) each, as the session has them.
         hidden: (n, D) after the final norm.
     """
 
     token_ids: tuple[int, ...]
-    keys: torch.Tensor
-    values: torch.Tensor
+    cache: tuple[torch.Tensor, ...]
     hidden: torch.Tensor
 
     @property
     def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.hidden.nbytes
+        return sum(part.nbytes for part in self.cache) + self.hidden.nbytes
+
+    def copy(self) -> Prefix:
+        """The same, sharing no memory."""
+        parts = (*self.cache, self.hidden)
+        *cache, hidden = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+        return Prefix(self.token_ids, tuple(cache), hidden)
 
 
 class Prefixes:
