@@ -23,7 +23,7 @@ from knn_ssd.atlas import Atlas, CostProfile, Pooling
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal, uninterrupted
-from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, foretold_speedup
+from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, Timing, foretold_speedup
 from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
 from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
@@ -558,3 +558,24 @@ def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
     assert not slow.proven
     assert fast.proven
     assert fast.speedup > 1.2
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "verdict"),
+    [
+        (1.0, 0.02, "beaten"),  # no slower, and not worth a plan
+        (0.9, 0.02, "beaten"),
+        (1.1, 0.02, "proven"),
+        (1.04, 0.04, None),  # worth having, if it were known
+        (1.0, 0.2, None),  # nobody knows
+    ],
+)
+def test_a_plan_is_timed_until_something_is_known(gain: float, noise: float, verdict: str | None) -> None:
+    wins = 0
+    for seed in range(20):
+        timing, generator = Timing(), np.random.default_rng(seed)
+        for i in range(16):
+            timing.add(i % 4, 1.0, float(np.exp(generator.normal(0, noise))) / gain)
+        assert not (timing.proven and timing.beaten)
+        wins += {"proven": timing.proven, "beaten": timing.beaten, None: not (timing.proven or timing.beaten)}[verdict]
+    assert wins >= 12

@@ -34,6 +34,8 @@ _FEWEST_PAIRS, _MOST_PAIRS = 6, 48  # of decodings, until the clock says that a 
 # that is 1.16 times as fast in 95 of 100 even where pairs scatter by 0.2 (simulated).
 _CHANCE = 0.0003
 _MOST_GAIN = 0.25  # of one pair, either way: what else the machine had to do shall not weigh more
+WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock
+_MISSED = 0.01  # the chance that a plan worth that is given up for gaining too little
 _BEATEN = 5  # a plan that lost so many pairs more than it won is given up
 
 
@@ -180,17 +182,20 @@ class Timing:
     @property
     def proven(self) -> bool:
         """Whether it is faster by more than chance explains."""
-        count = len(self.gains)
-        if count < _FEWEST_PAIRS:
-            return False
-        error = statistics.stdev(self.gains) / math.sqrt(count)
-        return statistics.mean(self.gains) > float(student_t.isf(_CHANCE, count - 1)) * error
+        return len(self.gains) >= _FEWEST_PAIRS and statistics.mean(self.gains) > self._doubt(_CHANCE)
 
     @property
     def beaten(self) -> bool:
-        """Whether it lost so often that more pairs would be a waste."""
-        won = sum(gain > 0 for gain in self.gains)
-        return len(self.gains) - 2 * won >= _BEATEN
+        """Whether it lost so often, or gains so little, that more pairs would be a waste."""
+        count, won = len(self.gains), sum(gain > 0 for gain in self.gains)
+        if count >= _FEWEST_PAIRS and statistics.mean(self.gains) + self._doubt(_MISSED) < math.log(WORTH_HAVING):
+            return True
+        return count - 2 * won >= _BEATEN
+
+    def _doubt(self, chance: float) -> float:
+        """How far the mean gain is off with this probability, on one side."""
+        count = len(self.gains)
+        return float(student_t.isf(chance, count - 1)) * statistics.stdev(self.gains) / math.sqrt(count)
 
 
 class Clock:

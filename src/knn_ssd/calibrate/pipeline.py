@@ -25,7 +25,7 @@ from knn_ssd.atlas import Atlas, CostProfile, Label
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import Clock, Rehearsals, Score, Timing
+from knn_ssd.calibrate.objective import WORTH_HAVING, Clock, Rehearsals, Score, Timing
 from knn_ssd.calibrate.onpolicy import Observation, observe
 from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
 from knn_ssd.calibrate.settings import MIXTURE, Settings
@@ -39,7 +39,6 @@ from knn_ssd.target.select import target_of
 from knn_ssd.tokens import encode, eos_token_ids
 
 _WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
-_WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock, or plain it is
 _FINALISTS = 2
 _MOST_REPEATS = 50  # a search that suggests only what it knows, this often in a row, has converged
 
@@ -248,7 +247,7 @@ class _Calibration:
             self.reporter.stage(f"timing {label}", None)
             agreements = [_agreement(ranked, plan) for plan in finalists]
             timed = self.clock(observations, cost).compare(finalists, agreements)
-        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= _WORTH_HAVING]
+        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= WORTH_HAVING]
         best = max(winners, key=lambda i: timed[i].speedup, default=None)
         plan = Plan.plain(self.target.num_layers) if best is None else finalists[best]
         evidence = {
