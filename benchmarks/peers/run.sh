@@ -15,6 +15,9 @@ fi
 shift
 venv="$here/../../.venv-peers/$peer"
 if [ ! "$venv/.ready" -nt "$wanted" ]; then
+    if [ "$peer" = llama_cpp ] && [ -z "${CC:-}" ] && command -v clang++ >/dev/null; then
+        export CC=clang CXX=clang++ # built by GCC 12 for a tile unit, 8 and 4 bits end with an illegal instruction
+    fi
     "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --requirement "$wanted"
     bare="$here/requirements/$peer.no-deps.txt"
