@@ -21,6 +21,7 @@ import torch
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.plan import Plan
 from knn_ssd.provenance import cache_directory
+from knn_ssd.sampling import most_likely
 from knn_ssd.target.contract import Exactness, Target
 from knn_ssd.target.fused import FusedTarget, why_not
 from knn_ssd.target.native import uses_tiles, why_unavailable
@@ -232,11 +233,11 @@ def measure_step(target: Target, plan: Plan | None = None) -> float:
         target.prepare(plan)
     session = target.open(_PROMPT_LENGTH + _STEPS + 1)
     try:
-        token = int(session.prefill([0] * _PROMPT_LENGTH).logits.argmax())
+        (token,) = most_likely(session.prefill([0] * _PROMPT_LENGTH).logits[None])
 
         def step() -> None:
             nonlocal token
-            token = int(session.forward([token], plan)[-1].argmax())
+            (token,) = most_likely(session.forward([token], plan))
             session.commit(1)
 
         step()

@@ -141,8 +141,8 @@ class FusedSession(Pointed):
 def _empty_cache(num_layers: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """Room for keys and values, in the order of `native.Place`: float32, the same in 8 bits, and the scales of these.
 
-    The latter are what low-bit attentions read (as arXiv 2502.10424 does, with a scale for each vector), for at a few
-    hundred tokens a draft would read as much of keys and values in float32 as of weights in 4 bits.
+    The latter are what low-bit attentions read (after arXiv 2502.10424, with a scale for each vector): with long
+    prompts, or many clients, a draft would else read as much of keys and values as of its weights.
     """
     vectors = (num_layers, kv_heads, capacity)
     shapes = ((*vectors, head_dim), torch.float32), ((*vectors, head_dim), torch.int8), (vectors, torch.float32)

@@ -22,6 +22,7 @@ from knn_ssd.errors import UsageError
 from knn_ssd.grouping import Group, group
 from knn_ssd.plan import Plan
 from knn_ssd.route import Router
+from knn_ssd.sampling import most_likely
 from knn_ssd.vllm_plugin import hooks
 from knn_ssd.vllm_plugin.mends import mend
 from knn_ssd.vllm_plugin.passes import Passes
@@ -309,8 +310,7 @@ class Proposer:
             if self._leads:
                 tops = top_probability(logits).tolist()
                 chosen = [
-                    (token, stops[row](top))
-                    for row, token, top in zip(active, logits.argmax(-1).tolist(), tops, strict=True)
+                    (token, stops[row](top)) for row, token, top in zip(active, most_likely(logits), tops, strict=True)
                 ]
                 for row, top in zip(active, tops, strict=True):
                     sure[row].append(top)
