@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd import Engine
-from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.atlas import Atlas
+from knn_ssd.backends.base import Pooling
 from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
 from knn_ssd.bench.peers import read_run
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.summary import shown, shown_interval
-from knn_ssd.calibrate.onpolicy import Observation, observe
+from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import Settings
-from knn_ssd.cli.progress import ProgressReporter
+from knn_ssd.io import write_whole
+from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.plan import Mode
+from knn_ssd.progress import ProgressBars
 from knn_ssd.prompts import Prompt
-from knn_ssd.provenance import write_whole
-from knn_ssd.target.resolve import LoadedModel
-from knn_ssd.tokens import eos_token_ids
+from knn_ssd.tokenization import eos_token_ids
 
 
 def stream_options(doc: str, methods: Sequence[str], limit: int) -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, set
     """An engine with the atlas in a folder, which is made if it is not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        with ProgressReporter() as progress:
+        with ProgressBars() as progress:
             calibrate(loaded, prompts, folder, settings, resume=True, reporter=progress)
     return Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
 
@@ -68,12 +69,12 @@ def measured(
     Only the methods in `with_atlas` are given the engine's atlas; the others have the general plan.
     """
     first, temperature, seed = ordered[0].domain, asked.temperature, asked.seed
-    bare = Engine(engine.model, engine.tokenizer, target=engine.target)
-    names = [method for method in names if method != "low" or Mode.LOW in engine.target.modes]
+    bare = Engine(engine.model, engine.tokenizer, backend=engine.backend)
+    names = [method for method in names if method != "low" or Mode.LOW in engine.backend.modes]
     routed = make_methods([method for method in names if method in with_atlas], engine, first, temperature, seed)
     others = make_methods([method for method in names if method not in with_atlas], bare, first, temperature, seed)
     methods = {method: (routed | others)[method] for method in names}
-    with ProgressReporter() as progress:
+    with ProgressBars() as progress:
         summary = run_bench(engine, list(ordered), methods, out, asked, progress, name)
     command = shlex.join(["python", *sys.argv])
     write_whole(out / "report.html", report(summary, read_run(out), command, engine.atlas))
@@ -84,7 +85,7 @@ def observed(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list
     """The target's own continuations of prompts, on which plans are scored."""
     ends = eos_token_ids(engine.model)
     return [
-        observe(engine.target, p.domain or "none", p.id, engine.encode(p.prompt), new_tokens, Pooling.MEAN, ends)
+        observe(engine.backend, p.domain or "none", p.id, engine.encode(p.prompt), new_tokens, Pooling.MEAN, ends)
         for p in prompts
     ]
 

@@ -16,7 +16,7 @@ from _recipes import observed
 from knn_ssd import Engine
 from knn_ssd.bench.workload import read_workloads
 from knn_ssd.calibrate.cost import measure_cost
-from knn_ssd.calibrate.objective import Rehearsals
+from knn_ssd.calibrate.objective import TeacherForcedScorer
 from knn_ssd.calibrate.search import Search, Strategy, create_study
 from knn_ssd.plan import Mode
 
@@ -36,21 +36,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
-    target = engine.target
-    low = Mode.LOW in target.modes and not args.skip_only
+    backend = engine.backend
+    low = Mode.LOW in backend.modes and not args.skip_only
     prompts = [prompt for prompt in read_workloads(args.prompts) if prompt.domain == args.domain]
     observations = observed(engine, prompts[: args.limit], args.max_new_tokens)
-    cost = measure_cost(target, low)
+    cost = measure_cost(backend, low)
     budgets = [budget for budget in SHOWN if budget <= args.trials]
     print("| strategy | " + " | ".join(f"{budget} plans" for budget in budgets) + " |")
     print("|---|" + "--:|" * len(budgets))
-    with Rehearsals(target, observations, cost) as rehearsals:
+    with TeacherForcedScorer(backend, observations, cost) as scorer:
         for name in args.strategies:
             study = create_study(optuna.storages.InMemoryStorage(), name)
-            search = Search(study, Strategy(name), cost, num_layers=target.num_layers, seed=args.seed, low=low)
+            search = Search(study, Strategy(name), cost, num_layers=backend.num_layers, seed=args.seed, low=low)
             best, scores = 0.0, []
             while len(scores) < args.trials and (trial := search.ask()) is not None:
-                score = rehearsals.score(trial.plan, best)
+                score = scorer.score(trial.plan, best)
                 search.tell(trial, score)
                 best = max(best, score.speedup)
                 scores.append(best)

@@ -63,7 +63,7 @@ def main() -> None:
     bare = Engine.from_pretrained(args.model, device="cpu")
     atlas = Atlas.load(args.atlas) if args.atlas else None
     ways = {
-        way + suffix: Engine(bare.model, bare.tokenizer, atlas, prefix_cache=size, target=bare.target)
+        way + suffix: Engine(bare.model, bare.tokenizer, atlas, prefix_cache=size, backend=bare.backend)
         for suffix, size in (("", 0), (", cache", args.prefix_cache * 2**20))
         for way in ("plain", "auto")
     }

@@ -16,7 +16,7 @@ from _recipes import calibrated, measured, print_table, stream_options
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.calibrate.settings import Settings
-from knn_ssd.target.resolve import load_model
+from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "knn-ssd", "auto")
 
@@ -36,7 +36,7 @@ def main() -> None:
     print("\n| domain | prompts | fell back | distance over radius, median |\n|---|--:|--:|--:|")
     for domain in sorted({str(prompt.domain) for prompt in ordered}):
         routes = [engine.generate(p.prompt, max_new_tokens=1).route for p in ordered if p.domain == domain]
-        far = [r.distance / engine.atlas.labels[r.label].radius for r in routes if r is not None]
+        far = [r.distance / engine.atlas.domains[r.domain].radius for r in routes if r is not None]
         fell = sum(r.fallback for r in routes if r is not None) / len(routes)
         known = "" if domain in args.known else ", foreign"
         print(f"| {domain}{known} | {len(routes)} | {fell:.2f} | {statistics.median(far):.2f} |")

@@ -21,9 +21,9 @@ from rich.progress import track
 
 from knn_ssd import Engine
 from knn_ssd.bench.workload import limit_each, read_workloads
-from knn_ssd.generation import Generation
+from knn_ssd.outputs import Generation
 from knn_ssd.prompts import Prompt
-from knn_ssd.serve.scheduler import Event, Limits, Scheduler
+from knn_ssd.server.scheduler import Event, Limits, Scheduler
 
 ALONE_EVERY = 8
 
@@ -70,7 +70,7 @@ def main() -> None:
     count = args.max_new_tokens
     plain = outputs(engine, prompts, args.clients, "plain", max_new_tokens=count, plain=True)
     default = outputs(engine, prompts, args.clients, "default settings", max_new_tokens=count)
-    fresh = Engine(engine.model, engine.tokenizer, engine.atlas, target=engine.target)
+    fresh = Engine(engine.model, engine.tokenizer, engine.atlas, backend=engine.backend)
     alone = {
         index: list(fresh.generate(prompts[index].prompt, max_new_tokens=count, plain=True).token_ids)
         for index in track(range(0, len(prompts), ALONE_EVERY), "plain, alone")
@@ -80,7 +80,7 @@ def main() -> None:
         for domain in (prompt.domain or "none", "all"):
             same[domain].append(one == other)
     tokens = sum(map(len, plain))
-    print(f"exactness: {engine.target.exactness}; {tokens} tokens")
+    print(f"exactness: {engine.backend.exactness}; {tokens} tokens")
     for domain in sorted(same, key=lambda domain: (domain == "all", domain)):
         print(f"{domain:14} {sum(same[domain])} of {len(same[domain])} outputs the same")
     agree = sum(plain[index] == ids for index, ids in alone.items())

@@ -17,7 +17,7 @@ from typing import Any
 
 from knn_ssd import Engine, Plan
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
-from knn_ssd.target.resolve import load_model, model_dir
+from knn_ssd.loading.resolve import load_model, model_dir
 from knn_ssd.vllm_plugin.hooks import PROPOSER
 
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from knn_ssd.target.linear import Keeper, LowBit, matrix_of
-from knn_ssd.target.native import Matrix, address, kernels
+from knn_ssd.backends.native.low_bit import LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.kernels.binding import Matrix, address, kernels
 
 BLOCKS = (1, 2, 4, 8)
 KEPT: list[object] = []  # holds the tensors whose addresses the kernels have
@@ -35,7 +35,7 @@ def ours(matrices: list[Matrix], x: torch.Tensor) -> Callable[[int], object]:
 
     def run(copy: int) -> object:
         places = address(x), count, every, count, address(hidden), address(out)
-        return kernels().knn_ssd_head(ctypes.byref(matrices[copy]), address(norm), 1e-5, *places)
+        return kernels().knn_ssd_lm_head(ctypes.byref(matrices[copy]), address(norm), 1e-5, *places)
 
     return run
 
@@ -46,9 +46,9 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
     wide = [linear.weight.detach() for linear in linears]
     halves = [nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16) for _ in range(COPIES)]
     narrow = [linear.weight.detach() for linear in halves]
-    keeper = Keeper()
+    keeper = TensorKeeper()
     full = [matrix_of(linear, keeper) for linear in halves]
-    low = LowBit([], [], full[0], lambda *_: None)
+    low = LowBitCopies([], [], full[0], lambda *_: None)
     copies = [low._round(matrix, torch.ones(cols)) for matrix in full]
     KEPT.extend((keeper, low, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {

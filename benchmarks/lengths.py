@@ -17,7 +17,7 @@ from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.summary import shown
 from knn_ssd.bench.workload import halves, lengthened, limit_each, read_workloads, stream
 from knn_ssd.errors import PromptError
-from knn_ssd.target.resolve import load_model
+from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "lookup", "low", "auto")
 
@@ -33,8 +33,8 @@ def main() -> None:
     workloads = {"as they are": short}
     for length in args.lengths:
         try:
-            if length + args.max_new_tokens > engine.target.context_length:
-                raise PromptError(f"with the answer it is over the model's context of {engine.target.context_length}")
+            if length + args.max_new_tokens > engine.backend.context_length:
+                raise PromptError(f"with the answer it is over the model's context of {engine.backend.context_length}")
             workloads[f"{length}"] = lengthened(short, prompts, length, engine.tokenizer)
         except PromptError as error:
             print(f"{length} tokens are left out: {error}")

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
-    lookup = Plan.skipping(engine.target.num_layers, policy=Policy(lookup=True))
+    lookup = Plan.skipping(engine.backend.num_layers, policy=Policy(lookup=True))
     sampled = {"temperature": 1.0, "seed": args.seed}
     controlled = {**sampled, "adaptive": True}
     ways: dict[str, tuple[Engine, dict[str, Any], dict[str, Any]]] = {
@@ -43,7 +43,7 @@ def main() -> None:
         "default, temperature 1, a seed": (engine, sampled, sampled),
     }
     for folder in args.atlas:
-        with_atlas = Engine(engine.model, engine.tokenizer, Atlas.load(folder), target=engine.target)
+        with_atlas = Engine(engine.model, engine.tokenizer, Atlas.load(folder), backend=engine.backend)
         ways[f"atlas {folder.name}"] = (with_atlas, {}, {})
     prompts = limit_each(halves(read_workloads(args.prompts))[1], args.limit)
     for own, options, _ in ways.values():

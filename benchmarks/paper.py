@@ -15,7 +15,7 @@ from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.calibrate.search import Strategy
 from knn_ssd.calibrate.settings import Settings
-from knn_ssd.target.resolve import load_model
+from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "lookup", "low", "auto")
 

@@ -21,8 +21,8 @@ from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.summary import shown
 from knn_ssd.bench.workload import limit_each, stream
 from knn_ssd.calibrate.settings import Settings
+from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.prompts import Prompt
-from knn_ssd.target.resolve import LoadedModel
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 REDUNDANT = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}

@@ -14,22 +14,22 @@ import time
 import torch
 
 from knn_ssd import Engine
+from knn_ssd.backends.native import low_bit
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.plan import Plan
 from knn_ssd.prompts import read_prompts
-from knn_ssd.target import linear
-from knn_ssd.target.fused import FusedTarget
-from knn_ssd.target.linear import LowBit
 
 
-def measure(target: FusedTarget, outputs: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
+def measure(backend: NativeBackend, outputs: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
     """Agreement and divergence of drafts with everything low-bit."""
-    plan = Plan.low(target.num_layers)
+    plan = Plan.low(backend.num_layers)
     agreed = divergence = count = 0.0
     for prompt, output in outputs:
-        session = target.open(len(prompt) + len(output))
+        session = backend.open(len(prompt) + len(output))
         session.prefill(prompt)
         full = session.forward(output).log_softmax(-1)
-        draft = session.rehearse(output, plan, 8).log_softmax(-1)
+        draft = session.teacher_forced_logits(output, plan, 8).log_softmax(-1)
         agreed += float((full.argmax(-1) == draft.argmax(-1)).sum())
         divergence += float((full.exp() * (full - draft)).sum())
         count += len(output)
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
-    target = engine.target
-    assert isinstance(target, FusedTarget), "low-bit drafts are the lean target's"
+    backend = engine.backend
+    assert isinstance(backend, NativeBackend), "low-bit drafts are the lean target's"
     outputs = []
     for path in args.prompts:
         for prompt in read_prompts(path)[: args.limit]:
@@ -55,22 +55,22 @@ def main() -> None:
             outputs.append((token_ids, list(output)))
     said = [token for _, output in outputs for token in output]
     for share in (4, 2, 1.5):
-        size = int(target.vocab_size / share)
+        size = int(backend.vocab_size / share)
         print(f"a head cut to the first {size} tokens has {sum(t < size for t in said) / len(said):.3f} of all said")
-    weighed = LowBit._important
+    weighed = LowBitCopies._important
 
-    def alike(self: LowBit, layer: int, name: str) -> torch.Tensor:
+    def alike(self: LowBitCopies, layer: int, name: str) -> torch.Tensor:
         return torch.ones_like(weighed(self, layer, name))
 
     for tries, is_weighed in ((1, False), (3, False), (8, False), (1, True), (3, True), (8, True)):
-        linear._TRIES = tries
-        LowBit._important = weighed if is_weighed else alike  # type: ignore[method-assign]
-        target.low = LowBit(target.attentions, target.mlps, target.head, target._run_tokens)
-        target._ways.clear()
+        low_bit._TRIES = tries
+        LowBitCopies._important = weighed if is_weighed else alike  # type: ignore[method-assign]
+        backend.low = LowBitCopies(backend.attentions, backend.mlps, backend.head, backend._run_tokens)
+        backend._ways.clear()
         started = time.perf_counter()
-        target.prepare(Plan.low(target.num_layers))
+        backend.prepare(Plan.low(backend.num_layers))
         taken = time.perf_counter() - started
-        agreement, divergence = measure(target, outputs)
+        agreement, divergence = measure(backend, outputs)
         name = "weighed by inputs" if is_weighed else "all columns alike"
         print(
             f"{name}, {tries} ranges: {taken:6.2f} s, agreement {agreement:.4f}, divergence {divergence:.4f}",

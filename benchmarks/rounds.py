@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable
 
 from knn_ssd import Engine, Mode, Plan, Policy
-from knn_ssd.draft.lookup import LookupDraft
-from knn_ssd.draft.self_draft import SelfDraft, top_probability
 from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.speculation.lookup import LookupDraft
+from knn_ssd.speculation.self_draft import SelfDraft, top_probability
 
 REPEATS = 15
 
 
 def parts(engine: Engine, context: int) -> dict[str, Callable[[], object]]:
     """What is measured, by name."""
-    target, layers = engine.target, engine.target.num_layers
+    backend, layers = engine.backend, engine.backend.num_layers
     keep, low, skip = ((mode,) * layers for mode in (Mode.KEEP, Mode.LOW, Mode.SKIP))
     plans = {
         "draft step, all low-bit": Plan.low(layers, Policy(4, 0.0)),
@@ -33,10 +33,10 @@ def parts(engine: Engine, context: int) -> dict[str, Callable[[], object]]:
         "everything but attention": Plan(skip, keep, Mode.KEEP),
     }
     for plan in plans.values():
-        target.prepare(plan)
-    session = target.open(context + 64)
+        backend.prepare(plan)
+    session = backend.open(context + 64)
     session.prefill([5 + i % 100 for i in range(context)])
-    sampler = Sampler.from_params(SamplingParams(), target.device)
+    sampler = Sampler.from_params(SamplingParams(), backend.device)
     logits = session.forward([7] * 5)
     tokens = [5 + i % 100 for i in range(context)]
     lookup, draft = LookupDraft(), SelfDraft(session, plans["draft step, all low-bit"], sampler)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from knn_ssd import Engine
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.prompts import Prompt
-from knn_ssd.route import Router
+from knn_ssd.routing.router import Router
 
 
 def vectors_of(engine: Engine, prompts: list[Prompt]) -> dict[Pooling, np.ndarray]:
@@ -26,7 +26,7 @@ def vectors_of(engine: Engine, prompts: list[Prompt]) -> dict[Pooling, np.ndarra
     vectors: dict[Pooling, list[np.ndarray]] = {pooling: [] for pooling in Pooling}
     for prompt in prompts:
         token_ids = engine.encode(prompt.prompt)
-        session = engine.target.open(len(token_ids))
+        session = engine.backend.open(len(token_ids))
         prefill = session.prefill(token_ids)
         session.close()
         for pooling, known in vectors.items():
@@ -56,8 +56,8 @@ def main() -> None:
                 if k > len(anchors.points):
                     shares.append("–")
                     continue
-                router = Router(k).fit(torch.from_numpy(anchors.points), anchors.labels)
-                found = [router.predict(torch.from_numpy(vector)).label for vector in theirs[pooling]]
+                router = Router(k).fit(torch.from_numpy(anchors.points), anchors.domains)
+                found = [router.predict(torch.from_numpy(vector)).domain for vector in theirs[pooling]]
                 shares.append(f"{np.mean(np.array(found) == others):.3f}")
             print(f"{pooling.value:7}  {count:18}  " + "  ".join(share.rjust(7) for share in shares))
 

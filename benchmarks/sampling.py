@@ -17,7 +17,7 @@ from knn_ssd import Atlas, Engine
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.summary import shown
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
-from knn_ssd.target.resolve import load_model
+from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "lookup", "low", "auto")
 

@@ -17,7 +17,7 @@ from _recipes import observed
 from knn_ssd import Engine, Plan
 from knn_ssd.bench.workload import limit_each, read_workloads
 from knn_ssd.calibrate.cost import measure_cost
-from knn_ssd.calibrate.objective import Rehearsals
+from knn_ssd.calibrate.objective import TeacherForcedScorer
 from knn_ssd.plan import Policy
 from knn_ssd.prompts import Prompt
 
@@ -53,14 +53,14 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
-    target, layers = engine.target, engine.target.num_layers
+    backend, layers = engine.backend, engine.backend.num_layers
     prompts = limit_each(read_workloads(args.prompts), args.limit)
     observations = observed(engine, prompts, args.max_new_tokens)
-    with Rehearsals(target, observations, measure_cost(target, low=False)) as rehearsals:
-        alone = [rehearsals.score(skipping(layers, [place])).agreement for place in range(2 * layers)]
+    with TeacherForcedScorer(backend, observations, measure_cost(backend, low=False)) as scorer:
+        alone = [scorer.score(skipping(layers, [place])).agreement for place in range(2 * layers)]
         order = sorted(range(2 * layers), key=lambda place: alone[place], reverse=True)
         sets = [order[: max(round(share * 2 * layers), 1)] for share in args.shares]
-        agreements = [rehearsals.score(skipping(layers, own)).agreement for own in sets]
+        agreements = [scorer.score(skipping(layers, own)).agreement for own in sets]
     print("agreement when one is skipped: least", f"{min(alone):.2f}, most {max(alone):.2f}\n")
     print("| skipped | agrees | " + " | ".join(f"p ≥ {t:g}: accepted, speed" for t in args.thresholds) + " |")
     print("|--:|" + "--:|" * (1 + len(args.thresholds)))

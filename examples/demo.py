@@ -18,8 +18,8 @@ from knn_ssd import Atlas, Engine, Generation, Plan
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import Settings
 from knn_ssd.cli import main
+from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
-from knn_ssd.target.resolve import LoadedModel, load_model
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 OUT = Path("out/demo")
@@ -54,9 +54,9 @@ def show_routed_decoding(engine: Engine, prompts: Sequence[Prompt]) -> bool:
         routed = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS)
         assert routed.route is not None
         identical = identical and routed.token_ids == plain.token_ids
-        label = routed.route.label + (" (far: fallback)" if routed.route.fallback else "")
+        domain = routed.route.domain + (" (far: fallback)" if routed.route.fallback else "")
         speed = plain.stats.decode_sec / routed.stats.decode_sec
-        table.add_row(prompt.domain, label, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
+        table.add_row(prompt.domain, domain, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
     console.print(table)
     return identical
 
@@ -71,7 +71,7 @@ def show_forced_drafts(engine: Engine, atlas: Atlas, prompts: Sequence[Prompt]) 
         table.add_column(column, overflow="fold")
     identical = True
     for prompt in prompts:
-        found = atlas.labels[str(prompt.domain)].evidence["best_skipping"]
+        found = atlas.domains[str(prompt.domain)].evidence["best_skipping"]
         if not found:
             continue
         best = Plan.from_json(found["plan"])
@@ -109,7 +109,7 @@ def show_planted_redundancy() -> bool:
         assert routed.route is not None
         identical = identical and routed.token_ids == plain.token_ids
         speed = plain.stats.decode_sec / routed.stats.decode_sec
-        table.add_row(name, routed.route.label, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
+        table.add_row(name, routed.route.domain, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
     console.print(table)
     return identical
 

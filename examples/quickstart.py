@@ -13,7 +13,7 @@ def main(prompt: str) -> None:
     plain = engine.generate(prompt, max_new_tokens=48)
 
     # An atlas would choose the plan; calibrate one with `knn-ssd calibrate --out atlas`, and give atlas="atlas".
-    layers = engine.target.num_layers
+    layers = engine.backend.num_layers
     plan = Plan.skipping(layers, attention=[layers - 2], mlp=[layers // 2], policy=Policy(max_draft=4, threshold=0.6))
     stream = engine.stream(prompt, max_new_tokens=48, plan=plan)
     for chunk in stream:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from knn_ssd.engine import Engine
-from knn_ssd.target.resolve import load_model
+from knn_ssd.loading.resolve import load_model
 
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, print_blob=False, suppress_health_check=[HealthCheck.too_slow]

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.testing import VOCAB_SIZE, tiny_model
 
 NUM_LAYERS = 4  # of the tiny models
@@ -26,9 +26,9 @@ def tiny_engine(family: str = "llama") -> Engine:
 
 
 @cache
-def general_target(family: str = "llama") -> HuggingFaceTarget:
+def transformers_backend(family: str = "llama") -> TransformersBackend:
     """The general target, also of families that would run on the lean one."""
-    return HuggingFaceTarget(tiny_model(family))
+    return TransformersBackend(tiny_model(family))
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knn_ssd import decode
-from knn_ssd.atlas import CostProfile
+from knn_ssd import request
+from knn_ssd.backends.base import Session
+from knn_ssd.backends.native.session import NativeSession
+from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.calibrate import cost, objective
 from knn_ssd.plan import Plan
-from knn_ssd.target.contract import Session
-from knn_ssd.target.fused import FusedSession
-from knn_ssd.target.huggingface import HuggingFaceSession
+from knn_ssd.speculation import decode
+from knn_ssd.speculation.cost_model import CostProfile
 
 
 @contextmanager
@@ -36,8 +37,8 @@ def metered(profile: CostProfile) -> Iterator[None]:
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (HuggingFaceSession, FusedSession):
+        for kind in (TransformersSession, NativeSession):
             patch.setattr(kind, "forward", timed(kind.forward))
-        for module in (cost, objective, decode):
+        for module in (cost, objective, decode, request):
             patch.setattr(module, "time", clock)
         yield

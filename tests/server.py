@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import openai
 import uvicorn
 from helpers import endless
 
-from knn_ssd.decode import FinishReason
 from knn_ssd.engine import Engine
-from knn_ssd.serve.app import ServeSettings, make_app
-from knn_ssd.serve.listen import listen
-from knn_ssd.serve.scheduler import Scheduler
+from knn_ssd.request import EndRule
+from knn_ssd.server.app import ServeSettings, make_app
+from knn_ssd.server.listen import listen
+from knn_ssd.server.scheduler import Scheduler
+from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 MODEL = "tiny"
@@ -25,14 +26,12 @@ MODEL = "tiny"
 class SlowEngine(Engine):
     """Takes its time over each token, so that people have some to stop it."""
 
-    def _ending(self, *args: Any) -> Callable[[int], FinishReason | None]:
-        ends = super()._ending(*args)
-
+    def _open(self, token_ids: Any, limit: int, sampler: Any, ends: EndRule, *args: Any, **options: Any) -> Any:
         def slowly(token: int) -> FinishReason | None:
             time.sleep(0.01)
             return ends(token)
 
-        return slowly
+        return super()._open(token_ids, limit, sampler, slowly, *args, **options)
 
 
 @dataclass

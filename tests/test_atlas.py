@@ -18,9 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_ssd import atlas as atlas_module
-from knn_ssd.atlas import ANCHORS, MANIFEST, SCHEMA, Atlas, CostProfile, Fingerprint, Label, Pooling
+from knn_ssd.atlas import ANCHORS, MANIFEST, SCHEMA, Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import AtlasError, AtlasMismatchError, OutputError, UsageError
+from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.speculation.cost_model import CostProfile
 
 GOLDEN = Path(__file__).parent / "golden" / "atlas-v1"
 FINGERPRINT = Fingerprint("LlamaForCausalLM", 4, 3, 128, "5eed", "70ce", "float32")
@@ -32,17 +35,19 @@ def example_atlas(**changes: Any) -> Atlas:
         "fingerprint": FINGERPRINT,
         "pooling": Pooling.LAST,
         "anchors": np.array([[1, 0, 0], [0.5, 0.5, 0], [0, -2, 0.25]], dtype=np.float32),
-        "anchor_labels": ("math", "story", "math"),
-        "labels": {
-            "math": Label(Plan.skipping(4, attention=[1, 3], mlp=[2], policy=Policy(6, 0.5)), 0.125, {"trials": 40}),
-            "story": Label(Plan.plain(4), 0.25, {"größte": ["ü", None, 1.5]}),
+        "anchor_domains": ("math", "story", "math"),
+        "domains": {
+            "math": DomainEntry(
+                Plan.skipping(4, attention=[1, 3], mlp=[2], policy=Policy(6, 0.5)), 0.125, {"trials": 40}
+            ),
+            "story": DomainEntry(Plan.plain(4), 0.25, {"größte": ["ü", None, 1.5]}),
         },
         "fallback": Plan((Mode.LOW,) * 4, (Mode.KEEP,) * 4, head=Mode.LOW, policy=Policy(3, 0.9, lookup=True)),
         "fallback_evidence": {"score": 17.5},
         "cost": CostProfile(0.04, 0.003, 0.005, (0.04, 0.042, 0.047)),
         "evidence": {"seed": 7, "versions": {"knn-ssd": "0.1.0"}},
         "vectors": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "vector_labels": ("story", "math"),
+        "vector_domains": ("story", "math"),
     }
     return Atlas(**parts | changes)
 
@@ -55,7 +60,7 @@ def assert_same(one: Atlas, other: Atlas) -> None:
             np.testing.assert_array_equal(ours, theirs)
             assert theirs.dtype == np.float32
     values = [
-        (a.fingerprint, a.pooling, a.anchor_labels, dict(a.labels), a.fallback, a.cost, a.vector_labels)
+        (a.fingerprint, a.pooling, a.anchor_domains, dict(a.domains), a.fallback, a.cost, a.vector_domains)
         for a in (one, other)
     ]
     assert values[0] == values[1]
@@ -83,9 +88,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_what_was_saved_is_what_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, math: Plan, story: Plan, fallback: Plan, radius: float, with_vectors: bool
 ) -> None:
-    vectors = {} if with_vectors else {"vectors": None, "vector_labels": ()}
+    vectors = {} if with_vectors else {"vectors": None, "vector_domains": ()}
     saved = example_atlas(
-        labels={"math": Label(math, radius), "story": Label(story, 2.0)}, fallback=fallback, **vectors
+        domains={"math": DomainEntry(math, radius), "story": DomainEntry(story, 2.0)}, fallback=fallback, **vectors
     )
     assert_same(saved, Atlas.load(saved.save(tmp_path_factory.mktemp("round") / "atlas")))
 
@@ -111,7 +116,7 @@ def test_the_manifest_is_strict_json_for_people() -> None:
 
     text = (GOLDEN / MANIFEST).read_text("utf-8")
     manifest = json.loads(text, parse_constant=refuse)
-    assert manifest["labels"]["math"]["plan"]["skip"] == {"attention": [1, 3], "mlp": [2]}
+    assert manifest["domains"]["math"]["plan"]["skip"] == {"attention": [1, 3], "mlp": [2]}
     assert "größte" in text
 
 
@@ -191,8 +196,8 @@ def test_a_place_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
         (lambda folder: edit(folder, lambda m: m.pop("pooling")), "is damaged: pooling: Field required"),
         (lambda folder: edit(folder, lambda m: m.update(pooling="max")), "is damaged: pooling: .* got 'max'"),
         (lambda folder: edit(folder, lambda m: m["fingerprint"].pop("dtype")), "is damaged"),
-        (lambda folder: edit(folder, lambda m: m["anchor_labels"].pop()), "3 anchors have 2 labels"),
-        (lambda folder: edit(folder, lambda m: m["labels"].pop("story")), "not name the same domains: story"),
+        (lambda folder: edit(folder, lambda m: m["anchor_domains"].pop()), "3 anchors have 2 labels"),
+        (lambda folder: edit(folder, lambda m: m["domains"].pop("story")), "not name the same domains: story"),
         (lambda folder: edit(folder, lambda m: m["fallback"]["plan"].update(num_layers=5)), "a plan for 5 layers"),
         (lambda folder: edit(folder, lambda m: m["fingerprint"].update(hidden_size=9)), "3 dimensions .* of 9"),
     ],
@@ -263,7 +268,7 @@ def test_whatever_the_manifest_says_it_is_an_atlas_or_an_atlas_error(folder: Pat
         lambda m: m["cost"].update(verify_sec=[]),
         lambda m: m["cost"].update(verify_sec=["slow"]),
         lambda m: m["fallback"]["plan"]["policy"].update(max_draft=1.5),
-        lambda m: m["labels"]["math"].update(radius=float("nan")),
+        lambda m: m["domains"]["math"].update(radius=float("nan")),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_damage(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -275,9 +280,9 @@ def test_a_value_of_the_wrong_kind_is_damage(folder: Path, change: Callable[[dic
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
-        ({"anchor_labels": ("math", "story")}, "3 anchors have 2 labels"),
-        ({"anchor_labels": ("math", "story", "sql")}, "do not name the same domains: sql"),
-        ({"vector_labels": ("story",)}, "2 vectors have 1 labels"),
+        ({"anchor_domains": ("math", "story")}, "3 anchors have 2 labels"),
+        ({"anchor_domains": ("math", "story", "sql")}, "do not name the same domains: sql"),
+        ({"vector_domains": ("story",)}, "2 vectors have 1 labels"),
         ({"fallback": Plan.plain(3)}, "a plan for 3 layers, and the model has 4"),
         ({"fingerprint": replace(FINGERPRINT, hidden_size=8)}, "3 dimensions for a model of 8"),
     ],

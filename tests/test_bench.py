@@ -18,7 +18,8 @@ from helpers import endless
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.bench import run as harness
 from knn_ssd.bench.methods import DESCRIPTIONS, Method, Output, _skipping, make_methods
 from knn_ssd.bench.pictures import Axes, bars, lines
@@ -30,9 +31,10 @@ from knn_ssd.bench.workload import limit_each, read_workload, stream
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, OutputError, PromptError, UsageError
+from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import Prompt
-from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt("once upon a time", "story", "s0"), Prompt("3 + 4 = ", "math", "m0"), Prompt("a fox", "story", "s1")]
@@ -72,10 +74,10 @@ def test_figures_are_those_worked_out_by_hand() -> None:
         record("plain", 0, range(10), 5.0, prefill_sec=0.5),
         record("plain", 1, range(20), 9.0, prefill_sec=1.0),
         record("fast", 0, range(10), 2.0, prefill_sec=0.5, rounds=4, drafted={"self": 9}, accepted={"self": 6},
-               routed=True, label="a", route_sec=0.1, draft_sec=0.25, verify_sec=1.0,
+               routed=True, routed_domain="a", route_sec=0.1, draft_sec=0.25, verify_sec=1.0,
                by_length={"0": [1, 0], "3": [3, 6]}),
         record("fast", 1, range(20), 5.0, prefill_sec=1.0, rounds=6, drafted={"self": 3, "lookup": 8},
-               accepted={"self": 2, "lookup": 6}, routed=True, label="a", route_sec=0.3, peak_memory_bytes=7,
+               accepted={"self": 2, "lookup": 6}, routed=True, routed_domain="a", route_sec=0.3, peak_memory_bytes=7,
                draft_sec=0.75, verify_sec=3.0, by_length={"3": [1, 2], "8": [1, 6]}),
     ]  # fmt: skip
     fast = summarize(records)["fast"]
@@ -173,12 +175,12 @@ def test_text_after_the_end_is_not_counted(engine: Engine, tmp_path: Path, monke
 def test_a_baseline_that_is_slowed_down_is_told(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "measure_step", lambda target: 0.001)
+    monkeypatch.setattr(harness, "measure_step", lambda backend: 0.001)
     slow = {"plain": fixed(range(10), 0.1), "auto": fixed(range(10), 0.01)}
     summary = bench(engine, tmp_path / "slow", slow)
     assert summary["baseline_slowed"]
     assert "do not trust these speed-ups" in report(summary, [], "knn-ssd bench")
-    monkeypatch.setattr(harness, "measure_step", lambda target: 0.012)
+    monkeypatch.setattr(harness, "measure_step", lambda backend: 0.012)
     assert not bench(engine, tmp_path / "fair", slow)["baseline_slowed"]
 
 
@@ -241,7 +243,7 @@ def test_records_of_something_else_are_refused(engine: Engine, tmp_path: Path) -
 
 def test_all_methods_run_and_the_lossless_ones_say_what_plain_decoding_says(engine: Engine, tmp_path: Path) -> None:
     names = ["plain", "hf", "hf-lookup", "lookup", "auto"]
-    if "low" in {mode.value for mode in engine.target.modes}:
+    if "low" in {mode.value for mode in engine.backend.modes}:
         names.append("low")
     summary = bench(engine, tmp_path / "run", make_methods(names, engine))
     assert summary["differing"] == []
@@ -365,8 +367,8 @@ def atlas_with_skips(engine: Engine) -> Atlas:
     vectors = []
     for prompt in PROMPTS[:2]:
         token_ids = engine.encode(prompt.prompt)
-        vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).vector(Pooling.MEAN).numpy())
-    layers = engine.target.num_layers
+        vectors.append(engine.backend.open(len(token_ids)).prefill(token_ids).vector(Pooling.MEAN).numpy())
+    layers = engine.backend.num_layers
     low = (Mode.LOW,) * layers
     skips = {
         name: Plan(low, (*low[:i], Mode.SKIP, *low[i + 1 :]), Mode.LOW, Policy(3, 0.0, lookup=True))
@@ -377,8 +379,8 @@ def atlas_with_skips(engine: Engine) -> Atlas:
         fingerprint=fingerprint(engine.model, engine.tokenizer),
         pooling=Pooling.MEAN,
         anchors=np.stack(vectors),
-        anchor_labels=("story", "math"),
-        labels={name: Label(Plan.plain(layers), 2.0, told[name]) for name in skips},
+        anchor_domains=("story", "math"),
+        domains={name: DomainEntry(Plan.plain(layers), 2.0, told[name]) for name in skips},
         fallback=Plan.plain(layers),
         cost=CostProfile(1.0, 0.1, 0.1, (1.0,)),
         fallback_evidence=told["math"],
@@ -386,13 +388,13 @@ def atlas_with_skips(engine: Engine) -> Atlas:
 
 
 def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path: Path) -> None:
-    routed = Engine(engine.model, engine.tokenizer, atlas_with_skips(engine), target=engine.target)
+    routed = Engine(engine.model, engine.tokenizer, atlas_with_skips(engine), backend=engine.backend)
     names = ["plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "auto"]
     methods = make_methods(names, routed, "story")
     summary = bench(routed, tmp_path / "run", methods, prompts=PROMPTS[:2])
     assert summary["differing"] == []
     assert _skipping(atlas_with_skips(engine), "story") == Plan.skipping(
-        engine.target.num_layers, mlp=[0], policy=Policy(3, 0.0)
+        engine.backend.num_layers, mlp=[0], policy=Policy(3, 0.0)
     ), "the paper's drafts have no low-bit weights and no look-up"
     for name in names[1:4]:
         assert summary["methods"][name]["drafted"]["self"] > 0, "a fixed policy drafts, whatever it costs"
@@ -404,4 +406,4 @@ def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path
         make_methods(["self-sd-fix"], routed, "poem")
     bare = replace(atlas_with_skips(engine), fallback_evidence={})
     with pytest.raises(BenchError, match="no plan that skips for"):
-        make_methods(["self-sd-mix"], Engine(engine.model, engine.tokenizer, bare, target=engine.target))
+        make_methods(["self-sd-mix"], Engine(engine.model, engine.tokenizer, bare, backend=engine.backend))

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from knn_ssd import Engine
+from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
 from knn_ssd.calibrate.objective import Clock, Timing
-from knn_ssd.generation import Stream
-from knn_ssd.target import native
-from knn_ssd.target.fused import why_not
+from knn_ssd.kernels import binding
+from knn_ssd.outputs import Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
-from knn_ssd.tokens import PromptLike
+from knn_ssd.tokenization import PromptLike
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -55,7 +55,7 @@ def test_a_script_says_how_it_is_run(run: Run, script: str) -> None:
     assert "usage:" in run(script, "--help")
 
 
-@pytest.mark.skipif(native.why_unavailable() is not None, reason="no kernels here")
+@pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
 def test_kernels_are_called_as_they_are_now(run: Run) -> None:
     shown = run("kernels.py", "--rows", "64", "--cols", "128")
     assert "lean, bfloat16" in shown
@@ -165,7 +165,7 @@ def test_conversations_say_the_same_whoever_drafts_and_whatever_is_kept(run: Run
     ways = ["plain", "auto", "plain, cache", "auto, cache"]
     assert [row[:2] for row in found] == [[turn, way] for turn in ("1", "2", "all") for way in ways]
     assert {row[-1] for row in found} == {"0"}
-    if why_not(tiny_model("llama", num_hidden_layers=2)) is None:  # the lean target, which keeps prefixes
+    if native_obstacle(tiny_model("llama", num_hidden_layers=2)) is None:  # the lean target, which keeps prefixes
         assert all(float(row[2]) > 0.3 for row in found if row[0] == "2" and "cache" in row[1])
 
 

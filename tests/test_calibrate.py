@@ -19,22 +19,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metered import metered
 
-from knn_ssd.atlas import Atlas, CostProfile, Pooling
+from knn_ssd.atlas import Atlas
+from knn_ssd.backends.base import Pooling
+from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.calibrate.anchors import fit_anchors
+from knn_ssd.calibrate.continuations import Observation, ObservationFile, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal, uninterrupted
-from knn_ssd.calibrate.objective import Clock, Record, Rehearsals, Score, Timing, foretold_speedup
-from knn_ssd.calibrate.onpolicy import Observation, ObservationFile, observe
+from knn_ssd.calibrate.objective import Clock, Record, Score, TeacherForcedScorer, Timing, predicted_speedup
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
 from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
 from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
+from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.prompts import Prompt
-from knn_ssd.target.huggingface import HuggingFaceTarget
-from knn_ssd.target.resolve import LoadedModel
+from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import PlantedModel, planted_tiny_model, tiny_model, tiny_tokenizer
 
 REDUNDANT = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
@@ -82,7 +84,7 @@ def best_skipping(evidence: Mapping[str, Any]) -> Plan:
 def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_with_it(planted_atlas: Atlas) -> None:
     recovered = 0
     for name, redundant in REDUNDANT.items():
-        evidence = planted_atlas.labels[name].evidence
+        evidence = planted_atlas.domains[name].evidence
         assert evidence["trials"] <= BUDGET
         found = skipped(best_skipping(evidence))
         assert found <= set(redundant), f"harmful in {name}: {found - set(redundant)}"
@@ -92,7 +94,7 @@ def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_w
 
 def test_costs_are_measured_as_they_are(planted: PlantedModel) -> None:
     with metered(COST):
-        measured = measure_cost(HuggingFaceTarget(planted.model))
+        measured = measure_cost(TransformersBackend(planted.model))
     assert measured.step_sec == pytest.approx(COST.step_sec)
     assert measured.attention_sec == pytest.approx(COST.attention_sec)
     assert measured.mlp_sec == pytest.approx(COST.mlp_sec)
@@ -118,7 +120,7 @@ def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_dec
                 assert result.token_ids == results["plain"].token_ids
                 seconds[way] += result.stats.decode_sec
             assert results["routed"].route is not None
-            assert results["routed"].route.label == name
+            assert results["routed"].route.domain == name
             assert results["routed"].stats.accepted > 0
     assert seconds["routed"] < 0.9 * seconds["single"]
     assert seconds["routed"] < 0.8 * seconds["plain"]
@@ -135,7 +137,7 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
     for turn in range(40):
         for name in REDUNDANT:
             prompt = planted.prompt(name, 12, 100)
-            plans = {"routed": best_skipping(planted_atlas.labels[name].evidence), "single": single, "plain": plain}
+            plans = {"routed": best_skipping(planted_atlas.domains[name].evidence), "single": single, "plain": plain}
             for way, plan in plans.items():
                 stats = engine.generate(prompt, max_new_tokens=60, plan=plan).stats
                 fastest[way][name] = min(fastest[way][name], stats.decode_sec)
@@ -151,7 +153,7 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     settings = Settings(trials=BUDGET, search_prompts=4)
     with metered(COST):
         atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
-    found = {name: skipped(best_skipping(atlas.labels[name].evidence)) for name in REDUNDANT}
+    found = {name: skipped(best_skipping(atlas.domains[name].evidence)) for name in REDUNDANT}
     assert all(found[name] <= set(redundant) for name, redundant in REDUNDANT.items())
     assert sum(map(len, found.values())) >= 0.9 * sum(map(len, REDUNDANT.values()))
 
@@ -161,22 +163,22 @@ def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -
     settings = Settings(trials=40, search_prompts=4)
     with metered(COST):
         atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", settings)
-    assert all(label.plan.is_plain for label in atlas.labels.values())
+    assert all(domain.plan.is_plain for domain in atlas.domains.values())
     assert atlas.fallback.is_plain
 
 
 def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_path: Path) -> None:
     settings = Settings(search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=4, max_draft=3, threshold=0.5)
     atlas = calibrate(loaded(planted), prompts_of(planted, 3), tmp_path / "atlas", settings)
-    label = atlas.labels["red"]
-    assert label.evidence["trials"] == 4
-    assert Plan.from_json(label.evidence["best_skipping"]["plan"]).policy == Policy(3, 0.5)
-    assert label.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
+    domain = atlas.domains["red"]
+    assert domain.evidence["trials"] == 4
+    assert Plan.from_json(domain.evidence["best_skipping"]["plan"]).policy == Policy(3, 0.5)
+    assert domain.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
 
 
 def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas) -> None:
     assert planted_atlas.vectors is not None
-    assert len(planted_atlas.vectors) == len(planted_atlas.vector_labels) == 24
+    assert len(planted_atlas.vectors) == len(planted_atlas.vector_domains) == 24
     assert planted_atlas.evidence["routing"]["accuracy"] == 1.0
     assert {"versions", "created", "settings", "wall_sec", "model"} <= set(planted_atlas.evidence)
 
@@ -217,19 +219,19 @@ def test_an_interrupted_calibration_goes_on_without_repeating_a_trial(
     out, prompts = tmp_path / "atlas", prompts_of(planted, 3)
     settings = Settings(trials=20, search_prompts=2, new_tokens=8)
     with pytest.raises(Interrupted, match="--resume"):
-        calibrate(loaded(planted), prompts, out, settings, reporter=Stopping(stage, after))
+        calibrate(loaded(planted), prompts, out, settings, progress=Stopping(stage, after))
     assert not out.exists()
     with pytest.raises(CalibrationError, match="--resume"):
         calibrate(loaded(planted), prompts, out, settings)
     with pytest.raises(CalibrationError, match="new_tokens was 8 and is 16"):
         calibrate(loaded(planted), prompts, out, Settings(trials=20, search_prompts=2, new_tokens=16), resume=True)
     counting = Counting()
-    atlas = calibrate(loaded(planted), prompts, out, settings, resume=True, reporter=counting)
+    atlas = calibrate(loaded(planted), prompts, out, settings, resume=True, progress=counting)
     assert [entry.name for entry in tmp_path.iterdir()] == ["atlas"]
     searches = [*REDUNDANT, MIXTURE]
     finished_before = {"reading": 0, "searching mixture": after, "searching red": 20 + after}[stage]
     assert counting.trials == 20 * len(searches) - finished_before
-    assert all(label.evidence["trials"] == 20 for label in atlas.labels.values())
+    assert all(domain.evidence["trials"] == 20 for domain in atlas.domains.values())
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def test_a_killed_calibration_leaves_nothing_half_written_and_can_be_resumed(
     assert resumed.returncode == 0, errors
     assert output.strip() == str(tmp_path / "out" / "atlas")
     atlas = Atlas.load(tmp_path / "out" / "atlas")
-    assert [label.evidence["trials"] for label in atlas.labels.values()] == [40, 40]
+    assert [domain.evidence["trials"] for domain in atlas.domains.values()] == [40, 40]
     assert os.listdir(tmp_path / "out") == ["atlas"]
 
 
@@ -302,7 +304,7 @@ def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: P
     assert process.returncode == 0, errors
     atlas = Atlas.load(tmp_path / "out" / "atlas")
     assert all(
-        30 <= label.evidence["trials"] <= 31 for label in atlas.labels.values()
+        30 <= domain.evidence["trials"] <= 31 for domain in atlas.domains.values()
     )  # two may begin the last at once
 
 
@@ -381,12 +383,12 @@ def test_a_foretold_speedup_is_between_all_rejected_and_all_accepted(
     positions: list[tuple[bool, float]], max_draft: int, threshold: float
 ) -> None:
     plan, policy = Plan.skipping(4, [1], [2]), Policy(max_draft, threshold)
-    record = Record(tuple(agrees for agrees, _ in positions), tuple(sure for _, sure in positions))
+    record = Record(tuple(agrees for agrees, _ in positions), tuple(confidences for _, confidences in positions))
 
     def speedup(agrees: bool) -> float:
-        return foretold_speedup([Record((agrees,) * len(positions), record.sure)], plan, policy, COST)
+        return predicted_speedup([Record((agrees,) * len(positions), record.confidences)], plan, policy, COST)
 
-    assert speedup(False) - 1e-9 <= foretold_speedup([record], plan, policy, COST) <= max_draft + 1
+    assert speedup(False) - 1e-9 <= predicted_speedup([record], plan, policy, COST) <= max_draft + 1
 
 
 def test_a_foretold_speedup_counts_rounds_by_hand() -> None:
@@ -394,19 +396,19 @@ def test_a_foretold_speedup_counts_rounds_by_hand() -> None:
     record = Record((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
     # Two drafted and accepted: 2 * 0.85 + 1.04 for 3 tokens; one drafted, unsure, accepted: 0.85 + 1.02 for 2.
     seconds = (2 * 0.85 + 1.04) + (0.85 + 1.02)
-    assert foretold_speedup([record], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)
+    assert predicted_speedup([record], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)
 
 
 def test_foretold_rounds_are_the_rounds_of_real_decoding(planted: PlantedModel) -> None:
     """With drafts of one token a record says exactly what decoding does: the same tokens in as many rounds."""
-    target = HuggingFaceTarget(planted.model)
+    backend = TransformersBackend(planted.model)
     ids = [ord(c) for c in planted.prompt("red", 12, 5)]
-    from knn_ssd.atlas import Pooling
+    from knn_ssd.backends.base import Pooling
 
-    seen = observe(target, "red", "x", ids, 40, Pooling.MEAN, frozenset())
+    seen = observe(backend, "red", "x", ids, 40, Pooling.MEAN, frozenset())
     plan = Plan.skipping(8, [2], [1], Policy(1, 0.0))
-    with Rehearsals(target, [seen], COST) as rehearsals:
-        score = rehearsals.score(plan, policies=[plan.policy])
+    with TeacherForcedScorer(backend, [seen], COST) as scorer:
+        score = scorer.score(plan, policies=[plan.policy])
     stats = Engine(planted.model).generate(ids, max_new_tokens=40, plan=plan).stats
     rounds = stats.rounds - 1  # the prefill's token is not drafted
     assert score.speedup == pytest.approx(
@@ -518,7 +520,7 @@ def test_a_folder_that_is_not_a_calibration_s_is_left_alone(tmp_path: Path) -> N
 def test_continuations_are_the_target_s_own_and_end_at_eos() -> None:
     model = tiny_model("llama")
     plain = Engine(model).generate(list(range(5, 15)), max_new_tokens=12).token_ids
-    seen = observe(HuggingFaceTarget(model), "x", "x", range(5, 15), 12, Pooling.LAST, frozenset([plain[4]]))
+    seen = observe(TransformersBackend(model), "x", "x", range(5, 15), 12, Pooling.LAST, frozenset([plain[4]]))
     assert seen.token_ids == plain[: plain.index(plain[4]) + 1]
     assert len(seen.vector) == 32
 
@@ -526,9 +528,9 @@ def test_continuations_are_the_target_s_own_and_end_at_eos() -> None:
 def test_anchors_route_held_out_vectors_and_reach_as_far_as_their_label() -> None:
     generator = np.random.default_rng(0)
     centres = np.eye(3, 16) * 5
-    labels = [f"l{i}" for i in range(3) for _ in range(20)]
+    domains = [f"l{i}" for i in range(3) for _ in range(20)]
     vectors = np.concatenate([c + generator.normal(0, 0.5, (20, 16)) for c in centres]).astype(np.float32)
-    anchors = fit_anchors(vectors, labels, 4, seed=0)
+    anchors = fit_anchors(vectors, domains, 4, seed=0)
     assert anchors.points.shape == (12, 16)
     assert anchors.accuracy == 1.0
     assert anchors.held_out == 60
@@ -539,22 +541,22 @@ def test_few_and_equal_vectors_make_fewer_anchors() -> None:
     vectors = np.ones((5, 4), dtype=np.float32)
     vectors[3:] = -1
     anchors = fit_anchors(vectors, ["a", "a", "a", "b", "b"], 10, seed=0)
-    assert list(anchors.labels) == ["a", "b"]
+    assert list(anchors.domains) == ["a", "b"]
     assert anchors.accuracy == 1.0
     assert anchors.radii == pytest.approx({"a": 0.0, "b": 0.0}, abs=1e-5)
 
 
 def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
-    target = HuggingFaceTarget(planted.model)
+    backend = TransformersBackend(planted.model)
     ids = [ord(c) for c in planted.prompt("red", 12, 5)]
-    seen = [observe(target, "red", str(i), ids, 24, Pooling.MEAN, frozenset()) for i in range(2)]
+    seen = [observe(backend, "red", str(i), ids, 24, Pooling.MEAN, frozenset()) for i in range(2)]
     everything = Plan.skipping(8, range(8), range(8), Policy(8, 0.0))  # drafts that are never right
     redundant = REDUNDANT["red"]
     good = Plan.skipping(
         8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
     )
     with metered(COST):
-        slow, fast = Clock(target, seen, frozenset(), COST).compare([everything, good], [0.0, 1.0])
+        slow, fast = Clock(backend, seen, frozenset(), COST).compare([everything, good], [0.0, 1.0])
     assert not slow.proven
     assert fast.proven
     assert fast.speedup > 1.2

@@ -7,46 +7,46 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import endless
-from test_fused import tokens, wide_model
+from test_native import tokens, wide_model
 
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.bench.clasp import ClaspDraft, ClaspSettings, choose_layers
 from knn_ssd.bench.methods import make_methods
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError
+from knn_ssd.kernels import binding
 from knn_ssd.plan import Policy
 from knn_ssd.sampling import Sampler
-from knn_ssd.target import native
-from knn_ssd.target.fused import FusedTarget
-from knn_ssd.target.huggingface import HuggingFaceTarget
 from knn_ssd.testing import tiny_model
 
-lean = pytest.mark.skipif(native.why_unavailable() is not None, reason="no kernels here")
+lean = pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
 
 
-def with_idle_layers(idle: set[int], faint: float = 0.0) -> FusedTarget:
+def with_idle_layers(idle: set[int], faint: float = 0.0) -> NativeBackend:
     """A model of 8 layers, some of which add nothing, or next to nothing, to what goes through them."""
     model = endless(wide_model("llama", num_hidden_layers=8))
     for index in idle:
         layer = model.base_model.layers[index]
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             weight.data.mul_(faint)
-    return FusedTarget(model)
+    return NativeBackend(model)
 
 
 @lean
 def test_a_layer_alone_is_the_same_bits_as_within_a_pass() -> None:
-    target = FusedTarget(wide_model("mistral"))  # its window is shorter than the prompt
+    backend = NativeBackend(wide_model("mistral"))  # its window is shorter than the prompt
     text = tokens(40)
-    session = target.open(60)
+    session = backend.open(60)
     session.prefill(text[:-1])
     states = session.embed(text[-1]).repeat(3, 1)
-    for layer in range(target.num_layers):
+    for layer in range(backend.num_layers):
         states = session.run_layer(layer, states)
-    whole = target.open(60).prefill(text).last
-    final = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + target.epsilon) * target.norm
+    whole = backend.open(60).prefill(text).last
+    final = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + backend.epsilon) * backend.norm
     assert torch.equal(states[0], states[1])
     torch.testing.assert_close(final[2], whole, rtol=1e-5, atol=1e-5)
-    again = target.open(60)
+    again = backend.open(60)
     again.prefill(text[:-1])
     assert torch.equal(session.forward(text[-1:]), again.forward(text[-1:])), "nothing was written"
 
@@ -55,10 +55,10 @@ def test_a_layer_alone_is_the_same_bits_as_within_a_pass() -> None:
 @pytest.mark.parametrize("faint", [0.0, 1e-5])
 @pytest.mark.parametrize("idle", [{2, 5}, {0, 3, 7}, {1, 2, 3, 4}])
 def test_the_layers_that_do_next_to_nothing_are_chosen(idle: set[int], faint: float) -> None:
-    target = with_idle_layers(idle, faint)
-    session = target.open(60)
+    backend = with_idle_layers(idle, faint)
+    session = backend.open(60)
     session.prefill(tokens(30))
-    with session.looking_back(1):
+    with session.rewound(1):
         assert choose_layers(session, tokens(30)[-1], 8, len(idle)) == sorted(idle)
         assert choose_layers(session, tokens(30)[-1], 8, 0) == []
     assert session.length == 30
@@ -66,15 +66,15 @@ def test_the_layers_that_do_next_to_nothing_are_chosen(idle: set[int], faint: fl
 
 @lean
 def test_drafts_without_idle_layers_are_right_and_layers_are_chosen_anew_in_time() -> None:
-    target = with_idle_layers({2, 3, 5, 6})
-    session = target.open(200)
+    backend = with_idle_layers({2, 3, 5, 6})
+    session = backend.open(200)
     context = tokens(20)
     session.prefill(context[:-1])
-    source = ClaspDraft(session, Sampler([], greedy=True), 8, ClaspSettings(0.5, 10, Policy(4, 0.0)))
+    drafter = ClaspDraft(session, Sampler([], greedy=True), 8, ClaspSettings(0.5, 10, Policy(4, 0.0)))
     chosen = []
     for _ in range(6):
-        draft = source.propose(context, 4)
-        chosen.append(source.plan)
+        draft = drafter.propose(context, 4)
+        chosen.append(drafter.plan)
         right = session.forward([context[-1], *draft.tokens]).argmax(-1).tolist()
         assert right[:-1] == list(draft.tokens)
         session.commit(5)
@@ -96,4 +96,4 @@ def test_as_a_method_it_says_what_plain_decoding_says() -> None:
 def test_it_needs_the_lean_target() -> None:
     model = tiny_model("gpt2")
     with pytest.raises(BenchError, match="layers one by one"):
-        make_methods(["clasp"], Engine(model, target=HuggingFaceTarget(model)))
+        make_methods(["clasp"], Engine(model, backend=TransformersBackend(model)))

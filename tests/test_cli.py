@@ -25,15 +25,17 @@ import torch
 from helpers import endless
 
 import knn_ssd
-from knn_ssd import hub
-from knn_ssd.atlas import ANCHORS, MANIFEST, Atlas, CostProfile, Label, Pooling
+from knn_ssd.atlas import ANCHORS, MANIFEST, Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.cli import COMMANDS, main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import Interrupted, OutputError
-from knn_ssd.generation import Stream
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.outputs import Stream
 from knn_ssd.plan import Mode, Plan, Policy
-from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.tools import hub
 
 NUM_LAYERS = 4
 CONTEXT = 256
@@ -67,15 +69,15 @@ def atlas(engine: Engine) -> Atlas:
     vectors = []
     for prompt in (MATH, STORY):
         token_ids = engine.encode(prompt)
-        vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).mean.numpy())
+        vectors.append(engine.backend.open(len(token_ids)).prefill(token_ids).mean.numpy())
     return Atlas(
         fingerprint=fingerprint(engine.model, engine.tokenizer),
         pooling=Pooling.MEAN,
         anchors=np.stack(vectors),
-        anchor_labels=("math", "story"),
-        labels={
-            "math": Label(PLAN, 0.5, {"trials": 20, "timed": [{"speedup": 1.25}]}),
-            "story": Label(Plan.skipping(NUM_LAYERS, mlp=[3], policy=Policy(2, 0.5)), -1.0),
+        anchor_domains=("math", "story"),
+        domains={
+            "math": DomainEntry(PLAN, 0.5, {"trials": 20, "timed": [{"speedup": 1.25}]}),
+            "story": DomainEntry(Plan.skipping(NUM_LAYERS, mlp=[3], policy=Policy(2, 0.5)), -1.0),
         },
         fallback=Plan.plain(NUM_LAYERS),
         cost=CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
@@ -283,8 +285,8 @@ def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engi
     result = generate("--prompts", file, "--atlas", atlas_dir, "--json")
     near, far = parsed(result)
     assert result.err == ""
-    assert near["route"] == {"label": "math", "distance": pytest.approx(0, abs=1e-6), "fallback": False}
-    assert far["route"]["label"] == "story"
+    assert near["route"] == {"domain": "math", "distance": pytest.approx(0, abs=1e-6), "fallback": False}
+    assert far["route"]["domain"] == "story"
     assert far["route"]["fallback"] is True
     assert Plan.from_json(near["plan"]) == PLAN
     assert Plan.from_json(far["plan"]).is_plain
@@ -389,17 +391,17 @@ def test_plain_decodes_without_drafts(generate: Run) -> None:
 def test_domain_chooses_the_plan(generate: Run, atlas_dir: Path) -> None:
     (answer,) = parsed(generate("--prompt", STORY, "--atlas", atlas_dir, "--domain", "math", "--json"))
     assert Plan.from_json(answer["plan"]) == PLAN
-    assert answer["route"]["label"] == "story"
+    assert answer["route"]["domain"] == "story"
 
 
 def test_neighbours_vote(generate: Run, atlas: Atlas, tmp_path: Path) -> None:
     anchors = np.concatenate([atlas.anchors, atlas.anchors[1:]])  # two anchors of another domain outvote the nearest
-    crowded = replace(atlas, anchors=anchors, anchor_labels=("math", "story", "story"))
+    crowded = replace(atlas, anchors=anchors, anchor_domains=("math", "story", "story"))
     path = crowded.save(tmp_path / "crowded")
     routes = [
         parsed(generate("--prompt", MATH, "--atlas", path, "--neighbours", k, "--json"))[0]["route"] for k in (1, 3)
     ]
-    assert [route["label"] for route in routes] == ["math", "story"]
+    assert [route["domain"] for route in routes] == ["math", "story"]
 
 
 def test_model_options_reach_the_loader(generate: Run, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
@@ -603,7 +605,7 @@ def test_an_interrupted_calibration_says_how_to_go_on(run: Run, monkeypatch: pyt
 
 def test_a_real_ctrl_c_leaves_no_traceback(model_dir: Path) -> None:
     code = (
-        "import sys, time\nfrom knn_ssd.generation import Stream\nfrom knn_ssd.cli import main\n"
+        "import sys, time\nfrom knn_ssd.outputs import Stream\nfrom knn_ssd.cli import main\n"
         "next_ = Stream.__next__\n"
         "def slow(self):\n    print('started', file=sys.stderr, flush=True)\n    time.sleep(0.2)\n"
         "    return next_(self)\n"
@@ -791,7 +793,7 @@ class Terminal:
 def terminal(model_dir: Path) -> Iterator[Terminal]:
     """A chat whose answers take a minute."""
     code = (
-        "import sys, time\nfrom knn_ssd.generation import Stream\nfrom knn_ssd.cli import main\n"
+        "import sys, time\nfrom knn_ssd.outputs import Stream\nfrom knn_ssd.cli import main\n"
         "next_ = Stream.__next__\n"
         "def slow(self):\n    time.sleep(0.3)\n    return next_(self)\n"
         "Stream.__next__ = slow\n"
@@ -873,7 +875,7 @@ def test_the_skip_map_has_a_mark_for_low(atlas: Atlas) -> None:
 
 
 def test_a_domain_may_be_called_like_markup(run: Run, atlas: Atlas, tmp_path: Path) -> None:
-    odd = replace(atlas, labels={"[red]": atlas.labels["math"]}, anchors=atlas.anchors[:1], anchor_labels=("[red]",))
+    odd = replace(atlas, domains={"[red]": atlas.domains["math"]}, anchors=atlas.anchors[:1], anchor_domains=("[red]",))
     assert run("atlas", "show", odd.save(tmp_path / "odd")).out.count("[red]") == 2
 
 
@@ -905,10 +907,12 @@ def test_atlas_diff_lists_everything_that_matters(run: Run, atlas: Atlas, atlas_
         fingerprint=replace(atlas.fingerprint, dtype="bfloat16"),
         pooling=Pooling.LAST,
         anchors=np.stack([atlas.anchors[1], atlas.anchors[0]]),
-        anchor_labels=("math", "poem"),
-        labels={
-            "math": Label(Plan.skipping(NUM_LAYERS, attention=[2, 3], mlp=[1], policy=Policy(6, 0.5, True)), 0.25),
-            "poem": atlas.labels["story"],
+        anchor_domains=("math", "poem"),
+        domains={
+            "math": DomainEntry(
+                Plan.skipping(NUM_LAYERS, attention=[2, 3], mlp=[1], policy=Policy(6, 0.5, True)), 0.25
+            ),
+            "poem": atlas.domains["story"],
         },
         fallback=Plan(fallback_modes := (Mode.LOW,) * NUM_LAYERS, fallback_modes, Mode.LOW, Policy(0)),
     ).save(tmp_path / "changed")
@@ -1005,7 +1009,7 @@ def test_doctor_without_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     report = json.loads(run("doctor", "--no-model", "--json").out)
     assert report["model_dir"] is None
     assert report["read_bandwidth_bytes_per_sec"] > 0
-    monkeypatch.setattr("knn_ssd.doctor.embedded_source", lambda: None)
+    monkeypatch.setattr("knn_ssd.tools.doctor.embedded_source", lambda: None)
     result = run("doctor")
     assert result.code == 0
     assert "name another with --model" in result.err

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knn_ssd.atlas import CostProfile
-from knn_ssd.controller import Chance, Controller, Costs, FixedPolicy, new_experience, typical_profile
-from knn_ssd.draft.contract import Draft, Outcome
-from knn_ssd.draft.lookup import Match
 from knn_ssd.plan import Plan, Policy
+from knn_ssd.speculation.acceptance import AcceptanceRate, initial_acceptance
+from knn_ssd.speculation.controller import Controller, FixedPolicy
+from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
+from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.lookup import Match
 
 CHEAP = CostProfile(1.0, 0.0, 0.0, tuple(1.0 + 0.05 * i for i in range(13)), 0.35 / 4, 0.35 / 4)
 DEAR = CostProfile(1.0, 0.0, 0.0, tuple(1.0 + 0.05 * i for i in range(13)))
@@ -25,18 +26,18 @@ PLAN = Plan.low(4, Policy(max_draft=8, threshold=0.0, lookup=True))
 class Drafts:
     """Stands for a self-draft: tokens are right with a chance, which it knows well or says nothing of."""
 
-    def __init__(self, chance: float, sure: Callable[[], float] = lambda: 0.9) -> None:
-        self.chance, self._sure = chance, sure
+    def __init__(self, chance: float, confidences: Callable[[], float] = lambda: 0.9) -> None:
+        self.chance, self._confidences = chance, confidences
         self.asked = 0
 
     def propose(self, context: Sequence[int], limit: int, go_on: Callable[[float], bool] | None = None) -> Draft:
         self.asked += 1
-        sure: list[float] = []
-        while len(sure) < min(limit, PLAN.policy.max_draft):
-            sure.append(self._sure())
-            if go_on is not None and not go_on(sure[-1]):
+        confidences: list[float] = []
+        while len(confidences) < min(limit, PLAN.policy.max_draft):
+            confidences.append(self._confidences())
+            if go_on is not None and not go_on(confidences[-1]):
                 break
-        return Draft((7,) * len(sure), source="self", sure=tuple(sure))
+        return Draft((7,) * len(confidences), drafter="self", confidences=tuple(confidences))
 
 
 class Lookups:
@@ -49,7 +50,7 @@ class Lookups:
         return None if self.length is None else Match(self.length, "context", 0)
 
     def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
-        return Draft((9,) * limit, source="lookup", match=self.length or 0)
+        return Draft((9,) * limit, drafter="lookup", match_length=self.length or 0)
 
 
 def play(
@@ -60,11 +61,14 @@ def play(
     for _ in range(rounds):
         draft = controller.propose([1, 2, 3], 50)
         accepted = 0
-        for source in draft.sources:
-            if chooser.random() >= chance[source]:
+        for drafter in draft.drafters:
+            if chooser.random() >= chance[drafter]:
                 break
             accepted += 1
-        verify_sec, draft_sec = speed * cost.verification_sec(len(draft.tokens) + 1), speed * step * len(draft.sure)
+        verify_sec, draft_sec = (
+            speed * cost.verification_sec(len(draft.tokens) + 1),
+            speed * step * len(draft.confidences),
+        )
         controller.learn(Outcome(draft, accepted, draft_sec, verify_sec))
         seconds += verify_sec + draft_sec
         tokens += accepted + 1
@@ -73,7 +77,7 @@ def play(
 
 
 def controller_of(drafts: Drafts | None, lookups: Lookups | None, cost: CostProfile, prior: float = 0.85) -> Controller:
-    return Controller(PLAN, Costs(cost), new_experience(PLAN, prior), drafts, lookups)  # type: ignore[arg-type]
+    return Controller(PLAN, CostModel(cost), initial_acceptance(PLAN, prior), drafts, lookups)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
@@ -136,7 +140,7 @@ def test_the_better_source_is_chosen() -> None:
     for own, looked, expected in ((0.95, 0.1, "self"), (0.2, 0.97, "lookup")):
         controller = controller_of(Drafts(own), Lookups(5), CHEAP)
         _, drafts = play(controller, {"self": own, "lookup": looked}, CHEAP, 400, 0.3)
-        sources = [draft.source for draft in drafts[-100:] if draft.tokens]
+        sources = [draft.drafter for draft in drafts[-100:] if draft.tokens]
         assert sources.count(expected) > 90
 
 
@@ -144,19 +148,19 @@ def test_good_look_ups_extend_a_self_draft() -> None:
     cost = CostProfile(1.0, 0.0, 0.0, CHEAP.verify_sec, 0.95 / 8, 0.95 / 8)
     controller = controller_of(Drafts(0.98), Lookups(2), cost)
     for _ in range(300):  # short matches turn out to be right three times in four: too seldom to go first
-        controller._experience.match(2).saw(True)
-        controller._experience.match(2).saw(True)
-        controller._experience.match(2).saw(True)
-        controller._experience.match(2).saw(False)
+        controller._acceptance.at_match(2).record(True)
+        controller._acceptance.at_match(2).record(True)
+        controller._acceptance.at_match(2).record(True)
+        controller._acceptance.at_match(2).record(False)
     _, drafts = play(controller, {"self": 0.98, "lookup": 0.75}, cost, 20, 0.05)
-    assert any(draft.looked_up and draft.source == "self" for draft in drafts)
+    assert any(draft.num_looked_up and draft.drafter == "self" for draft in drafts)
 
 
 def test_a_draft_goes_on_while_it_is_sure_of_itself() -> None:
     lengths = {}
-    for sure in (0.995, 0.4):
-        controller = controller_of(Drafts(0.9, lambda sure=sure: sure), None, CHEAP)  # type: ignore[misc]
-        lengths[sure] = len(controller.propose([1], 50).tokens)
+    for confidences in (0.995, 0.4):
+        controller = controller_of(Drafts(0.9, lambda confidences=confidences: confidences), None, CHEAP)  # type: ignore[misc]
+        lengths[confidences] = len(controller.propose([1], 50).tokens)
     assert lengths[0.995] == PLAN.policy.max_draft
     assert 1 <= lengths[0.4] < 4
 
@@ -170,25 +174,25 @@ def test_nobody_drafts_more_than_asked_for(limit: int, match: int | None, chance
 
 
 def test_a_chance_begins_at_its_prior_and_forgets() -> None:
-    chance = Chance(0.8)
+    chance = AcceptanceRate(0.8)
     assert chance.mean == pytest.approx(0.8)
     for _ in range(500):
-        chance.saw(False)
+        chance.record(False)
     assert chance.mean < 0.1
     for _ in range(500):
-        chance.saw(True)
+        chance.record(True)
     assert chance.mean > 0.9
 
 
 def test_costs_follow_the_machine() -> None:
-    costs = Costs(CHEAP)
+    cost_model = CostModel(CHEAP)
     for _ in range(200):
-        costs.saw_verification(1, 0.02)
-        costs.saw_verification(5, 0.05)
-        costs.saw_steps(PLAN, 4, 0.04)
-    assert costs.verification(1) == pytest.approx(0.02, rel=0.05)
-    assert costs.verification(5) == pytest.approx(0.05, rel=0.05)
-    assert costs.step(PLAN) == pytest.approx(0.01, rel=0.05)
+        cost_model.record_verification(1, 0.02)
+        cost_model.record_verification(5, 0.05)
+        cost_model.record_draft_steps(PLAN, 4, 0.04)
+    assert cost_model.verification_sec(1) == pytest.approx(0.02, rel=0.05)
+    assert cost_model.verification_sec(5) == pytest.approx(0.05, rel=0.05)
+    assert cost_model.draft_step_sec(PLAN) == pytest.approx(0.01, rel=0.05)
 
 
 def test_its_own_cost_is_small() -> None:
@@ -205,19 +209,21 @@ def test_its_own_cost_is_small() -> None:
 def test_a_fixed_policy_looks_up_where_the_match_is_long_and_drafts_else() -> None:
     drafts, lookups = Drafts(0.9), Lookups(3)
     fixed = FixedPolicy(PLAN, drafts, lookups)  # type: ignore[arg-type]
-    assert fixed.propose([1], 20).source == "self"
+    assert fixed.propose([1], 20).drafter == "self"
     lookups.length = 4
-    assert fixed.propose([1], 20) == Draft((9,) * PLAN.policy.max_draft, source="lookup", match=4)
+    assert fixed.propose([1], 20) == Draft((9,) * PLAN.policy.max_draft, drafter="lookup", match_length=4)
     assert FixedPolicy(PLAN, None, lookups).propose([1], 3).tokens == (9, 9, 9)  # type: ignore[arg-type]
     lookups.length = None
     assert FixedPolicy(PLAN, None, lookups).propose([1], 3) == Draft()  # type: ignore[arg-type]
 
 
 def test_what_is_learned_of_some_rows_holds_for_a_few_more() -> None:
-    costs = Costs(CostProfile(1.0, 0.02, 0.02, (1.0, *(2.0,) * 12)))
+    cost_model = CostModel(CostProfile(1.0, 0.02, 0.02, (1.0, *(2.0,) * 12)))
     for _ in range(60):
-        costs.saw_verification(1, 1.0)
-        costs.saw_verification(4, 1.2)
-    assert costs.verification(1) == pytest.approx(1.0, rel=0.02)
-    assert costs.verification(4) == pytest.approx(1.2, rel=0.02)
-    assert costs.verification(5) - costs.verification(4) < 0.1, "or drafts would stay at three tokens for ever"
+        cost_model.record_verification(1, 1.0)
+        cost_model.record_verification(4, 1.2)
+    assert cost_model.verification_sec(1) == pytest.approx(1.0, rel=0.02)
+    assert cost_model.verification_sec(4) == pytest.approx(1.2, rel=0.02)
+    assert cost_model.verification_sec(5) - cost_model.verification_sec(4) < 0.1, (
+        "or drafts would stay at three tokens for ever"
+    )

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import LogitsProcessorList
 
-from knn_ssd.decode import FinishReason, Round, Verdict, accept, decode
-from knn_ssd.draft.contract import Draft, Outcome
-from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Sampler, SamplingParams
+from knn_ssd.speculation.decode import FinishReason, Round, Verdict, accept, decode
+from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.self_draft import SelfDraft
 
 CPU = torch.device("cpu")
 VOCABULARY = 6
@@ -152,16 +152,16 @@ def test_a_seed_reproduces_and_another_one_differs() -> None:
 
 def test_tokens_beyond_the_drawn_ones_were_determined() -> None:
     """As where look-up goes on after a self-draft."""
-    target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), looked_up=1)
+    target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), num_looked_up=1)
     assert accept(target, draft, Scripted(0.99, 0.39)) == Verdict(2, 0)
     assert accept(target, draft, Scripted(0.99, 0.41)) == Verdict(1, 1)
-    assert draft.sources == ("none", "lookup")
+    assert draft.drafters == ("none", "lookup")
 
 
 def test_the_source_hears_what_became_of_its_draft() -> None:
-    source, session = ScriptedSource([(2, 3, 0), (5,)]), counting_session(1)
-    list(decode(session, [0], session.target[0], source, GREEDY, 7, lambda _token: None))
-    assert source.outcomes == [((2, 3, 0), 2), ((5,), 1), ((), 0)]
+    drafter, session = ScriptedSource([(2, 3, 0), (5,)]), counting_session(1)
+    list(decode(session, [0], session.target[0], drafter, GREEDY, 7, lambda _token: None))
+    assert drafter.outcomes == [((2, 3, 0), 2), ((5,), 1), ((), 0)]
 
 
 # --- Decoding, with a target whose next token is the last one plus one
@@ -178,7 +178,7 @@ class ScriptedSource:
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         self.limits.append(limit)
         draft = self._drafts.pop(0)[:limit] if self._drafts else ()
-        return Draft(tuple(draft), source="script")
+        return Draft(tuple(draft), drafter="script")
 
     def learn(self, outcome: Outcome) -> None:
         self.outcomes.append((outcome.draft.tokens, outcome.accepted))
@@ -201,15 +201,15 @@ def run(
         told.append(token)
         return FinishReason.EOS if token == end else None
 
-    source = None if drafts is None else ScriptedSource(drafts)
+    drafter = None if drafts is None else ScriptedSource(drafts)
     first_logits = session.target[0]
-    rounds = list(decode(session, context, first_logits, source, GREEDY, max_new_tokens, ends))
+    rounds = list(decode(session, context, first_logits, drafter, GREEDY, max_new_tokens, ends))
     return rounds, context, told, session
 
 
 def test_rounds_say_what_was_drafted_and_accepted() -> None:
     rounds, *_ = run([(2, 3, 4), (), (2, 0)], max_new_tokens=9)
-    assert [(r.tokens, r.drafted, r.accepted, r.sources) for r in rounds] == [
+    assert [(r.tokens, r.drafted, r.accepted, r.drafters) for r in rounds] == [
         ((1,), 0, 0, ()),  # the prompt's own
         ((2, 3, 4, 5), 3, 3, ("script",) * 3),  # all accepted, and the bonus
         ((0,), 0, 0, ()),  # nothing drafted
@@ -242,21 +242,21 @@ def test_no_draft_changes_what_is_said_nor_where_it_ends(
 
 
 def test_nobody_drafts_more_than_can_be_emitted() -> None:
-    source = ScriptedSource([(2, 3), (), ()])
+    drafter = ScriptedSource([(2, 3), (), ()])
     session = counting_session(1)
     context = [0]
-    list(decode(session, context, session.target[0], source, GREEDY, 6, lambda _token: None))
-    assert source.limits == [4, 1], "6 tokens less the first one, less the target's own; then 2 less one"
+    list(decode(session, context, session.target[0], drafter, GREEDY, 6, lambda _token: None))
+    assert drafter.limits == [4, 1], "6 tokens less the first one, less the target's own; then 2 less one"
 
 
 def test_a_round_is_computed_only_when_it_is_asked_for() -> None:
-    source = ScriptedSource([])
+    drafter = ScriptedSource([])
     session = counting_session(1)
-    rounds = decode(session, [0], session.target[0], source, GREEDY, 6, lambda _token: None)
+    rounds = decode(session, [0], session.target[0], drafter, GREEDY, 6, lambda _token: None)
     next(rounds)
-    assert source.limits == []
+    assert drafter.limits == []
     next(rounds)
-    assert source.limits == [4]
+    assert drafter.limits == [4]
 
 
 # --- A self-draft, on a target whose drafts are less and less certain
@@ -285,9 +285,9 @@ def test_a_self_draft_stops_where_its_policy_says(
     max_draft: int, threshold: float, limit: int, tokens: tuple[int, ...]
 ) -> None:
     session = fading_session(length=7)
-    source = SelfDraft(session, Plan.skipping(1, [0], policy=Policy(max_draft, threshold)), GREEDY)
-    draft = source.propose([3, 0], limit)
-    assert (draft.tokens, draft.source) == (tokens, "self")
+    drafter = SelfDraft(session, Plan.skipping(1, [0], policy=Policy(max_draft, threshold)), GREEDY)
+    draft = drafter.propose([3, 0], limit)
+    assert (draft.tokens, draft.drafter) == (tokens, "self")
     assert draft.probs is None, "a greedy draft is determined, not drawn"
     assert session.length == 7, "the session is rewound"
 

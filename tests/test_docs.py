@@ -20,16 +20,18 @@ import transformers
 
 import knn_ssd
 from knn_ssd import errors
-from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.cli import _parser
 from knn_ssd.cli.results import generation_json
 from knn_ssd.engine import Engine
-from knn_ssd.generation import Generation, Stats
+from knn_ssd.loading import resolve
+from knn_ssd.loading.fingerprint import Fingerprint, fingerprint
+from knn_ssd.loading.resolve import LoadedModel
+from knn_ssd.outputs import Generation, Stats
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.target import resolve
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.resolve import LoadedModel
+from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -102,16 +104,16 @@ def tiny_atlas(loaded: LoadedModel) -> Atlas:
     vectors = []
     for prompt in ("What is 12 + 7?", "Tell me a story about a fox."):
         token_ids = engine.encode(prompt)
-        vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).mean.numpy())
-    layers = engine.target.num_layers
+        vectors.append(engine.backend.open(len(token_ids)).prefill(token_ids).mean.numpy())
+    layers = engine.backend.num_layers
     return Atlas(
         fingerprint=fingerprint(loaded.model, loaded.tokenizer),
         pooling=Pooling.MEAN,
         anchors=np.stack(vectors),
-        anchor_labels=("math", "story"),
-        labels={
-            "math": Label(Plan.skipping(layers, mlp=[2], policy=Policy(4, 0.0)), 0.5),
-            "story": Label(Plan.skipping(layers, attention=[3], policy=Policy(3, 0.2)), 0.5),
+        anchor_domains=("math", "story"),
+        domains={
+            "math": DomainEntry(Plan.skipping(layers, mlp=[2], policy=Policy(4, 0.0)), 0.5),
+            "story": DomainEntry(Plan.skipping(layers, attention=[3], policy=Policy(3, 0.2)), 0.5),
         },
         fallback=Plan.plain(layers),
         cost=CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
@@ -183,10 +185,10 @@ def test_a_line_that_does_not_parse_is_noticed(tmp_path: Path) -> None:
 
 @every_page
 def test_every_make_target_and_script_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    backends = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for words in commands(page):
         if words[:1] == ["make"]:
-            assert set(words[1:]) <= targets
+            assert set(words[1:]) <= backends
         for word in words:
             assert not word.endswith(".py") or (ROOT / word).is_file(), word
 
@@ -214,15 +216,15 @@ def slug(heading: str) -> str:
 
 @every_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if target.startswith(("https://", "http://")):
+    for backend in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if backend.startswith(("https://", "http://")):
             continue
-        path, _, anchor = target.partition("#")
+        path, _, anchor = backend.partition("#")
         linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), target
+        assert linked.exists(), backend
         if anchor:
             headings = re.findall(r"^#+ (.*)$", prose(linked), re.MULTILINE)
-            assert anchor in {slug(heading) for heading in headings}, target
+            assert anchor in {slug(heading) for heading in headings}, backend
 
 
 def tree() -> dict[str, str]:

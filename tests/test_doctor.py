@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from knn_ssd import doctor
-from knn_ssd.target.contract import Exactness
-from knn_ssd.target.huggingface import HuggingFaceTarget
-from knn_ssd.target.native import why_unavailable
-from knn_ssd.target.resolve import EMBEDDED_MODEL
+from knn_ssd.backends.base import Exactness
+from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.kernels.binding import why_unavailable
+from knn_ssd.loading.resolve import EMBEDDED_MODEL
 from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.tools import doctor
 
 FLOAT_BYTES = 4
 
@@ -64,7 +64,7 @@ def test_a_report_of_a_lean_model(tmp_path: Path) -> None:
     tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
     report = doctor.examine(str(tmp_path)).model
     assert report is not None
-    assert (report.target, report.general_because, report.exactness) == ("lean", None, Exactness.BITWISE)
+    assert (report.backend, report.why_not_native, report.exactness) == ("lean", None, Exactness.BITWISE)
     assert report.draft_step_sec is not None
     assert report.low_bit_bytes is not None
     assert 0 < report.low_bit_bytes < report.weight_bytes / 6  # of float32
@@ -86,11 +86,11 @@ def test_the_embedded_model_is_found_or_not(
 
 
 def test_a_model_is_left_as_it_was() -> None:
-    target = HuggingFaceTarget(tiny_model())
+    backend = TransformersBackend(tiny_model())
     prompt = [1, 2, 3]
-    before = target.open(3).prefill(prompt).logits
-    assert doctor.measure_step(target) > 0
-    assert torch.equal(target.open(3).prefill(prompt).logits, before)
+    before = backend.open(3).prefill(prompt).logits
+    assert doctor.measure_step(backend) > 0
+    assert torch.equal(backend.open(3).prefill(prompt).logits, before)
 
 
 def test_a_report_of_a_model(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
     assert (report.dtype, report.context_length, report.model_dir) == ("bfloat16", 256, str(tmp_path))
     assert report.weight_bytes == 2 * sum(weight.numel() for weight in model.parameters())
     assert report.exactness is not None
-    assert report.target == "general"
-    assert report.general_because is not None
-    assert "gpt2" in report.general_because
+    assert report.backend == "general"
+    assert report.why_not_native is not None
+    assert "gpt2" in report.why_not_native
     assert report.step_sec is not None
     assert report.floor_sec_per_token is not None
     assert report.step_sec > report.floor_sec_per_token > 0

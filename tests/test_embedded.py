@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from helpers import transformers_output
 
+from knn_ssd.backends.base import Exactness
 from knn_ssd.engine import Engine
+from knn_ssd.kernels.binding import why_unavailable
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import BUILTIN_DOMAINS, builtin_prompts
-from knn_ssd.target.contract import Exactness
-from knn_ssd.target.native import why_unavailable
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 16
 
 def plan_for(engine: Engine, index: int) -> Plan:
     """Another plan for every prompt: three MLPs and an attention of the later layers, or much more than is sensible."""
-    layers = engine.target.num_layers
+    layers = engine.backend.num_layers
     policy = Policy(max_draft=2 + index % 4, threshold=0.2 + 0.15 * (index % 5))
     if index % 5 == 4:
         return Plan.skipping(layers, range(0, layers, 2), range(1, layers, 3), policy)
@@ -81,7 +81,7 @@ def _head(file: Path, count: int) -> list[str]:
 @pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
 def test_in_bfloat16_every_way_of_drafting_says_what_plain_decoding_says(bfloat16_engine: Engine) -> None:
     engine, drafted, looked_up = bfloat16_engine, 0, 0
-    layers = engine.target.num_layers
+    layers = engine.backend.num_layers
     assert engine.exactness is Exactness.BITWISE
     for index, (_domain, prompt) in enumerate(real_prompts()):
         plain = engine.generate(prompt, plain=True, max_new_tokens=40)

@@ -13,15 +13,17 @@ import torch
 from helpers import NUM_LAYERS, PROMPT, endless, keep_everything, plans, prompts, skip_something, transformers_output
 from hypothesis import given, settings
 
-from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
-from knn_ssd.decode import FinishReason
-from knn_ssd.draft.lookup import LookupDraft, Match
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
+from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
 from knn_ssd.errors import AtlasMismatchError, PromptError, UsageError
-from knn_ssd.generation import Generation
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.outputs import Generation
 from knn_ssd.plan import Mode, Plan, Policy
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.huggingface import HuggingFaceTarget
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.speculation.decode import FinishReason
+from knn_ssd.speculation.lookup import LookupDraft, Match
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 DOMAINS = {"story": "once upon a time", "math": "3 + 4 * 12 = 51"}
@@ -40,13 +42,13 @@ def make_atlas(engine: Engine, pooling: Pooling = Pooling.MEAN, radius: float = 
     vectors = []
     for text in DOMAINS.values():
         token_ids = engine.encode(text)
-        vectors.append(engine.target.open(len(token_ids)).prefill(token_ids).vector(pooling).numpy())
+        vectors.append(engine.backend.open(len(token_ids)).prefill(token_ids).vector(pooling).numpy())
     return Atlas(
         fingerprint=fingerprint(engine.model, engine.tokenizer),
         pooling=pooling,
         anchors=np.stack(vectors),
-        anchor_labels=tuple(DOMAINS),
-        labels={name: Label(PLANS[name], radius) for name in DOMAINS},
+        anchor_domains=tuple(DOMAINS),
+        domains={name: DomainEntry(PLANS[name], radius) for name in DOMAINS},
         fallback=FALLBACK,
         cost=CostProfile(1.0, 0.1, 0.1, (1.0,)),
     )
@@ -128,13 +130,13 @@ def test_a_conversation_needs_a_chat_template(engine: Engine) -> None:
         ({"stop": ["a", ""]}, "at least one character"),
         ({"domain": "math"}, "got 'math' and no atlas"),
         ({"plan": Plan.skipping(3, [0])}, "a plan for 3 layers was given to a model of 4"),
-        ({"plan": Plan((Mode.LOW,) * 4, (Mode.KEEP,) * 4)}, "no low-bit weights"),
+        ({"plan": Plan((Mode.LOW,) * 4, (Mode.KEEP,) * 4)}, "no 4-bit weights"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_with_the_value(
     engine: Engine, options: dict[str, Any], fact: str
 ) -> None:
-    general = Engine(engine.model, engine.tokenizer, target=HuggingFaceTarget(engine.model))
+    general = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
     with pytest.raises(UsageError, match=fact):
         general.generate("hi", **options)
 
@@ -169,13 +171,13 @@ def test_a_penalty_changes_greedy_output_too(engine: Engine) -> None:
 
 
 def test_without_an_atlas_a_general_plan_drafts(engine: Engine) -> None:
-    general = Engine(engine.model, engine.tokenizer, target=HuggingFaceTarget(engine.model))
-    for each, cheapens in ((engine, Mode.LOW in engine.target.modes), (general, False)):
+    general = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
+    for each, cheapens in ((engine, Mode.LOW in engine.backend.modes), (general, False)):
         generation = each.generate("hi", max_new_tokens=6)
         assert generation.route is None
         assert generation.plan.policy.lookup
         assert generation.plan.cheapens == cheapens
-    length = 20 if Mode.LOW in engine.target.modes else 100  # until something repeats, where look-up alone drafts
+    length = 20 if Mode.LOW in engine.backend.modes else 100  # until something repeats, where look-up alone drafts
     assert engine.generate("hi", max_new_tokens=length, adaptive=False).stats.drafted > 0
 
 
@@ -194,7 +196,7 @@ def test_earlier_answers_are_looked_up_where_that_was_asked_for(
     remembering = Engine(engine.model, engine.tokenizer, remember=1000)
     expected = engine.generate("hello there", max_new_tokens=24, plain=True).token_ids
     sampling = {"temperature": 1.0, "seed": 1}
-    for options in ({"plain": True}, sampling, {"plan": Plan.skipping(engine.target.num_layers, [1])}, {}):
+    for options in ({"plain": True}, sampling, {"plan": Plan.skipping(engine.backend.num_layers, [1])}, {}):
         found.clear()
         said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
         assert "memory" not in found, "what is timed or seeded by itself is neither remembered nor reminded"
@@ -216,7 +218,7 @@ def test_a_seeded_output_depends_on_its_request_alone(engine: Engine) -> None:
     used.generate("hello hello hello", temperature=1.5, max_new_tokens=60)
     for _ in range(200):
         for rows in range(2, 17):
-            used.costs.saw_verification(rows, 1000.0)  # whoever believes that drafts nothing
+            used.cost_model.record_verification(rows, 1000.0)  # whoever believes that drafts nothing
     found = used.generate("hello hello hello", **options)
     assert (found.token_ids, found.stats.drafted) == (expected.token_ids, expected.stats.drafted)
     clocked = used.generate("hello hello hello", adaptive=True, **options)
@@ -236,7 +238,7 @@ def test_plain_decoding_drafts_nothing(engine: Engine) -> None:
 def test_the_nearest_anchor_names_the_plan(engine: Engine, pooling: Pooling, domain: str) -> None:
     generation = with_atlas(engine, pooling=pooling).generate(DOMAINS[domain], max_new_tokens=6, adaptive=False)
     assert generation.route is not None
-    assert generation.route.label == domain
+    assert generation.route.domain == domain
     assert generation.route.distance == pytest.approx(0, abs=1e-5)
     assert generation.plan == PLANS[domain]
     assert generation.stats.drafted > 0
@@ -255,7 +257,7 @@ def test_a_given_domain_or_plan_overrides_the_route_and_plain_both(engine: Engin
     def generate(**options: Any) -> Generation:
         generation = routed.generate(DOMAINS["story"], max_new_tokens=4, **options)
         assert generation.route is not None, "the route is told whatever overrides it"
-        assert generation.route.label == "story"
+        assert generation.route.domain == "story"
         return generation
 
     assert generate(domain="math").plan == PLANS["math"]
@@ -294,13 +296,13 @@ def test_custom_generate_routes_as_the_engine_does(engine: Engine) -> None:
     routed = with_atlas(engine)
     token_ids = routed.encode(DOMAINS["story"])
     drafts: list[Plan] = []
-    prepare = routed.target.prepare
+    prepare = routed.backend.prepare
 
     def noted(plan: Plan) -> None:
         drafts.append(plan)
         prepare(plan)
 
-    routed.target.prepare = noted
+    routed.backend.prepare = noted
     output = transformers_output(engine.model, token_ids, 8, custom_generate=routed.custom_generate)
     assert output == transformers_output(engine.model, token_ids, 8)
     assert drafts == [PLANS["story"]]
@@ -381,7 +383,7 @@ def test_stats_add_up(engine: Engine, plan: Plan, prompt: list[int]) -> None:
 def test_a_route_and_a_plan_are_known_before_the_first_chunk(engine: Engine) -> None:
     stream = with_atlas(engine).stream(DOMAINS["math"], max_new_tokens=4)
     assert stream.route is not None
-    assert stream.route.label == "math"
+    assert stream.route.domain == "math"
     assert stream.plan == PLANS["math"]
 
 

@@ -21,10 +21,13 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import close_session
 
-from knn_ssd import hub
-from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import AtlasError, KnnSsdError, OutputError, UsageError
+from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.plan import Plan, Policy
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.tools import hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # between the client and its httpx
 
@@ -272,16 +275,16 @@ def make_atlas(**overrides: Any) -> Atlas:
         "fingerprint": Fingerprint("LlamaForCausalLM", 4, 8, 128, "0123abcd", "4567", "float32"),
         "pooling": Pooling.MEAN,
         "anchors": generator.normal(size=(3, 8)).astype(np.float32),
-        "anchor_labels": ("math", "math", "a|b"),
-        "labels": {
-            "math": Label(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.2, {"trials": 7}),
-            "a|b": Label(Plan.plain(4), 0.1),
+        "anchor_domains": ("math", "math", "a|b"),
+        "domains": {
+            "math": DomainEntry(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.2, {"trials": 7}),
+            "a|b": DomainEntry(Plan.plain(4), 0.1),
         },
         "fallback": Plan.skipping(4, [3]),
         "cost": CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
         "evidence": {"model": "ada/smollm2"},
         "vectors": generator.normal(size=(6, 8)).astype(np.float32),
-        "vector_labels": ("math",) * 4 + ("a|b",) * 2,
+        "vector_domains": ("math",) * 4 + ("a|b",) * 2,
     }
     return Atlas(**{**settings, **overrides})
 
@@ -316,7 +319,7 @@ def test_a_pushed_atlas_comes_back_equal(fake_hub: FakeHub, atlas_dir: Path, tmp
     for name in hub.FILES:
         assert (out / name).read_bytes() == (atlas_dir / name).read_bytes()
     before, after = Atlas.load(atlas_dir), Atlas.load(out)
-    assert (after.labels, after.fallback, after.fingerprint) == (before.labels, before.fallback, before.fingerprint)
+    assert (after.domains, after.fallback, after.fingerprint) == (before.domains, before.fallback, before.fingerprint)
     np.testing.assert_array_equal(after.anchors, before.anchors)
 
 
@@ -517,7 +520,7 @@ def test_an_interrupted_download_leaves_nothing(fake_hub: FakeHub, atlas_dir: Pa
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("knn_ssd.hub._check", interrupt)
+        patch.setattr("knn_ssd.tools.hub._check", interrupt)
         with pytest.raises(KeyboardInterrupt):
             hub.pull(REPO, tmp_path / "pulled")
     assert not leftovers(tmp_path)
@@ -551,6 +554,6 @@ def test_a_full_disk_is_not_blamed_on_the_hub(
     def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("knn_ssd.hub.os.replace", no_room)
+    monkeypatch.setattr("knn_ssd.tools.hub.os.replace", no_room)
     assert "No space left on device" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), OutputError)
     assert not leftovers(tmp_path)

@@ -13,15 +13,17 @@ import torch
 from helpers import NUM_LAYERS, PROMPT, endless, keep_everything, skip_something
 from server import MODEL, Served, serving
 
-from knn_ssd.atlas import Atlas, CostProfile, Label, Pooling
-from knn_ssd.decode import TokenLogprobs
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UsageError
+from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.serve.app import ServeSettings
-from knn_ssd.target.fingerprint import fingerprint
+from knn_ssd.server.app import ServeSettings
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.speculation.decode import TokenLogprobs
 from knn_ssd.testing import tiny_model, tiny_tokenizer
-from knn_ssd.text import spell
+from knn_ssd.tokenization import spell
 
 SOURCES = {"prefill", "self", "lookup", "corrected", "bonus", "plain"}
 
@@ -74,7 +76,7 @@ def test_log_probabilities_are_told_only_where_asked_for(engine: Engine) -> None
     only_own = engine.generate(PROMPT, max_new_tokens=4, logprobs=0).logprobs
     assert [each.top for each in only_own] == [()] * 4
     every = engine.generate(PROMPT, max_new_tokens=1, logprobs=10**6).logprobs[0]
-    assert len(every.top) == engine.target.vocab_size
+    assert len(every.top) == engine.backend.vocab_size
     with pytest.raises(UsageError, match="logprobs must be 0 or more, got -1"):
         engine.stream(PROMPT, logprobs=-1)
 
@@ -258,7 +260,7 @@ def test_an_atlas_s_route_is_told_with_its_anchor() -> None:
         assert answer.headers["x-knn-ssd-route"] == "fox"
         points = httpx.get(f"{own.url}/atlas").json()["points"]
         assert [point["anchor"] for point in points] == [0, 1]
-        assert [point["label"] for point in points] == ["sum", "fox"]
+        assert [point["domain"] for point in points] == ["sum", "fox"]
         assert all(0 <= point[axis] <= 1 for point in points for axis in "xy")
 
 
@@ -266,14 +268,14 @@ def tiny_atlas() -> Atlas:
     """One anchor each for two prompts, of which the second is the one that is asked."""
     engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
     prompts = [engine.encode(prompt) for prompt in ("12 + 7 is 19", "a fox")]
-    vectors = [engine.target.open(len(ids)).prefill(ids).mean.numpy() for ids in prompts]
+    vectors = [engine.backend.open(len(ids)).prefill(ids).mean.numpy() for ids in prompts]
     plan = Plan.skipping(NUM_LAYERS, mlp=[2], policy=Policy(4, 0.0))
     return Atlas(
         fingerprint=fingerprint(engine.model, engine.tokenizer),
         pooling=Pooling.MEAN,
         anchors=np.stack(vectors),
-        anchor_labels=("sum", "fox"),
-        labels={"sum": Label(plan, 0.5), "fox": Label(plan, 0.5)},
+        anchor_domains=("sum", "fox"),
+        domains={"sum": DomainEntry(plan, 0.5), "fox": DomainEntry(plan, 0.5)},
         fallback=Plan.plain(NUM_LAYERS),
         cost=CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
     )

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import LogitsProcessorList
 
-from knn_ssd.decode import FinishReason, decode
-from knn_ssd.draft import lookup
-from knn_ssd.draft.lookup import SEPARATOR, Follower, LookupDraft, Match, Memory, SuffixAutomaton
 from knn_ssd.sampling import Sampler
+from knn_ssd.speculation import lookup, suffix_automaton
+from knn_ssd.speculation.decode import FinishReason, decode
+from knn_ssd.speculation.lookup import LookupCorpus, LookupDraft, Match
+from knn_ssd.speculation.suffix_automaton import SEPARATOR, Follower, SuffixAutomaton
 
 
 def words(alphabet: int, longest: int = 40) -> st.SearchStrategy[list[int]]:
@@ -97,7 +98,7 @@ def test_the_match_is_the_longest_in_longer_texts_too(alphabet: int) -> None:
 @given(repetitive())
 def test_without_a_bound_on_hops_the_occurrence_is_always_the_most_recent(text: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "_HOPS", sys.maxsize)
+        patch.setattr(suffix_automaton, "_HOPS", sys.maxsize)
         for index in range(len(text)):
             automaton = SuffixAutomaton(text[: index + 1])
             length, ends = longest_suffix(text[: index + 1], text[: index + 1], before=index + 1)
@@ -187,7 +188,7 @@ def test_a_draft_copies_what_followed_the_longest_match(
         assert list(draft.tokens) == periodic(context, match.end, limit)
         assert draft.probs is None
         if limit:
-            assert (draft.source, draft.match) == ("lookup", size)
+            assert (draft.drafter, draft.match_length) == ("lookup", size)
 
 
 @given(repetitive(), words(3, 8), st.integers(0, 12), st.integers(0, 3))
@@ -218,7 +219,7 @@ def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_no_room_is_no_draft(limit: int) -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add([1, 2, 3, 4, 5])
     assert LookupDraft(memory).propose([1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2, 1, 2], limit).tokens == ()
@@ -263,16 +264,16 @@ def test_decoding_by_look_up_says_what_decoding_without_says_in_fewer_rounds() -
 # The memory
 
 
-@pytest.mark.parametrize("hops", [lookup._HOPS, sys.maxsize])
+@pytest.mark.parametrize("hops", [suffix_automaton._HOPS, sys.maxsize])
 @given(texts=st.lists(words(3, 12), max_size=6), context=words(4, 12), limit=st.integers(1, 8))
 def test_the_longer_match_of_context_and_memory_is_copied(
     hops: int, texts: list[list[int]], context: list[int], limit: int
 ) -> None:
     """The longest that goes on, if looking for it is not cut short; else one that goes on."""
-    memory = Memory()
+    memory = LookupCorpus()
     source = LookupDraft(memory, min_match=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "_HOPS", hops)
+        patch.setattr(suffix_automaton, "_HOPS", hops)
         for text in texts:
             memory.add(text)
         match, draft = source.match(context), source.propose(context, limit)
@@ -290,7 +291,7 @@ def test_the_longer_match_of_context_and_memory_is_copied(
 
 
 def test_a_context_as_long_a_match_as_the_memory_has_goes_first() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add([1, 2, 8, 8])
     assert LookupDraft(memory).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
     assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (8, 8)
@@ -301,7 +302,7 @@ def test_a_context_as_long_a_match_as_the_memory_has_goes_first() -> None:
 
 
 def test_tokens_of_another_source_are_matched_in_the_memory_and_forgotten() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add([1, 2, 3, 4, 5, 6])
     source = LookupDraft(memory)
     assert source.propose([9, 1, 2], 2, drafted=[3, 4]).tokens == (5, 6)
@@ -310,7 +311,7 @@ def test_tokens_of_another_source_are_matched_in_the_memory_and_forgotten() -> N
 
 
 def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     for text in ([1, 2, 3], [9, 1, 2], [8, 1, 2]):
         memory.add(text)
     assert LookupDraft(memory).propose([7, 1, 2], 5).tokens == (3,)
@@ -318,7 +319,7 @@ def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> Non
 
 
 def test_looking_for_an_occurrence_that_goes_on_is_given_up_after_a_few() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add([5, 6])
     for first in (5, 4, 3, 2, 1, 0):
         memory.add(range(first, 6))
@@ -327,7 +328,7 @@ def test_looking_for_an_occurrence_that_goes_on_is_given_up_after_a_few() -> Non
 
 
 def test_no_match_crosses_from_text_to_text() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add([1, 2])
     memory.add([3, 4])
     assert LookupDraft(memory).propose([1, 2], 5).tokens == ()
@@ -335,7 +336,7 @@ def test_no_match_crosses_from_text_to_text() -> None:
 
 
 def test_what_is_added_during_a_request_is_matched_from_then_on() -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     source = LookupDraft(memory)
     assert source.propose([1, 2], 3).tokens == ()
     memory.add([1, 2, 3, 4, 5, 6])
@@ -345,7 +346,7 @@ def test_what_is_added_during_a_request_is_matched_from_then_on() -> None:
 
 @given(st.integers(4, 40), st.lists(words(3, 30), min_size=1, max_size=20))
 def test_a_memory_keeps_its_bound_and_the_latest_texts(capacity: int, texts: list[list[int]]) -> None:
-    memory = Memory(capacity)
+    memory = LookupCorpus(capacity)
     watcher = LookupDraft(memory)
     for index, text in enumerate(texts):
         memory.add(text)
@@ -364,7 +365,7 @@ def test_a_memory_keeps_its_bound_and_the_latest_texts(capacity: int, texts: lis
 
 
 def test_half_of_a_memory_stays_when_the_oldest_goes() -> None:
-    memory = Memory(200)
+    memory = LookupCorpus(200)
     for first in range(0, 1000, 10):
         memory.add(range(first, first + 10))
     assert 100 < len(memory) <= 200
@@ -376,7 +377,7 @@ def test_half_of_a_memory_stays_when_the_oldest_goes() -> None:
 
 
 def test_a_request_goes_on_through_forgetting() -> None:
-    memory = Memory(40)
+    memory = LookupCorpus(40)
     memory.add([1, 2, 3, 4, 5, 6])
     source = LookupDraft(memory)
     assert source.propose([1, 2], 2).tokens == (3, 4)
@@ -389,8 +390,8 @@ def test_a_request_goes_on_through_forgetting() -> None:
 
 def test_a_memory_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
-        Memory(3)
-    memory = Memory(4)
+        LookupCorpus(3)
+    memory = LookupCorpus(4)
     with pytest.raises(ValueError, match="got -1"):
         memory.add([SEPARATOR])
     memory.add([])
@@ -401,7 +402,7 @@ def test_a_memory_refuses_what_it_cannot_hold() -> None:
 
 def test_threads_share_a_memory() -> None:
     """Every text counts upwards from some number, so every copy must count upwards from its context."""
-    memory, wrong, drafts = Memory(600), list[Any](), list[int]()
+    memory, wrong, drafts = LookupCorpus(600), list[Any](), list[int]()
 
     def request(seed: int) -> None:
         try:
@@ -438,7 +439,7 @@ def test_threads_share_a_memory() -> None:
 def test_a_memory_is_locked_whenever_it_is_read_or_written(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
-    memory, seen = Memory(), list[bool]()
+    memory, seen = LookupCorpus(), list[bool]()
     original = getattr(owner, name)
 
     def watched(self: Any, *arguments: int) -> object:
@@ -454,16 +455,16 @@ def test_a_memory_is_locked_whenever_it_is_read_or_written(
     assert not memory._lock.locked()
 
 
-# Costs
+# CostModel
 
 
 def steps(function: Callable[[], object]) -> int:
-    """How many lines of the module run during a call."""
+    """How many lines of the two modules run during a call."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != lookup.__file__:
+        if frame.f_code.co_filename not in (lookup.__file__, suffix_automaton.__file__):
             return None
         count += event == "line"
         return trace
@@ -523,7 +524,7 @@ def test_following_a_token_takes_constant_steps_over_a_text(text: list[int], oth
 
 @every_text
 def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None:
-    memory = Memory()
+    memory = LookupCorpus()
     memory.add(TEXTS["fibonacci"])
     source = LookupDraft(memory)
     rounds = range(10, len(text), 10)
@@ -541,7 +542,7 @@ def test_reading_beside_a_memory_takes_as_many_steps_with_many_texts_as_with_few
     context = scrambled(500, 3)
 
     def cost(texts: int) -> int:
-        memory = Memory()
+        memory = LookupCorpus()
         for number in range(texts):
             memory.add(scrambled(4000 // texts + number % 2, 3))
         return steps(lambda: LookupDraft(memory).propose(context, 4))

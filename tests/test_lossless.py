@@ -21,10 +21,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from knn_ssd.decode import FinishReason
 from knn_ssd.engine import Engine
 from knn_ssd.errors import PromptError
 from knn_ssd.plan import Plan
+from knn_ssd.routing.plan_choice import ChosenPlan
+from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 LONG_PROMPT = [3 + 7 * i % 120 for i in range(40)]
@@ -55,12 +56,18 @@ def test_a_repetition_penalty_counts_drafted_tokens_as_transformers_does(
     assert list(generation.token_ids) == transformers_output(engine.model, prompt, 12, repetition_penalty=penalty)
 
 
+def plan_everything(monkeypatch: pytest.MonkeyPatch, engine: Engine, plan: Plan) -> None:
+    """Has the engine draft for every request under this plan."""
+    chosen = ChosenPlan(None, plan, None, None)
+    monkeypatch.setattr(engine._plans, "choose", lambda *_arguments: chosen)
+
+
 @every_family
 def test_custom_generate_inside_transformers_gives_what_transformers_gives(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine(family)
-    monkeypatch.setattr(engine, "_choose_plan", lambda *_args, **_options: skip_something())
+    plan_everything(monkeypatch, engine, skip_something())
     expected = transformers_output(engine.model, LONG_PROMPT, 12)
     assert transformers_output(engine.model, LONG_PROMPT, 12, custom_generate=engine.custom_generate) == expected
 
@@ -71,7 +78,7 @@ def test_custom_generate_takes_the_processors_that_transformers_made(
     family: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine(family)
-    monkeypatch.setattr(engine, "_choose_plan", lambda *_args, **_options: keep_everything())
+    plan_everything(monkeypatch, engine, keep_everything())
     expected = transformers_output(engine.model, LONG_PROMPT, 12, **options)
     custom = engine.custom_generate
     assert transformers_output(engine.model, LONG_PROMPT, 12, custom_generate=custom, **options) == expected
@@ -203,7 +210,7 @@ def test_a_stopping_criterion_ends_custom_generate_where_transformers_ends_it(
     typist: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = typist.generate("hello", max_new_tokens=24).text
-    monkeypatch.setattr(typist, "_choose_plan", lambda *_args, **_options: keep_everything())
+    plan_everything(monkeypatch, typist, keep_everything())
     token_ids = typist.encode("hello")
     # As a criterion, because transformers loses `tokenizer` on the way to a custom_generate.
     criteria = StoppingCriteriaList([StopStringCriteria(typist.tokenizer, [text[4:7]])])

@@ -14,8 +14,8 @@ from server import MODEL, Served, SlowEngine, serving
 from test_logprobs import tiny_atlas
 
 from knn_ssd.engine import Engine
-from knn_ssd.serve.app import ServeSettings
-from knn_ssd.serve.scheduler import Limits
+from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.scheduler import Limits
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -15,10 +15,14 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from knn_ssd import plots, projection
-from knn_ssd.atlas import Atlas, CostProfile, Fingerprint, Label, Pooling
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import OutputError, UsageError
+from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.routing import projection
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.tools import plots
 
 WIDTH = 16
 in_two_dimensions = projection._in_two_dimensions  # the real one: t-SNE, which most tests here do without
@@ -26,7 +30,7 @@ in_two_dimensions = projection._in_two_dimensions  # the real one: t-SNE, which 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_two(vectors: np.ndarray[Any, Any], num_labels: int) -> np.ndarray[Any, Any]:
+    def first_two(vectors: np.ndarray[Any, Any], num_domains: int) -> np.ndarray[Any, Any]:
         return np.abs(vectors[:, :2]) / np.abs(vectors[:, :2]).max()
 
     monkeypatch.setattr(projection, "_in_two_dimensions", first_two)
@@ -58,12 +62,12 @@ def make_atlas(
         "fingerprint": Fingerprint(architecture, num_layers, WIDTH, 128, "ab", "cd", "float32"),
         "pooling": Pooling.MEAN,
         "anchors": np.concatenate([vectors[i * prompts : i * prompts + anchors] for i in range(len(names))]) + 0.01,
-        "anchor_labels": tuple(name for name in names for _ in range(anchors)),
-        "labels": {name: Label(plan, 0.1) for name, plan in zip(names, plans, strict=False)},
+        "anchor_domains": tuple(name for name in names for _ in range(anchors)),
+        "domains": {name: DomainEntry(plan, 0.1) for name, plan in zip(names, plans, strict=False)},
         "fallback": plans[-1],
         "cost": CostProfile(0.01, 0.001, 0.002, (0.01, 0.011)),
         "vectors": vectors if kept else None,
-        "vector_labels": tuple(name for name in names for _ in range(prompts)) if kept else (),
+        "vector_domains": tuple(name for name in names for _ in range(prompts)) if kept else (),
     }
     return Atlas(**{**settings, **overrides})
 
@@ -96,7 +100,7 @@ CASES = {
 
 
 def texts(figure: Figure) -> list[Any]:
-    """Every visible text with something in it, tick labels included."""
+    """Every visible text with something in it, tick domains included."""
     from matplotlib.text import Text
 
     return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
@@ -134,19 +138,19 @@ def test_the_cells_are_the_plans() -> None:
     figure = plots.atlas_figure(atlas)
     (cells,) = [c for axes in figure.axes for c in axes.collections if isinstance(c, PatchCollection)]
     drawn = [to_hex(colour).upper() for colour in cells.get_facecolor()]
-    plans = [label.plan for label in atlas.labels.values()] + [atlas.fallback]
+    plans = [domain.plan for domain in atlas.domains.values()] + [atlas.fallback]
     expected = [plots._MODE_COLOURS[mode] for plan in plans for modes in (plan.attention, plan.mlp) for mode in modes]
     assert drawn == expected
 
 
 def test_rows_tell_label_share_and_plain_decoding() -> None:
-    labels = {
-        "math": Label(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.1),
-        "story": Label(Plan.plain(4), 0.1),
+    domains = {
+        "math": DomainEntry(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.1),
+        "story": DomainEntry(Plan.plain(4), 0.1),
     }
     low_head = Plan((Mode.LOW, Mode.KEEP), (Mode.LOW, Mode.LOW), head=Mode.LOW)
     assert plots._Row("any", low_head, None).share == "0 % skipped, 75 % low, low head"
-    atlas = make_atlas(("math", "story"), 4, labels=labels, fallback=Plan.skipping(4))
+    atlas = make_atlas(("math", "story"), 4, domains=domains, fallback=Plan.skipping(4))
     written = words(plots.atlas_figure(atlas))
     for text in ("math", "story", "fallback", "38 % skipped", "drafts up to 5 while p ≥ 0.60", "plain decoding"):
         assert text in written
@@ -189,10 +193,10 @@ def test_few_or_equal_vectors_have_places(vectors: np.ndarray[Any, Any]) -> None
 def test_what_is_near_is_drawn_near() -> None:
     atlas = CASES["five domains, 30 layers"]
     assert atlas.vectors is not None
-    labels = np.array(atlas.vector_labels)
+    domains = np.array(atlas.vector_domains)
     places = in_two_dimensions(atlas.vectors, 5)
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1) + 9 * np.eye(len(places))
-    assert (labels[distances.argmin(axis=1)] == labels).all()
+    assert (domains[distances.argmin(axis=1)] == domains).all()
     np.testing.assert_array_equal(in_two_dimensions(atlas.vectors, 5), places)
 
 

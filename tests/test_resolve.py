@@ -35,8 +35,8 @@ from transformers.utils import logging as transformers_logging
 
 from knn_ssd import testing
 from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
-from knn_ssd.target import download, gguf, pretrained, resolve
-from knn_ssd.target.resolve import (
+from knn_ssd.loading import download, gguf, pretrained, resolve
+from knn_ssd.loading.resolve import (
     EMBEDDED_MODEL,
     LoadedModel,
     cache_directory,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.calibrate.anchors import fit_anchors
-from knn_ssd.calibrate.onpolicy import observe
+from knn_ssd.calibrate.continuations import observe
 from knn_ssd.engine import Engine
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts, read_prompts
-from knn_ssd.route import Router
-from knn_ssd.tokens import encode
+from knn_ssd.routing.router import Router
+from knn_ssd.tokenization import encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FITTED, HELD_OUT = 16, 14  # prompts per domain
@@ -39,27 +39,27 @@ def built_in_prompts() -> Mapping[str, list[Prompt]]:
 def test_held_out_prompts_go_to_their_own_domain(
     embedded_engine: Engine, prompts_of: Callable[[], Mapping[str, list[Prompt]]]
 ) -> None:
-    vectors, labels, held, held_labels = [], [], [], []
-    for label, prompts in prompts_of().items():
+    vectors, domains, held, held_labels = [], [], [], []
+    for domain, prompts in prompts_of().items():
         for index, prompt in enumerate(prompts[: FITTED + HELD_OUT]):
-            ids = encode(embedded_engine.tokenizer, prompt.prompt, embedded_engine.target.context_length)
-            vector = observe(embedded_engine.target, label, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
+            ids = encode(embedded_engine.tokenizer, prompt.prompt, embedded_engine.backend.context_length)
+            vector = observe(embedded_engine.backend, domain, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
             (vectors if index < FITTED else held).append(vector)
-            (labels if index < FITTED else held_labels).append(label)
-    anchors = fit_anchors(np.array(vectors, dtype=np.float32), labels, 10, seed=0)
-    router = Router().fit(torch.from_numpy(anchors.points), anchors.labels, anchors.radii)
+            (domains if index < FITTED else held_labels).append(domain)
+    anchors = fit_anchors(np.array(vectors, dtype=np.float32), domains, 10, seed=0)
+    router = Router().fit(torch.from_numpy(anchors.points), anchors.domains, anchors.radii)
     routes = [router.predict(torch.tensor(vector)) for vector in held]
-    hits = [route.label == label for route, label in zip(routes, held_labels, strict=True)]
-    assert len(hits) == len(set(labels)) * HELD_OUT
-    wrong = [(route, label) for route, label in zip(routes, held_labels, strict=True) if route.label != label]
+    hits = [route.domain == domain for route, domain in zip(routes, held_labels, strict=True)]
+    assert len(hits) == len(set(domains)) * HELD_OUT
+    wrong = [(route, domain) for route, domain in zip(routes, held_labels, strict=True) if route.domain != domain]
     assert sum(hits) / len(hits) >= 0.97, wrong
     assert sum(route.fallback for route in routes) / len(routes) <= 0.1
     print(f"routed {sum(hits)} of {len(hits)}, fallback {sum(route.fallback for route in routes)}")
 
 
 def test_routing_costs_less_than_a_hundredth_of_a_short_request(embedded_engine: Engine) -> None:
-    router = Router().fit(torch.randn(50, embedded_engine.target.hidden_size), [str(i % 5) for i in range(50)])
-    vector = torch.randn(embedded_engine.target.hidden_size)
+    router = Router().fit(torch.randn(50, embedded_engine.backend.hidden_size), [str(i % 5) for i in range(50)])
+    vector = torch.randn(embedded_engine.backend.hidden_size)
     seconds = []
     for _ in range(50):
         started = time.perf_counter()

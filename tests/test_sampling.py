@@ -22,13 +22,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from knn_ssd.decode import accept, decode
-from knn_ssd.draft.contract import Draft
-from knn_ssd.draft.self_draft import SelfDraft
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Certain, Sampler, SamplingParams
+from knn_ssd.speculation.decode import accept, decode
+from knn_ssd.speculation.drafter import Draft
+from knn_ssd.speculation.self_draft import SelfDraft
 from knn_ssd.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -178,9 +178,9 @@ def table_outputs(
     for _ in range(count):
         context = list(TABLE_PROMPT)
         session = TableSession(target, draft, len(context))
-        source = SelfDraft(session, plan, sampler)
+        drafter = SelfDraft(session, plan, sampler)
         first = target[context[-1]]
-        rounds = list(decode(session, context, first, source, sampler, LENGTH, lambda _token: None))
+        rounds = list(decode(session, context, first, drafter, sampler, LENGTH, lambda _token: None))
         outputs.append(tuple(context[len(TABLE_PROMPT) :]))
         drafted += sum(r.drafted for r in rounds)
         accepted += sum(r.accepted for r in rounds)
@@ -228,14 +228,14 @@ def test_outputs_of_a_model_are_distributed_as_plain_passes_say(small: Engine, s
         token_ids = torch.tensor([[*SMALL_PROMPT, *output] for output in outputs_so_far])
         known |= dict(zip(outputs_so_far, small.model(token_ids, use_cache=False).logits[:, -1], strict=True))
     expected = enumerated(lambda output: known[output], SMALL_PROMPT, processors, 3)
-    session = small.target.open(len(SMALL_PROMPT) + 3)
+    session = small.backend.open(len(SMALL_PROMPT) + 3)
     prefill = session.prefill(SMALL_PROMPT)
     sampler = drawing(params, seed=8)
     outputs, drafted = [], 0
     for _ in range(200):
         context = list(SMALL_PROMPT)
-        source = SelfDraft(session, SMALL_PLAN, sampler)
-        for r in decode(session, context, prefill.logits, source, sampler, 3, lambda _token: None):
+        drafter = SelfDraft(session, SMALL_PLAN, sampler)
+        for r in decode(session, context, prefill.logits, drafter, sampler, 3, lambda _token: None):
             drafted += r.drafted
         session.rewind(len(SMALL_PROMPT))
         outputs.append(tuple(context[len(SMALL_PROMPT) :]))
@@ -266,7 +266,7 @@ def test_the_next_tokens_distribution_is_the_one_that_transformers_draws_from(se
         output_scores=True,
         return_dict_in_generate=True,
     )
-    prefill = engine.target.open(len(PROMPT)).prefill(PROMPT)
+    prefill = engine.backend.open(len(PROMPT)).prefill(PROMPT)
     probs = Sampler.from_params(params, CPU).probs(prefill.logits[None], PROMPT)
     torch.testing.assert_close(probs, output.scores[0].softmax(dim=-1), rtol=1e-4, atol=1e-6)
 

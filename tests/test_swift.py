@@ -18,16 +18,16 @@ SETTINGS = SwiftSettings(share=0.25, window=12, optimiser_every=5, good_enough=1
 
 
 def search_on(text: str, engine: Engine, settings: SwiftSettings, steps: int) -> SwiftSearch:
-    search = SwiftSearch(engine.target.num_layers, settings)
+    search = SwiftSearch(engine.backend.num_layers, settings)
     context = [*engine.encode(text), *engine.generate(text, max_new_tokens=20, plain=True).token_ids]
-    session = engine.target.open(len(context))
+    session = engine.backend.open(len(context))
     session.prefill(context[:-1])
     for _ in range(steps):
         if not search.done:
             search.step(session, context)
     assert session.length == len(context) - 1
     logits = session.forward(context[-1:])
-    fresh = engine.target.open(len(context))
+    fresh = engine.backend.open(len(context))
     assert torch.allclose(logits[0], fresh.prefill(context).logits, atol=1e-4), "a rehearsal leaves no trace"
     return search
 

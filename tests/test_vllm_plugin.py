@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import ModelError, UsageError
+from knn_ssd.loading.fingerprint import fingerprint, fingerprint_of_checkpoint
+from knn_ssd.loading.resolve import load_model
 from knn_ssd.plan import Plan
-from knn_ssd.target.fingerprint import fingerprint, fingerprint_of_checkpoint
-from knn_ssd.target.resolve import load_model
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.vllm_plugin.hooks import why_unsupported
-from knn_ssd.vllm_plugin.lowbit import LowBitWeight
-from knn_ssd.vllm_plugin.mends import expand_batch_to_tokens
+from knn_ssd.vllm_plugin.low_bit import LowBitWeight
+from knn_ssd.vllm_plugin.patches import expand_batch_to_tokens
 from knn_ssd.vllm_plugin.routing import PromptVector
 from knn_ssd.vllm_plugin.settings import read_settings
 

@@ -13,7 +13,7 @@ from knn_ssd.cli import main
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import Prompt
 from knn_ssd.testing import tiny_model, tiny_tokenizer
-from knn_ssd.tokens import encode
+from knn_ssd.tokenization import encode
 
 POOL = [Prompt(f"{name} {number}", name, f"{name}{number}") for name in ("math", "story") for number in range(3)]
 TEMPLATE = len("user: \nassistant: ")

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from knn_ssd.atlas import Atlas
-    from knn_ssd.decode import Round
     from knn_ssd.engine import Engine
     from knn_ssd.errors import KnnSsdError
-    from knn_ssd.generation import Generation, Stream
+    from knn_ssd.outputs import Generation, Stream
     from knn_ssd.plan import Mode, Plan, Policy
-    from knn_ssd.route import Route, Router
+    from knn_ssd.routing.router import Route, Router
     from knn_ssd.sampling import SamplingParams
+    from knn_ssd.speculation.decode import Round
 
     __version__: str
 
@@ -49,16 +49,16 @@ __all__ = [
 _HOMES = {
     "Atlas": "knn_ssd.atlas",
     "Engine": "knn_ssd.engine",
-    "Generation": "knn_ssd.generation",
+    "Generation": "knn_ssd.outputs",
     "KnnSsdError": "knn_ssd.errors",
     "Mode": "knn_ssd.plan",
     "Plan": "knn_ssd.plan",
     "Policy": "knn_ssd.plan",
-    "Round": "knn_ssd.decode",
-    "Route": "knn_ssd.route",
-    "Router": "knn_ssd.route",
+    "Round": "knn_ssd.speculation.decode",
+    "Route": "knn_ssd.routing.router",
+    "Router": "knn_ssd.routing.router",
     "SamplingParams": "knn_ssd.sampling",
-    "Stream": "knn_ssd.generation",
+    "Stream": "knn_ssd.outputs",
 }
 
 

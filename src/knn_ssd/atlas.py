@@ -1,4 +1,4 @@
-"""The atlas: anchors, labels, plans, the model they belong to, what things cost there, and the evidence.
+"""The atlas: anchors, domains, plans, the model they belong to, what things cost there, and the evidence.
 
 On disk a folder that explains itself: `atlas.json` for people, `anchors.safetensors` for the vectors. Written
 atomically; no pickle. Needs neither torch nor a model to be read.
@@ -10,14 +10,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import AtlasError, AtlasMismatchError, UsageError
-from knn_ssd.plan import Mode, Plan
-from knn_ssd.provenance import atomic_directory
+from knn_ssd.io import atomic_directory
+from knn_ssd.loading.fingerprint import Fingerprint
+from knn_ssd.plan import Plan
+from knn_ssd.speculation.cost_model import CostProfile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,82 +29,8 @@ MANIFEST = "atlas.json"
 ANCHORS = "anchors.safetensors"
 
 
-class Pooling(StrEnum):
-    """How the prompt vector is taken from the hidden states of the prompt's tokens."""
-
-    MEAN = "mean"  # as in the released code of arXiv 2505.16162
-    LAST = "last"  # as in its text; the only one that prefix caching leaves available
-
-
 @dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Which model an atlas belongs to.
-
-    Args:
-        architecture: name of the model's class.
-        num_layers, hidden_size, vocab_size: its sizes.
-        weights_hash: of samples of every weight, in bfloat16, so that the dtype it was loaded in does not matter.
-        tokenizer_hash: of the vocabulary; empty where there was no tokenizer.
-        dtype: in which it was calibrated. Not part of the model's identity.
-    """
-
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    weights_hash: str
-    tokenizer_hash: str
-    dtype: str
-
-    def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """What makes `other` another model, as sentences; empty if it is the same."""
-        names = [f.name for f in fields(self) if f.name != "dtype"]
-        pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
-        return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
-
-
-@dataclass(frozen=True, slots=True)
-class CostProfile:
-    """What passes cost on the machine they were measured on, in seconds.
-
-    Args:
-        step_sec: one token through the whole model.
-        attention_sec: saved by skipping one attention sublayer.
-        mlp_sec: saved by skipping one MLP sublayer.
-        verify_sec: a pass over 1, 2, 3, … tokens.
-        low_attention_sec, low_mlp_sec, low_head_sec: saved by running one of them on low-bit weights; 0 where the
-            target has none.
-    """
-
-    step_sec: float
-    attention_sec: float
-    mlp_sec: float
-    verify_sec: tuple[float, ...]
-    low_attention_sec: float = 0.0
-    low_mlp_sec: float = 0.0
-    low_head_sec: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.verify_sec:
-            raise UsageError("a cost profile needs the seconds of at least one verification, got none")
-
-    def draft_step_sec(self, plan: Plan) -> float:
-        """One token under a plan."""
-        saved = len(plan.skipped_attention) * self.attention_sec + len(plan.skipped_mlp) * self.mlp_sec
-        saved += plan.attention.count(Mode.LOW) * self.low_attention_sec + plan.mlp.count(Mode.LOW) * self.low_mlp_sec
-        saved += self.low_head_sec if plan.head is Mode.LOW else 0.0
-        return max(self.step_sec - saved, 0.0)
-
-    def verification_sec(self, rows: int) -> float:
-        """A pass over `rows` tokens, at least 1; beyond what was measured, in a straight line."""
-        known = self.verify_sec
-        if rows <= len(known):
-            return known[rows - 1]
-        return known[-1] + (rows - len(known)) * max(known[-1] - known[0], 0.0) / max(len(known) - 1, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
+class DomainEntry:
     """What an atlas knows of one domain.
 
     Args:
@@ -124,14 +52,14 @@ class Atlas:
         fingerprint: which model.
         pooling: how prompt vectors are taken.
         anchors: (A, D) float32.
-        anchor_labels: the label that each anchor stands for, A of them.
-        labels: by name.
+        anchor_domains: the domain that each anchor stands for, A of them.
+        domains: by name.
         fallback: the plan for prompts far from every anchor.
         fallback_evidence: what the search on the mixture found.
         cost: measured where the atlas was made.
         evidence: of the whole: versions, settings, held-out routing accuracy.
         vectors: (N, D) float32, the prompt vectors that the anchors were made of; None where they were not kept.
-        vector_labels: their labels, N of them.
+        vector_domains: their domains, N of them.
 
     Raises:
         AtlasError: parts that do not fit together.
@@ -140,49 +68,51 @@ class Atlas:
     fingerprint: Fingerprint
     pooling: Pooling
     anchors: np.ndarray[Any, Any]
-    anchor_labels: tuple[str, ...]
-    labels: Mapping[str, Label]
+    anchor_domains: tuple[str, ...]
+    domains: Mapping[str, DomainEntry]
     fallback: Plan
     cost: CostProfile
     fallback_evidence: Mapping[str, Any] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
     vectors: np.ndarray[Any, Any] | None = None
-    vector_labels: tuple[str, ...] = ()
+    vector_domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         num_anchors, width = self.anchors.shape
         num_vectors = 0 if self.vectors is None else len(self.vectors)
-        _require(num_vectors == len(self.vector_labels), f"{num_vectors} vectors have {len(self.vector_labels)} labels")
         _require(
-            num_anchors == len(self.anchor_labels),
-            f"{num_anchors} anchors have {len(self.anchor_labels)} labels",
+            num_vectors == len(self.vector_domains), f"{num_vectors} vectors have {len(self.vector_domains)} labels"
+        )
+        _require(
+            num_anchors == len(self.anchor_domains),
+            f"{num_anchors} anchors have {len(self.anchor_domains)} labels",
         )
         _require(width == self.fingerprint.hidden_size, f"anchors of {width} dimensions for a model of "
                  f"{self.fingerprint.hidden_size}")  # fmt: skip
-        unknown = sorted(set(self.anchor_labels) ^ set(self.labels))
+        unknown = sorted(set(self.anchor_domains) ^ set(self.domains))
         _require(not unknown, f"anchors and labels do not name the same domains: {', '.join(unknown)}")
-        plans = [label.plan for label in self.labels.values()] + [self.fallback]
+        plans = [domain.plan for domain in self.domains.values()] + [self.fallback]
         wrong = [plan.num_layers for plan in plans if plan.num_layers != self.fingerprint.num_layers]
         _require(
             not wrong,
             f"a plan for {wrong and wrong[0]} layers, and the model has {self.fingerprint.num_layers}",
         )
 
-    def plan_for(self, label: str | None) -> Plan:
-        """The plan of a label; None is the fallback.
+    def plan_for(self, domain: str | None) -> Plan:
+        """The plan of a domain; None is the fallback.
 
         Raises:
-            UsageError: a label that the atlas does not know.
+            UsageError: a domain that the atlas does not know.
         """
-        if label is None:
+        if domain is None:
             return self.fallback
-        if label not in self.labels:
-            raise UsageError(f"the atlas has no domain '{label}'", f"It has {', '.join(sorted(self.labels))}.")
-        return self.labels[label].plan
+        if domain not in self.domains:
+            raise UsageError(f"the atlas has no domain '{domain}'", f"It has {', '.join(sorted(self.domains))}.")
+        return self.domains[domain].plan
 
-    def evidence_of(self, label: str | None) -> Mapping[str, Any]:
-        """What the search for a label's plan found; None is the fallback's."""
-        return self.fallback_evidence if label is None else self.labels[label].evidence
+    def evidence_of(self, domain: str | None) -> Mapping[str, Any]:
+        """What the search for a domain's plan found; None is the fallback's."""
+        return self.fallback_evidence if domain is None else self.domains[domain].evidence
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises AtlasMismatchError, listing the differences, if the atlas belongs to another model."""
@@ -222,14 +152,14 @@ class Atlas:
                 fingerprint=content.fingerprint,
                 pooling=content.pooling,
                 anchors=arrays["anchors"],
-                anchor_labels=content.anchor_labels,
-                labels={name: entry.label() for name, entry in content.labels.items()},
+                anchor_domains=content.anchor_domains,
+                domains={name: entry.domain() for name, entry in content.domains.items()},
                 fallback=Plan.from_json(content.fallback.plan),
                 fallback_evidence=content.fallback.evidence,
                 cost=content.cost,
                 evidence=content.evidence,
                 vectors=arrays.get("vectors"),
-                vector_labels=content.vector_labels,
+                vector_domains=content.vector_domains,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -242,15 +172,15 @@ class Atlas:
             "schema": SCHEMA,
             "fingerprint": asdict(self.fingerprint),
             "pooling": self.pooling.value,
-            "labels": {
-                name: {"plan": label.plan.to_json(), "radius": label.radius, "evidence": dict(label.evidence)}
-                for name, label in self.labels.items()
+            "domains": {
+                name: {"plan": domain.plan.to_json(), "radius": domain.radius, "evidence": dict(domain.evidence)}
+                for name, domain in self.domains.items()
             },
             "fallback": {"plan": self.fallback.to_json(), "evidence": dict(self.fallback_evidence)},
             "cost": {name: value for name, value in asdict(self.cost).items() if value or not name.startswith("low_")},
-            "anchor_labels": list(self.anchor_labels),
+            "anchor_domains": list(self.anchor_domains),
             "anchors_sha256": hashlib.sha256(self._arrays()).hexdigest(),
-            "vector_labels": list(self.vector_labels),
+            "vector_domains": list(self.vector_domains),
             "evidence": dict(self.evidence),
         }
 
@@ -271,18 +201,18 @@ def _validate(manifest: dict[str, Any]) -> Any:
         evidence: dict[str, Any]
         radius: float = 2.0
 
-        def label(self) -> Label:
-            return Label(Plan.from_json(self.plan), self.radius, self.evidence)
+        def domain(self) -> DomainEntry:
+            return DomainEntry(Plan.from_json(self.plan), self.radius, self.evidence)
 
     @validated(config=ConfigDict(allow_inf_nan=False))
     class Content:
         fingerprint: Fingerprint
         pooling: Pooling
-        labels: dict[str, Entry]
+        domains: dict[str, Entry]
         fallback: Entry
         cost: CostProfile
-        anchor_labels: tuple[str, ...]
-        vector_labels: tuple[str, ...]
+        anchor_domains: tuple[str, ...]
+        vector_domains: tuple[str, ...]
         evidence: dict[str, Any]
 
     try:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from knn_ssd.atlas import Atlas
-from knn_ssd.controller import Costs
-from knn_ssd.decode import FinishReason, Round, decode
-from knn_ssd.draft.contract import DraftSource
-from knn_ssd.draft.lookup import LEAST_MEMORY
-from knn_ssd.drafting import Drafting, general_plan
+from knn_ssd.backends.base import Backend
+from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import PromptError, UsageError
-from knn_ssd.generation import Chunk, Generation, Stats, Stream
-from knn_ssd.memory import MemoryUse, peak_bytes, resident_bytes
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.outputs import Generation, Stream
 from knn_ssd.plan import Plan
-from knn_ssd.route import Route, Router
-from knn_ssd.sampling import Sampler, SamplingParams
-from knn_ssd.target.contract import Prefill, Session, Target
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.prefixes import Prefixes
-from knn_ssd.target.select import target_of
-from knn_ssd.text import TextStream
-from knn_ssd.tokens import PromptLike, encode, eos_token_ids
+from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
+from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
+from knn_ssd.sampling import Sampler, SamplingParams, refuse_stateful
+from knn_ssd.speculation.cost_model import CostModel, CostProfile
+from knn_ssd.speculation.decode import FinishReason
+from knn_ssd.speculation.drafter_factory import DrafterFactory
+from knn_ssd.speculation.lookup import MIN_CORPUS_TOKENS
+from knn_ssd.tokenization import Detokenizer, PromptLike, encode, eos_token_ids
+from knn_ssd.tools.memory import MemoryUse
 
 if TYPE_CHECKING:
     from transformers import (
@@ -38,28 +39,24 @@ if TYPE_CHECKING:
     )
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-# These keep state of their own between calls, so drafted tokens that are rejected would leave traces.
-_STATEFUL_PROCESSORS = (
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    "SynthIDTextWatermarkLogitsProcessor",
-)
-
 
 class Engine:
     """Decodes with a model that drafts for itself.
 
+    Several threads may share an engine.
+
     Args:
         model: a decoder of transformers.
         tokenizer: its tokenizer; None if prompts come as token ids and output is wanted as such.
-        atlas: which plan for which prompts; without one, all use a general plan: everything low-bit where the target
-            can, and look-up.
+        atlas: which plan to use for which prompts; without one, all prompts use a general plan: everything in 4 bits
+            where the backend can, and lookup.
         neighbours: how many anchors vote on a route.
-        remember: how many tokens of earlier prompts and outputs look-up searches too, for each label of the atlas;
-            0 is none. Output stays what it is; requests with plain decoding, a plan or a seed of their own neither
+        remember: how many tokens of earlier prompts and outputs lookup searches too, for each domain of the atlas; 0
+            is none. Output stays the same; requests that decode plainly or have a plan or a seed of their own neither
             add to it nor read it.
-        prefix_cache: how many bytes of keys and values to keep of earlier requests, so that a prompt that begins as
-            one of them did is run from where they part. Output stays what it is.
-        target: what the model runs on; None takes the lean target where it can, else the general one.
+        prefix_cache: how many bytes of KV cache to keep of earlier requests, so that a prompt with the same first
+            tokens is only run from where it differs. Output stays the same.
+        backend: executes the model; None takes the native backend where it can, else the transformers backend.
 
     Raises:
         UnsupportedModelError: a model that cannot draft for itself.
@@ -75,25 +72,33 @@ class Engine:
         neighbours: int = 1,
         remember: int = 0,
         prefix_cache: int = 0,
-        target: Target | None = None,
+        backend: Backend | None = None,
     ) -> None:
-        if remember != 0 and remember < LEAST_MEMORY:
-            raise UsageError(f"remember must be 0 or at least {LEAST_MEMORY} tokens, got {remember}")
+        if remember != 0 and remember < MIN_CORPUS_TOKENS:
+            raise UsageError(f"remember must be 0 or at least {MIN_CORPUS_TOKENS} tokens, got {remember}")
         if prefix_cache < 0:
             raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
         self.tokenizer = tokenizer
         self.atlas = atlas
-        self.target: Target = target or target_of(model)
-        self.exactness = self.target.exactness
-        self.clock: Callable[[], float] | None = None
+        self.backend: Backend = backend or select_backend(model)
+        self.exactness = self.backend.exactness
         self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        self._drafting = Drafting(self.target, atlas.cost if atlas is not None else None, remember)
-        self._prefixes = Prefixes(prefix_cache) if prefix_cache else None
-        self._router: Router | None = None
+        self._remember = remember
+        self._prefix_cache = PrefixCache(prefix_cache) if prefix_cache else None
+        profile = atlas.cost if atlas is not None else None
+        self._drafters = DrafterFactory(self.backend, profile, remember=remember)
+        self._batcher: Batcher = Unbatched(self.backend, self._drafters.cost_model)
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
-            self._router = Router.of(atlas, neighbours, self.target.device)
+        self._plans = PlanChooser(self.backend, atlas, neighbours)
+
+    def with_batcher(self, batcher: Batcher) -> Engine:
+        """An engine on the same model, backend, atlas and prefix cache whose requests run in a batcher."""
+        engine = copy.copy(self)
+        engine._batcher = batcher
+        engine._drafters = DrafterFactory(self.backend, self.cost_profile, batcher.cost_model, self._remember)
+        return engine
 
     @classmethod
     def from_pretrained(
@@ -119,7 +124,7 @@ class Engine:
         Raises:
             ModelError, AtlasError: what cannot be found, read or used together.
         """
-        from knn_ssd.target.resolve import load_model
+        from knn_ssd.loading.resolve import load_model
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
@@ -129,7 +134,7 @@ class Engine:
     @property
     def memory(self) -> MemoryUse:
         """What the engine and the process hold in memory now."""
-        return MemoryUse(self._weight_bytes, self.target.low_bit_bytes, resident_bytes(), peak_bytes())
+        return MemoryUse.now(self._weight_bytes, self.backend.low_bit_bytes)
 
     @property
     def repetition_penalty(self) -> float:
@@ -137,16 +142,19 @@ class Engine:
         return getattr(self.model.generation_config, "repetition_penalty", None) or 1.0
 
     @property
-    def costs(self) -> Costs:
-        """What passes of the model take, as far as this engine's requests have seen."""
-        return self._drafting.costs
+    def cost_profile(self) -> CostProfile:
+        """What forward passes cost before any ran: the atlas's profile, or a typical one."""
+        return self._drafters.profile
+
+    @property
+    def cost_model(self) -> CostModel:
+        """What forward passes cost, as far as this engine's requests have seen."""
+        return self._batcher.cost_model
 
     def prepare(self) -> None:
         """Makes now what the first request would otherwise wait for: the low-bit copies that plans use."""
-        atlas = self.atlas
-        routed = [atlas.plan_for(label) for label in (*atlas.labels, None)] if atlas is not None else []
-        for plan in routed or [general_plan(self.target)]:
-            self.target.prepare(plan)
+        for plan in self._plans.plans:
+            self.backend.prepare(plan)
 
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
@@ -154,11 +162,11 @@ class Engine:
         Raises:
             PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
         """
-        token_ids = encode(self.tokenizer, prompt, self.target.context_length, chat)
-        unknown = [token for token in token_ids if not 0 <= token < self.target.vocab_size]
+        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat)
+        unknown = [token for token in token_ids if not 0 <= token < self.backend.vocab_size]
         if unknown:
             raise PromptError(
-                f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {self.target.vocab_size}",
+                f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}",
                 "Use the tokenizer that belongs to the model.",
             )
         return token_ids
@@ -195,13 +203,14 @@ class Engine:
             repetition_penalty: see there; None is what the model's generation config says, as in transformers.
             stop: strings that end the output; they are not part of the text.
             plain: decode without drafts.
-            domain: use this label's plan, whatever the route.
+            domain: use this domain's plan, whatever the route.
             plan: use this plan, whatever the route.
-            adaptive: within the plan's policy, choose each round who drafts and how far by expected tokens per second;
-                else follow the policy to the letter. None is adaptive unless a `plan` is given; for sampling with a
-                `seed`, whose draws depend on what was drafted, by costs on paper and by this request alone.
+            adaptive: within the plan's policy, choose for each round which drafter drafts and how far, by expected
+                tokens per second; otherwise follow the policy to the letter. None is adaptive unless a `plan` is given.
+                Sampling with a `seed`, whose draws depend on what was drafted, adapts by the cost profile and by this
+                request alone.
             chat: put text through the tokenizer's chat template if it has one.
-            logprobs: for each token, tell its logarithmic probability and those of so many likeliest; None is neither.
+            logprobs: report each token's log-probability and so many of the likeliest tokens; None reports neither.
 
         Raises:
             PromptError: a prompt that cannot be used.
@@ -210,33 +219,24 @@ class Engine:
         if repetition_penalty is None:
             repetition_penalty = self.repetition_penalty
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        sampler = Sampler.from_params(params, self.target.device)
         token_ids = self.encode(prompt, chat)
         limit = self._limit(len(token_ids), max_new_tokens)
-        text = self._text((stop,) if isinstance(stop, str) else tuple(stop))
         if logprobs is not None and logprobs < 0:
             raise UsageError(f"logprobs must be 0 or more, got {logprobs}")
-
-        session = self.target.open(len(token_ids) + limit, self._prefixes)
-        prefill = session.prefill(token_ids)
-        started = time.perf_counter()
-        route = self._route(prefill)
-        chosen = self._choose_plan(route, plain, domain, plan)
-        route_sec = time.perf_counter() - started
         reproducible = adaptive is None and plan is None and not params.greedy and seed is not None
-        adaptive = plan is None if adaptive is None else adaptive
-        label = domain or (route.plan_label if route is not None else None)
-        source = self._source(session, chosen, sampler, label, adaptive, reproducible)
-        at_limit = FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT
-        pieces: list[str] = []
-        ends = self._ending(text, pieces)
-        rounds = decode(
-            session, token_ids, prefill.logits, source, sampler, limit, ends, at_limit, self.clock, logprobs
+        wanted = PlanRequest(plain, domain, plan, plan is None if adaptive is None else adaptive, reproducible)
+        request, plan_domain = self._open(
+            token_ids,
+            limit,
+            Sampler.from_params(params, self.backend.device),
+            end_at(eos_token_ids(self.model)),
+            wanted,
+            detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
+            limit_reason=FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT,
+            logprobs=logprobs,
         )
-        if adaptive and not reproducible and not plain:
-            rounds = self._remembering(rounds, label, token_ids)
-        steps = self._steps(session, rounds, text, pieces, route, chosen, prefill, route_sec)
-        return Stream(route, chosen, len(token_ids), steps)  # which grow from the first step on
+        remembers = wanted.adaptive and not reproducible and not plain
+        return request.stream(self._weight_bytes, partial(self._drafters.remember, plan_domain) if remembers else None)
 
     def custom_generate(
         self,
@@ -256,139 +256,64 @@ class Engine:
         """
         self._check_custom(model, input_ids, logits_processor, generation_config, model_kwargs.get("attention_mask"))
         token_ids = self.encode(input_ids[0].tolist())
-        limit = min(int(generation_config.max_length), self.target.context_length) - len(token_ids)
+        limit = min(int(generation_config.max_length), self.backend.context_length) - len(token_ids)
         sampler = Sampler(logits_processor, greedy=not generation_config.do_sample)
-        session = self.target.open(len(token_ids) + limit, self._prefixes)
-        context = list(token_ids)
 
-        def ends(token: int) -> FinishReason | None:
-            so_far = torch.tensor([[*context]], device=input_ids.device)
+        def ends(_token: int) -> FinishReason | None:
+            so_far = torch.tensor([request.context], device=input_ids.device)
             return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None
 
-        try:
-            prefill = session.prefill(token_ids)
-            route = self._route(prefill)
-            chosen = self._choose_plan(route, plain=False, domain=None, plan=None)
-            label = route.plan_label if route is not None else None
-            source = self._source(session, chosen, sampler, label, reproducible=not sampler.greedy)
-            for _round in decode(session, context, prefill.logits, source, sampler, limit, ends):
+        request, _ = self._open(token_ids, limit, sampler, ends, PlanRequest(reproducible=not sampler.greedy))
+        with request:
+            for _round in request.rounds():
                 pass
-        finally:
-            session.close()
-        sequences = torch.tensor([context], dtype=input_ids.dtype, device=input_ids.device)
+        sequences = torch.tensor([request.context], dtype=input_ids.dtype, device=input_ids.device)
         if not generation_config.return_dict_in_generate:
             return sequences
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
 
-    def _source(
-        self,
-        session: Session,
-        plan: Plan,
-        sampler: Sampler,
-        label: str | None,
-        adaptive: bool = True,
-        reproducible: bool = False,
-    ) -> DraftSource | None:
-        self.target.prepare(plan)
-        agreement = None
-        if self.atlas is not None and plan == self.atlas.plan_for(label):
-            agreement = self.atlas.evidence_of(label).get("agreement")
-        return self._drafting.source(
-            session,
-            plan,
-            sampler,
-            label=label,
-            agreement=agreement,
-            adaptive=adaptive,
-            reproducible=reproducible,
-        )
-
-    def _remembering(self, rounds: Iterator[Round], label: str | None, context: list[int]) -> Iterator[Round]:
-        """The rounds; when they have ended, `context`, which they lengthen, is there for later look-ups."""
-        yield from rounds
-        self._drafting.remember(label, context)
-
-    def _steps(
-        self,
-        session: Session,
-        rounds: Iterator[Round],
-        text: TextStream | None,
-        pieces: list[str],
-        route: Route | None,
-        plan: Plan,
-        prefill: Prefill,
-        route_sec: float,
-    ) -> Generator[Chunk, None, Generation]:
-        seen: list[Round] = []
+    def _open(
+        self, token_ids: Sequence[int], limit: int, sampler: Sampler, ends: EndRule, wanted: PlanRequest, **options: Any
+    ) -> tuple[Request, str | None]:
+        """A prefilled request with its route, plan and drafter; and the domain whose statistics it shares."""
+        options |= {"batcher": self._batcher, "prefix_cache": self._prefix_cache}
+        request = Request(self.backend, token_ids, limit, sampler, ends, **options)
         try:
-            for current in rounds:
-                seen.append(current)
-                if current.finish_reason is not None and text is not None:
-                    pieces[-1] += text.finish()
-                yield Chunk(tuple(pieces[-len(current.tokens) :]), current)
-        finally:
-            session.close()
-        reason = seen[-1].finish_reason
-        assert reason is not None
-        stats = Stats(
-            tokens=sum(len(r.tokens) for r in seen),
-            rounds=len(seen),
-            drafted=sum(r.drafted for r in seen),
-            accepted=sum(r.accepted for r in seen),
-            prefill_sec=prefill.seconds,
-            route_sec=route_sec,
-            decode_sec=sum(r.draft_sec + r.verify_sec for r in seen),
-            exactness=self.exactness,
-            memory=self.memory,
-            reused=prefill.reused,
-        )
-        token_ids = tuple(token for r in seen for token in r.tokens)
-        logprobs = tuple(each for r in seen for each in r.logprobs)
-        return Generation("".join(pieces), token_ids, route, plan, stats, reason, logprobs)
+            started = time.perf_counter()
+            chosen = self._plans.choose(request.prefill, wanted)
+            request.route_sec = time.perf_counter() - started
+            request.route, request.plan = chosen.route, chosen.plan
+            self.backend.prepare(chosen.plan)
+            request.drafter = self._drafters.new_drafter(
+                request.session,
+                chosen.plan,
+                sampler,
+                domain=chosen.domain,
+                agreement=chosen.agreement,
+                adaptive=wanted.adaptive,
+                reproducible=wanted.reproducible,
+            )
+        except BaseException:
+            request.close()
+            raise
+        return request, chosen.domain
 
-    def _text(self, stops: tuple[str, ...]) -> TextStream | None:
-        if not all(stops):
+    def _detokenizer(self, stop: tuple[str, ...]) -> Detokenizer | None:
+        if not all(stop):
             raise UsageError("a stop string must have at least one character, got an empty one")
-        if stops and self.tokenizer is None:
-            raise UsageError(f"stop strings need a tokenizer, got {list(stops)} and a model without one")
-        return TextStream(self.tokenizer, stops) if self.tokenizer is not None else None
-
-    def _ending(self, text: TextStream | None, pieces: list[str]) -> Callable[[int], FinishReason | None]:
-        """Adds to `pieces` the text that became certain with each token."""
-        eos = eos_token_ids(self.model)
-
-        def ends(token: int) -> FinishReason | None:
-            stopped = text.push(token) if text is not None else False
-            pieces.append(text.take() if text is not None else "")
-            if token in eos:
-                return FinishReason.EOS
-            return FinishReason.STOP if stopped else None
-
-        return ends
+        if stop and self.tokenizer is None:
+            raise UsageError(f"stop strings need a tokenizer, got {list(stop)} and a model without one")
+        return Detokenizer(self.tokenizer, stop) if self.tokenizer is not None else None
 
     def _limit(self, prompt_length: int, max_new_tokens: int | None) -> int:
-        room = self.target.context_length - prompt_length
+        room = self.backend.context_length - prompt_length
         if max_new_tokens is None:
             return room
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         return min(room, max_new_tokens)
-
-    def _route(self, prefill: Prefill) -> Route | None:
-        if self.atlas is None or self._router is None:
-            return None
-        return self._router.predict(prefill.vector(self.atlas.pooling))
-
-    def _choose_plan(self, route: Route | None, plain: bool, domain: str | None, plan: Plan | None) -> Plan:
-        if domain is not None and self.atlas is None:
-            raise UsageError(f"a domain needs an atlas that knows it, got '{domain}' and no atlas")
-        routed = domain if domain is not None else route.plan_label if route is not None else None
-        from_atlas = self.atlas.plan_for(routed) if self.atlas is not None else None
-        if plain:
-            return Plan.plain(self.target.num_layers)
-        return plan or from_atlas or general_plan(self.target)
 
     def _check_custom(
         self,
@@ -406,6 +331,4 @@ class Engine:
             raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
         if attention_mask is not None and not bool(attention_mask.all()):
             raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
-        stateful = [name for p in processors if (name := type(p).__name__) in _STATEFUL_PROCESSORS]
-        if stateful:
-            raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")
+        refuse_stateful(processors)

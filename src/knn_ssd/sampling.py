@@ -21,6 +21,8 @@ from transformers.generation.logits_process import (
 
 from knn_ssd.errors import UsageError
 
+_STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+
 # Below it, float32 logits that differ at all leave the most likely token alone, and divided by it they would overflow.
 _COLDEST = 1e-9
 
@@ -174,6 +176,13 @@ def most_likely(scores: torch.Tensor) -> tuple[int, ...]:
     if scores.dtype is torch.float32 and scores.device.type == "cpu":  # where numpy is ten times as fast
         return tuple(scores.detach().numpy().argmax(axis=-1).tolist())
     return tuple(scores.argmax(dim=-1).tolist())
+
+
+def refuse_stateful(processors: LogitsProcessorList) -> None:
+    """Raises a `UsageError` for a processor that keeps state between calls, in which rejected drafts leave traces."""
+    stateful = [name for processor in processors if (name := type(processor).__name__) in _STATEFUL_PROCESSORS]
+    if stateful:
+        raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")
 
 
 def _require(condition: bool, rule: str, value: float) -> None:

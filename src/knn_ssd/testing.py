@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from knn_ssd.target.structure import find_structure
+from knn_ssd.backends.structure import find_structure
 
 VOCAB_SIZE = 128
 _FIRST_CHARACTER, _LAST_CHARACTER = 33, 126  # printable, without the space

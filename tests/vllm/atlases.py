@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from in_vllm import LAYERS
 
-from knn_ssd.atlas import Atlas, Label, Pooling
-from knn_ssd.controller import typical_profile
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.base import Pooling
+from knn_ssd.backends.select import select_backend
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.loading.resolve import load_model
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.route import Router
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.resolve import load_model
-from knn_ssd.target.select import target_of
+from knn_ssd.routing.router import Router
+from knn_ssd.speculation.cost_model import typical_profile
 
 FAR = Policy(max_draft=4, threshold=0.0)
 PLANS = {
@@ -41,13 +42,13 @@ class Vectors:
 
     def __init__(self, folder: Path, pooling: Pooling) -> None:
         self._loaded = load_model(str(folder), device="cpu", dtype="float32")
-        self._target = target_of(self._loaded.model)
+        self._backend = select_backend(self._loaded.model)
         self._pooling = pooling
 
     def of(self, prompts: list[list[int]]) -> np.ndarray:
         vectors = []
         for prompt in prompts:
-            session = self._target.open(len(prompt))
+            session = self._backend.open(len(prompt))
             vectors.append(session.prefill(prompt).vector(self._pooling).float().numpy())
             session.close()
         return np.stack(vectors)
@@ -65,14 +66,14 @@ class Vectors:
             fingerprint=fingerprint(self._loaded.model, self._loaded.tokenizer),
             pooling=self._pooling,
             anchors=np.concatenate([self.of(known[domain]) for domain in plans]),
-            anchor_labels=tuple(domain for domain in plans for _ in known[domain]),
-            labels={domain: Label(plan, radius) for domain, plan in plans.items()},
+            anchor_domains=tuple(domain for domain in plans for _ in known[domain]),
+            domains={domain: DomainEntry(plan, radius) for domain, plan in plans.items()},
             fallback=fallback,
             cost=typical_profile(fallback.num_layers),
         )
 
     def routes(self, atlas: Atlas, prompts: list[list[int]]) -> dict[str, int]:
-        """How many prompts go to each label."""
+        """How many prompts go to each domain."""
         router = Router.of(atlas)
         names = [router.predict(torch.from_numpy(vector)).plan_name for vector in self.of(prompts)]
         return {name: names.count(name) for name in sorted(set(names))}

@@ -20,7 +20,7 @@ def disturb() -> None:
     import torch
     from vllm.distributed import get_tp_group
 
-    from knn_ssd.vllm_plugin.stack import Stack
+    from knn_ssd.vllm_plugin.layers import Stack
 
     original = Stack.logits
 

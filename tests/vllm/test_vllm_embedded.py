@@ -8,11 +8,11 @@ import pytest
 from atlases import Vectors
 from in_vllm import Opener, counts_of, greedy, tokens_of
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.engine import Engine
+from knn_ssd.loading.resolve import load_model, model_dir
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import builtin_prompts
-from knn_ssd.target.resolve import load_model, model_dir
 
 FAR = Policy(max_draft=4, threshold=0.5)
 LAYERS = 30

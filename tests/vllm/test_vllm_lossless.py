@@ -10,8 +10,8 @@ import pytest
 import torch
 from in_vllm import LAYERS, Opener, counts_of, greedy, metrics_of, runner_of, save_tiny_model, tokens_of
 
+from knn_ssd.loading.resolve import load_model
 from knn_ssd.plan import Plan, Policy
-from knn_ssd.target.resolve import load_model
 
 FAR = Policy(max_draft=4, threshold=0.0)
 NOTHING = Plan.skipping(LAYERS, policy=FAR)
@@ -47,7 +47,7 @@ def test_greedy_output_is_the_same(opened: Opener, tiny: Path, plan: Plan, count
 
 
 def test_low_bit_weights_are_those_of_the_model_rounded(opened: Opener, tiny: Path) -> None:
-    from knn_ssd.vllm_plugin.lowbit import LowBit
+    from knn_ssd.vllm_plugin.low_bit import LowBit
 
     llm = opened(tiny)
     linear = runner_of(llm).model.model.layers[1].mlp.gate_up_proj

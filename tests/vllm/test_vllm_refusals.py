@@ -9,7 +9,7 @@ import pytest
 from atlases import Vectors
 from in_vllm import LAYERS, Opener, save_tiny_model
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.plan import Plan
 
 PLAN = Plan.skipping(LAYERS, [2]).to_json()

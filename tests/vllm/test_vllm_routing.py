@@ -9,7 +9,8 @@ import pytest
 from atlases import PLANS, Vectors, prompts_of
 from in_vllm import Opener, counts_of, greedy, metrics_of, runner_of, tokens_of
 
-from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.atlas import Atlas
+from knn_ssd.backends.base import Pooling
 
 
 def mixed() -> list[list[int]]:

@@ -19,7 +19,7 @@ import pytest
 from atlases import PLANS, Vectors, prompts_of
 from openai import AsyncOpenAI
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.vllm_plugin.hooks import PROPOSER
 
 CLIENTS = 64

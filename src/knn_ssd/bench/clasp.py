@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from knn_ssd.draft.contract import Draft, Outcome
-from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.sampling import Sampler
-from knn_ssd.target.fused_session import FusedSession
+from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.self_draft import SelfDraft
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,13 @@ class ClaspSettings:
     policy: Policy = field(default_factory=lambda: Policy(12, 0.7))
 
 
-def choose_layers(session: FusedSession, token: int, num_layers: int, count: int) -> list[int]:
-    """Which `count` of L layers to skip, for the token at the session's pointer, in order."""
-    states = session.embed(token)  # (j + 1, D), row j with j layers skipped
+def choose_layers(backend: NativeBackend, session: NativeSession, token: int, count: int) -> list[int]:
+    """Which `count` of L layers to skip, for the token at the session's cursor, in order."""
+    assert session.cache is not None
+    states = backend.embed(token)  # (j + 1, D), row j with j layers skipped
     skips: list[list[int]] = [[]]
-    for layer in range(num_layers):
-        ran = session.run_layer(layer, states)
+    for layer in range(backend.num_layers):
+        ran = backend.run_layer(layer, states, session.cache, session.length)
         full = ran[:1]
         scores = torch.nn.functional.cosine_similarity(ran, full)
         skipped = torch.nn.functional.cosine_similarity(states, full)
@@ -63,30 +65,30 @@ class ClaspDraft:
     """Drafts of one request, under layers chosen for it.
 
     Args:
-        session: of the request.
-        sampler: of the request.
-        num_layers: of the model.
+        backend: executes the model.
+        session: the request's.
+        sampler: the request's.
         settings: of the choice.
     """
 
     def __init__(
-        self, session: FusedSession, sampler: Sampler, num_layers: int, settings: ClaspSettings | None = None
+        self, backend: NativeBackend, session: NativeSession, sampler: Sampler, settings: ClaspSettings | None = None
     ) -> None:
+        self._backend = backend
         self._session = session
         self._sampler = sampler
-        self._num_layers = num_layers
         self._settings = settings or ClaspSettings()
         self._chosen_at: int | None = None  # length of the context
-        self.plan = Plan.plain(num_layers)
+        self.plan = Plan.plain(backend.num_layers)
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """At most `limit` tokens to follow `context`."""
         settings = self._settings
         if len(context) > 1 and (self._chosen_at is None or len(context) - self._chosen_at >= settings.interval):
-            with self._session.looking_back(1):
-                count = round(settings.share * self._num_layers)
-                layers = choose_layers(self._session, context[-2], self._num_layers, count)
-            self.plan = Plan.skipping(self._num_layers, layers, layers, settings.policy)
+            with self._session.rewound(1):
+                count = round(settings.share * self._backend.num_layers)
+                layers = choose_layers(self._backend, self._session, context[-2], count)
+            self.plan = Plan.skipping(self._backend.num_layers, layers, layers, settings.policy)
             self._chosen_at = len(context)
         if self._chosen_at is None:
             return Draft()

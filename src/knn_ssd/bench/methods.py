@@ -9,29 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from knn_ssd.atlas import Atlas, Label
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.bench.clasp import ClaspDraft
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE
 from knn_ssd.bench.swift import LEAST_LAYERS, SwiftDraft, SwiftSearch
-from knn_ssd.calibrate.onpolicy import ending
 from knn_ssd.calibrate.settings import MIXTURE
-from knn_ssd.decode import Round, decode
-from knn_ssd.draft.contract import DraftSource
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
-from knn_ssd.memory import peak_bytes
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.request import Request, end_at
 from knn_ssd.sampling import Sampler, SamplingParams
-from knn_ssd.target.contract import Session
-from knn_ssd.target.fused import FusedTarget
-from knn_ssd.target.fused_session import FusedSession
-from knn_ssd.tokens import eos_token_ids
+from knn_ssd.speculation.decode import Round
+from knn_ssd.speculation.drafter import Drafter
+from knn_ssd.tokenization import eos_token_ids
+from knn_ssd.tools.memory import peak_bytes
 
 HF, HF_LOOKUP = "hf", "hf-lookup"
 DESCRIPTIONS = {
@@ -119,10 +117,10 @@ def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[st
 
 def _unrouted(name: str, engine: Engine) -> Plan:
     """The plan that a method has for all prompts."""
-    layers = engine.target.num_layers
+    layers = engine.backend.num_layers
     if name == "lookup":
         return Plan.skipping(layers, policy=Policy(lookup=True))
-    if Mode.LOW not in engine.target.modes:
+    if Mode.LOW not in engine.backend.modes:
         raise BenchError(
             "the method 'low' needs low-bit weights, and this model's target has none here",
             "See `knn-ssd doctor`, or choose other --methods.",
@@ -131,28 +129,32 @@ def _unrouted(name: str, engine: Engine) -> Plan:
 
 
 def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
-    layers = engine.target.num_layers
+    layers = engine.backend.num_layers
     if layers < LEAST_LAYERS:
         raise BenchError(
             f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
         )
     search = SwiftSearch(layers, seed=sampling.get("seed", 0))
-    return _drafting(engine, sampling, partial(SwiftDraft, search))
+
+    def new_drafter(request: Request) -> Drafter:
+        return SwiftDraft(search, request.session, request.sampler, request.num_prompt_tokens)
+
+    return _with_drafter(engine, sampling, new_drafter)
 
 
 def _clasp(engine: Engine, sampling: dict[str, Any]) -> Method:
-    target = engine.target
-    if not isinstance(target, FusedTarget):
+    backend = engine.backend
+    if not isinstance(backend, NativeBackend):
         raise BenchError(
             "the method 'clasp' runs layers one by one, which this model's target cannot",
             "See `knn-ssd doctor`, or choose other --methods.",
         )
 
-    def new_source(session: Session, sampler: Sampler, _prompt_length: int) -> DraftSource:
-        assert isinstance(session, FusedSession)
-        return ClaspDraft(session, sampler, target.num_layers)
+    def new_drafter(request: Request) -> Drafter:
+        assert isinstance(request.session, NativeSession)
+        return ClaspDraft(backend, request.session, request.sampler)
 
-    return _drafting(engine, sampling, new_source)
+    return _with_drafter(engine, sampling, new_drafter)
 
 
 _CHOOSING = {"swift": _swift, "clasp": _clasp}  # what to skip, while they serve
@@ -163,25 +165,27 @@ def _as_published(
 ) -> Method:
     """Drafts that skip, under a fixed policy, routed or not: the methods of arXiv 2505.16162, section 4."""
     if name == "knn-ssd":
-        labels = {label: Label(_skipping(atlas, label), known.radius) for label, known in atlas.labels.items()}
-        skips = replace(atlas, labels=labels, fallback=_skipping(atlas, None))
+        domains = {
+            domain: DomainEntry(_skipping(atlas, domain), known.radius) for domain, known in atlas.domains.items()
+        }
+        skips = replace(atlas, domains=domains, fallback=_skipping(atlas, None))
         return _own(engine, skips, sampling, adaptive=False)
-    label = first_domain if name == "self-sd-fix" else None
-    if name == "self-sd-fix" and label not in atlas.labels:
+    domain = first_domain if name == "self-sd-fix" else None
+    if name == "self-sd-fix" and domain not in atlas.domains:
         raise BenchError(
-            f"'self-sd-fix' drafts as for the stream's first domain, '{label}', and the atlas has "
-            f"{', '.join(sorted(atlas.labels))}",
+            f"'self-sd-fix' drafts as for the stream's first domain, '{domain}', and the atlas has "
+            f"{', '.join(sorted(atlas.domains))}",
             "Give prompts of the atlas's domains, or choose other --methods.",
         )
-    return _own(engine, None, sampling, plan=_skipping(atlas, label), adaptive=False)
+    return _own(engine, None, sampling, plan=_skipping(atlas, domain), adaptive=False)
 
 
-def _skipping(atlas: Atlas, label: str | None) -> Plan:
-    """What the best plan of a label that skips anything skips, and nothing else, whatever the clock made of it."""
-    found = atlas.evidence_of(label).get("best_skipping")
+def _skipping(atlas: Atlas, domain: str | None) -> Plan:
+    """What the best plan of a domain that skips anything skips, and nothing else, whatever the clock made of it."""
+    found = atlas.evidence_of(domain).get("best_skipping")
     if not found:
         raise BenchError(
-            f"the atlas knows no plan that skips for {label or MIXTURE}",
+            f"the atlas knows no plan that skips for {domain or MIXTURE}",
             "Calibrate with --modes skip, or choose other --methods.",
         )
     plan = Plan.from_json(found["plan"])
@@ -190,7 +194,7 @@ def _skipping(atlas: Atlas, label: str | None) -> Plan:
 
 
 def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
-    own = Engine(engine.model, engine.tokenizer, atlas, target=engine.target)
+    own = Engine(engine.model, engine.tokenizer, atlas, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()
@@ -202,7 +206,7 @@ def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **option
             "prefill_sec": result.stats.prefill_sec + result.stats.route_sec,
             "route_sec": result.stats.route_sec,
             "routed": result.route is not None,
-            "label": result.route.plan_label if result.route is not None else None,
+            "routed_domain": result.route.plan_domain if result.route is not None else None,
             **_told(rounds, sampling),
         }
         return Output(result.token_ids, total_sec, details)
@@ -210,26 +214,20 @@ def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **option
     return run
 
 
-def _drafting(
-    engine: Engine, sampling: dict[str, Any], new_source: Callable[[Session, Sampler, int], DraftSource]
-) -> Method:
-    """Rounds with another source of drafts, made of a request's session, its sampler and its prompt's length."""
-    target, ends = engine.target, ending(eos_token_ids(engine.model))
+def _with_drafter(engine: Engine, sampling: dict[str, Any], new_drafter: Callable[[Request], Drafter]) -> Method:
+    """Rounds with a drafter of another kind, made for each request."""
+    backend, ends = engine.backend, end_at(eos_token_ids(engine.model))
     params = SamplingParams(repetition_penalty=engine.repetition_penalty, **sampling)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()
-        session = target.open(len(prompt) + max_new_tokens)
-        try:
-            prefill = session.prefill(prompt)
-            sampler = Sampler.from_params(params, target.device)
-            source = new_source(session, sampler, len(prompt))
-            rounds = list(decode(session, list(prompt), prefill.logits, source, sampler, max_new_tokens, ends))
-        finally:
-            session.close()
+        sampler = Sampler.from_params(params, backend.device)
+        with Request(backend, prompt, max_new_tokens, sampler, ends) as request:
+            request.drafter = new_drafter(request)
+            rounds = list(request.rounds())
         total_sec = time.perf_counter() - started
         token_ids = tuple(token for each in rounds for token in each.tokens)
-        return Output(token_ids, total_sec, {"prefill_sec": prefill.seconds, **_told(rounds, sampling)})
+        return Output(token_ids, total_sec, {"prefill_sec": request.prefill.seconds, **_told(rounds, sampling)})
 
     return run
 
@@ -295,7 +293,7 @@ def _by_source(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:
     drafted: dict[str, int] = {}
     accepted: dict[str, int] = {}
     for each in rounds:
-        for index, source in enumerate(each.sources):
-            drafted[source] = drafted.get(source, 0) + 1
-            accepted[source] = accepted.get(source, 0) + (index < each.accepted)
+        for index, drafter in enumerate(each.drafters):
+            drafted[drafter] = drafted.get(drafter, 0) + 1
+            accepted[drafter] = accepted.get(drafter, 0) + (index < each.accepted)
     return drafted, accepted

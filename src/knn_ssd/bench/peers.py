@@ -12,8 +12,8 @@ from pathlib import Path
 
 from knn_ssd.bench.records import Record, read_records
 from knn_ssd.errors import BenchError
+from knn_ssd.io import write_whole
 from knn_ssd.prompts import Prompt
-from knn_ssd.provenance import write_whole
 
 APART = "measured apart: another process, not interleaved"
 _PROMPTS, _FOLDER = "prompts.jsonl", "peers"

@@ -11,7 +11,7 @@ from html import escape
 from itertools import count
 
 from knn_ssd.plan import Plan
-from knn_ssd.projection import Points
+from knn_ssd.routing.projection import Points
 
 Point = tuple[float, float]
 
@@ -120,14 +120,14 @@ def stacks(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], 
 
 
 def scatter(points: Points, colours: Mapping[str, str]) -> str:
-    """Prompts as dots and anchors as rings, by label."""
+    """Prompts as dots and anchors as rings, by domain."""
     size, edge, parts = 340, 12, []
-    for index, ((x, y), label) in enumerate(zip(points.places, points.labels, strict=True)):
+    for index, ((x, y), domain) in enumerate(zip(points.places, points.domains, strict=True)):
         at = f"cx={edge + float(x) * (size - 2 * edge):.1f} cy={edge + (1 - float(y)) * (size - 2 * edge):.1f}"
         if index < points.num_prompts:
-            parts.append(f"<circle {at} r=3 style='fill:{colours[label]};fill-opacity:.55' />")
+            parts.append(f"<circle {at} r=3 style='fill:{colours[domain]};fill-opacity:.55' />")
         else:
-            parts.append(f"<circle {at} r=6 style='fill:{colours[label]};stroke:var(--ink);stroke-width:1.5' />")
+            parts.append(f"<circle {at} r=6 style='fill:{colours[domain]};stroke:var(--ink);stroke-width:1.5' />")
     return _svg(size, size, "prompts and anchors", parts)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd.errors import BenchError
-from knn_ssd.provenance import writing
+from knn_ssd.io import JsonLines, cut_torn_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Record:
         drafted, accepted: tokens by source; accepted ones reached the output.
         draft_sec, verify_sec: the parts of the rounds; None where the program does not say.
         by_length: for each length of a draft, how many rounds had it, and how many of their tokens were accepted.
-        label: where the prompt was routed; None without a router, or where it went to the fallback.
+        domain: where the prompt was routed; None without a router, or where it went to the fallback.
         routed: whether a router was asked.
         lossless: whether the method claims to say what plain decoding says.
         lossy: whether the weights or the cache that it ran on are not the model's own, but rounded to fewer bits.
@@ -56,7 +56,7 @@ class Record:
     draft_sec: float | None = None
     verify_sec: float | None = None
     by_length: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    label: str | None = None
+    routed_domain: str | None = None
     routed: bool = False
     lossless: bool = True
     lossy: bool = False
@@ -127,10 +127,7 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records = read_records(path) if path.exists() else []
-        with writing(path):
-            if path.exists():
-                whole = path.read_bytes()
-                path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        cut_torn_line(path)
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds records, all of them or none.
@@ -139,7 +136,5 @@ class RecordFile:
             OutputError: a full disk, or no permission.
         """
         records = list(records)
-        lines = "".join(json.dumps(record.to_json()) + "\n" for record in records)
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        JsonLines(self.path).append(record.to_json() for record in records)
         self.records += records

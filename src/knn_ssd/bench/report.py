@@ -13,7 +13,7 @@ from knn_ssd.bench.peers import APART
 from knn_ssd.bench.pictures import Axes, bars, key, lines, mode_map, scatter, stacks
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE, named, running_speedup, shown
-from knn_ssd.projection import Points
+from knn_ssd.routing.projection import Points
 
 _FEWEST_ROUNDS = 5  # that a mean is shown of
 
@@ -159,7 +159,7 @@ def _atlas(atlas: Atlas | None) -> str:
         return ""
     points = Points.of(atlas)
     colours = {name: f"var(--c{i % 9})" for i, name in enumerate(points.names)}
-    plans = {**{name: label.plan for name, label in atlas.labels.items()}, "fallback": atlas.fallback}
+    plans = {**{name: domain.plan for name, domain in atlas.domains.items()}, "fallback": atlas.fallback}
     modes = {"keep": "var(--soft)", "low": "var(--c0)", "skip": "var(--ink)"}
     return (
         f"<h2>{escape(points.title)}</h2><p class=quiet>{escape(points.caption)}.</p>"

@@ -12,19 +12,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from knn_ssd.bench.methods import Method, Output, record_of
 from knn_ssd.bench.peers import read_peers, write_prompts
 from knn_ssd.bench.records import Record, RecordFile
 from knn_ssd.bench.summary import BASELINE, differing, summarize
-from knn_ssd.doctor import measure_bandwidth, measure_step, read_bytes_per_token
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError
+from knn_ssd.io import provenance, write_whole, writing
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.progress import Progress
 from knn_ssd.prompts import Prompt
-from knn_ssd.provenance import provenance, write_whole, writing
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.tokens import eos_token_ids
+from knn_ssd.tokenization import eos_token_ids
+from knn_ssd.tools.doctor import measure_bandwidth, measure_step, read_bytes_per_token
 
 SCHEMA = 1
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 8
@@ -52,14 +53,6 @@ class BenchSettings:
     chat: bool = True
 
 
-class Progress(Protocol):
-    """Told how far a run is."""
-
-    def stage(self, name: str, total: int | None) -> None: ...
-
-    def advance(self, note: str = "") -> None: ...
-
-
 def run_bench(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -77,7 +70,7 @@ def run_bench(
         methods: by name, with `plain` among them.
         out: the folder; one with records of the same run is continued.
         settings: of the run.
-        progress: is told.
+        progress: receives how far it is.
         model: its name, for the report.
 
     Raises:
@@ -106,7 +99,7 @@ def run_bench(
         for name, method in methods.items():
             method(encoded[0][:_WARM_UP_PROMPT], _WARM_UP_TOKENS)
             progress.advance(name)
-    steps = [measure_step(engine.target)]
+    steps = [measure_step(engine.backend)]
     progress.stage("measuring", len(todo))
     for repeat, place in todo:
         outputs = run_prompt(methods, encoded[place], settings.max_new_tokens, place + repeat)
@@ -119,7 +112,7 @@ def run_bench(
         ]
         file.append(record for record in records if record.key not in known)
         progress.advance(prompt.id)
-    steps.append(measure_step(engine.target))
+    steps.append(measure_step(engine.backend))
     summary = _summary(engine, file.records, read_peers(out, file.records), settings, model, max(steps))
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
@@ -165,7 +158,7 @@ def _summary(
         "exactness": engine.exactness.value,
         "settings": asdict(settings),
         "step_sec": step_sec,
-        "floor_sec": read_bytes_per_token(engine.model) / measure_bandwidth(engine.target.device),
+        "floor_sec": read_bytes_per_token(engine.model) / measure_bandwidth(engine.backend.device),
         "baseline_slowed": speed is not None and 1 / speed > _SLOWED * step_sec,
         "differing": [{"method": r.method, "prompt": r.prompt, "repeat": r.repeat} for r in differing(records)],
         "peers": sorted({record.method for record in peers}),

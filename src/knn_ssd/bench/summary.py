@@ -86,7 +86,7 @@ def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], see
         "lossy": any(r.lossy for r in own),
         "prompts": len({r.place for r in own}),
         "tokens": tokens,
-        "routing_accuracy": _mean([r.label == r.domain for r in routed if r.domain is not None]),
+        "routing_accuracy": _mean([r.routed_domain == r.domain for r in routed if r.domain is not None]),
         "route_sec_mean": _mean([r.route_sec for r in routed]),
         "first_token_sec_mean": _mean(prefills),
         "peak_memory_bytes": max(peaks, default=None),

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import optuna
 from optuna.distributions import FloatDistribution
 
-from knn_ssd.draft.contract import Draft, Outcome
-from knn_ssd.draft.self_draft import SelfDraft
+from knn_ssd.backends.base import Session
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import Sampler, most_likely
-from knn_ssd.target.contract import Session
+from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.self_draft import SelfDraft
 
 LEAST_LAYERS = 3  # the first and the last are never skipped
 
@@ -86,8 +86,8 @@ class SwiftSearch:
         weights, chosen = self._candidate()
         plan = self.plan if self.agreement < 0 else self._plan(chosen)
         window = self.settings.window
-        with session.looking_back(window):
-            logits = session.rehearse(list(context[-window - 1 : -1]), plan, window)  # (window, V)
+        with session.rewound(window):
+            logits = session.teacher_forced_logits(list(context[-window - 1 : -1]), plan, window)  # (window, V)
         guesses = most_likely(logits)
         agreement = sum(guess == token for guess, token in zip(guesses, context[-window:], strict=True)) / window
         self.steps += 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
-from knn_ssd.tokens import encode
+from knn_ssd.tokenization import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -227,7 +227,7 @@ def _load_dataset(name: str, path: str, config: str | None, split: str) -> Any:
     try:
         return load_dataset(path, config, split=split)
     except Exception as error:  # of the network, of the Hub, of any format that the library reads
-        from knn_ssd.target.pretrained import reason
+        from knn_ssd.loading.files import reason
 
         raise PromptError(
             f"'{name}' cannot be read: {reason(error)}",

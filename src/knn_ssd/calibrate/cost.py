@@ -8,9 +8,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from knn_ssd.atlas import CostProfile
+from knn_ssd.backends.base import Backend, Session
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.target.contract import Session, Target
+from knn_ssd.speculation.cost_model import CostProfile
 
 _CONTEXT = 64  # tokens in the cache while measuring
 _MEASURED_ROWS = (1, 2, 3, 5, 8, 9, 13, 17)  # blocks of 8 are what kernels like
@@ -18,7 +18,7 @@ _WHOLE = "all"
 _ENOUGH_SEC, _MOST_TURNS = 2.0, 50  # a model of a few milliseconds is measured more often
 
 
-def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> CostProfile:
+def measure_cost(backend: Backend, low: bool = False, least_turns: int = 7) -> CostProfile:
     """The cost profile of a target: single steps under a few plans, and verifications of 1 to 17 tokens.
 
     Args:
@@ -26,12 +26,12 @@ def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> Cos
         low: measure what low-bit weights save, too.
         least_turns: how often each pass is timed at least.
     """
-    layers = range(target.num_layers)
-    kept, lowered = (Mode.KEEP,) * target.num_layers, (Mode.LOW,) * target.num_layers
+    layers = range(backend.num_layers)
+    kept, lowered = (Mode.KEEP,) * backend.num_layers, (Mode.LOW,) * backend.num_layers
     plans = {
-        _WHOLE: Plan.skipping(target.num_layers),
-        "attention": Plan.skipping(target.num_layers, attention=layers),
-        "mlp": Plan.skipping(target.num_layers, mlp=layers),
+        _WHOLE: Plan.skipping(backend.num_layers),
+        "attention": Plan.skipping(backend.num_layers, attention=layers),
+        "mlp": Plan.skipping(backend.num_layers, mlp=layers),
     }
     if low:
         plans |= {
@@ -40,15 +40,15 @@ def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> Cos
             "low head": Plan(kept, kept, Mode.LOW),
         }
         for plan in plans.values():
-            target.prepare(plan)
-    context = min(_CONTEXT, target.context_length - max(_MEASURED_ROWS))
-    session = target.open(context + max(_MEASURED_ROWS))
+            backend.prepare(plan)
+    context = min(_CONTEXT, backend.context_length - max(_MEASURED_ROWS))
+    session = backend.open(context + max(_MEASURED_ROWS))
     try:
-        session.prefill([3 % target.vocab_size] * context)
+        session.prefill([3 % backend.vocab_size] * context)
         passes: dict[str | int, Callable[[], object]] = {
-            name: _step(session, [3 % target.vocab_size], plan) for name, plan in plans.items()
+            name: _step(session, [3 % backend.vocab_size], plan) for name, plan in plans.items()
         }
-        passes |= {rows: _step(session, [3 % target.vocab_size] * rows, None) for rows in _MEASURED_ROWS}
+        passes |= {rows: _step(session, [3 % backend.vocab_size] * rows, None) for rows in _MEASURED_ROWS}
         seconds = _interleaved(passes, least_turns)
     finally:
         session.close()
@@ -59,11 +59,11 @@ def measure_cost(target: Target, low: bool = False, least_turns: int = 7) -> Cos
 
     return CostProfile(
         step_sec=step,
-        attention_sec=saved("attention") / target.num_layers,
-        mlp_sec=saved("mlp") / target.num_layers,
+        attention_sec=saved("attention") / backend.num_layers,
+        mlp_sec=saved("mlp") / backend.num_layers,
         verify_sec=_every_row(seconds),
-        low_attention_sec=saved("low attention") / target.num_layers,
-        low_mlp_sec=saved("low mlp") / target.num_layers,
+        low_attention_sec=saved("low attention") / backend.num_layers,
+        low_mlp_sec=saved("low mlp") / backend.num_layers,
         low_head_sec=saved("low head"),
     )
 

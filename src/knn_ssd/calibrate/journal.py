@@ -19,10 +19,10 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from knn_ssd.atlas import CostProfile
-from knn_ssd.calibrate.onpolicy import ObservationFile
+from knn_ssd.calibrate.continuations import ObservationFile
 from knn_ssd.errors import CalibrationError, OutputError
-from knn_ssd.provenance import write_whole, writing
+from knn_ssd.io import cut_torn_line, write_whole, writing
+from knn_ssd.speculation.cost_model import CostProfile
 
 _SETTINGS, _COST, _TRIALS, _OBSERVATIONS = "settings.json", "cost.json", "trials.log", "observations.jsonl"
 
@@ -74,7 +74,7 @@ class Journal:
         path = self.folder / _SETTINGS
         if path.exists():
             self._check(json.loads(path.read_text("utf-8")), settings, resume)
-            self._mend_trials()
+            cut_torn_line(self.folder / _TRIALS)
             return
         if self.folder.exists() and any(self.folder.iterdir()):
             raise OutputError(f"'{self.folder}' is in the way, and is not a calibration's", "Choose another --out.")
@@ -116,12 +116,3 @@ class Journal:
                 f"the interrupted calibration at '{self.folder}' was run with other settings: {'; '.join(changed)}",
                 "Give the same ones, or remove that folder to begin anew.",
             )
-
-    def _mend_trials(self) -> None:
-        """Cuts off the half line that a kill may have left."""
-        path = self.folder / _TRIALS
-        if path.exists():
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                path.write_bytes(whole)

@@ -17,14 +17,14 @@ from itertools import product
 
 from scipy.stats import t as student_t
 
-from knn_ssd.atlas import CostProfile
-from knn_ssd.calibrate.onpolicy import Observation, ending
-from knn_ssd.decode import decode
-from knn_ssd.draft.self_draft import top_probability
-from knn_ssd.drafting import Drafting
+from knn_ssd.backends.base import Backend, Session
+from knn_ssd.calibrate.continuations import Observation
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.request import Request, end_at
 from knn_ssd.sampling import Sampler, SamplingParams, most_likely
-from knn_ssd.target.contract import Session, Target
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.speculation.drafter_factory import DrafterFactory
+from knn_ssd.speculation.self_draft import top_probability
 
 RUN_LENGTH = 8  # drafts are rehearsed in runs of this many tokens
 POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)))
@@ -49,7 +49,7 @@ class Record:
     """
 
     agrees: tuple[bool, ...]
-    sure: tuple[float, ...]
+    confidences: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ class Score:
     positions: int
 
 
-class Rehearsals:
-    """The continuations of one label, kept in sessions so that any number of plans can be rehearsed on them.
+class TeacherForcedScorer:
+    """The continuations of one domain, kept in sessions so that any number of plans can be rehearsed on them.
 
     Args:
         target: the model.
@@ -78,15 +78,15 @@ class Rehearsals:
         cost: of the machine.
     """
 
-    def __init__(self, target: Target, observations: Sequence[Observation], cost: CostProfile) -> None:
-        self._target = target
+    def __init__(self, backend: Backend, observations: Sequence[Observation], cost: CostProfile) -> None:
+        self._backend = backend
         self._cost = cost
         self._observations = [o for o in observations if len(o.token_ids) > 1]
         self._sessions: list[Session] = []
 
-    def __enter__(self) -> Rehearsals:
+    def __enter__(self) -> TeacherForcedScorer:
         for observation in self._observations:
-            session = self._target.open(len(observation.prompt_ids) + len(observation.token_ids))
+            session = self._backend.open(len(observation.prompt_ids) + len(observation.token_ids))
             self._sessions.append(session)
             session.prefill(list(observation.prompt_ids))
             session.forward(list(observation.token_ids[:-1]))
@@ -108,9 +108,9 @@ class Rehearsals:
         records: list[Record] = []
         result: Score | None = None
         for observation, session in zip(self._observations, self._sessions, strict=True):
-            records.append(self._rehearse(plan, observation, session))
+            records.append(self._trace_draft(plan, observation, session))
             policy, speedup = max(
-                ((policy, foretold_speedup(records, plan, policy, self._cost)) for policy in policies),
+                ((policy, predicted_speedup(records, plan, policy, self._cost)) for policy in policies),
                 key=lambda pair: pair[1],
             )
             agrees = [agree for record in records for agree in record.agrees]
@@ -119,14 +119,14 @@ class Rehearsals:
                 break
         return result or Score(Plan.plain(plan.num_layers), 1.0, 0.0, 0)
 
-    def _rehearse(self, plan: Plan, observation: Observation, session: Session) -> Record:
+    def _trace_draft(self, plan: Plan, observation: Observation, session: Session) -> Record:
         tokens = observation.token_ids
-        logits = session.rehearse(list(tokens[:-1]), plan, RUN_LENGTH)  # (n, V)
+        logits = session.teacher_forced_logits(list(tokens[:-1]), plan, RUN_LENGTH)  # (n, V)
         agrees = [best == after for best, after in zip(most_likely(logits), tokens[1:], strict=True)]
         return Record(tuple(agrees), tuple(top_probability(logits).tolist()))
 
 
-def foretold_speedup(records: Sequence[Record], plan: Plan, policy: Policy, cost: CostProfile) -> float:
+def predicted_speedup(records: Sequence[Record], plan: Plan, policy: Policy, cost: CostProfile) -> float:
     """Plays the rounds of a policy through the records; tokens per second over plain decoding's."""
     step_sec = cost.draft_step_sec(plan)
     tokens, seconds = 0, 0.0
@@ -144,13 +144,13 @@ def _play_round(record: Record, start: int, policy: Policy) -> tuple[int, int]:
     """Tokens drafted and accepted in a round that begins at `start`."""
     drafted = accepted = 0
     agreeing = True
-    for agrees, sure in zip(record.agrees[start:], record.sure[start:], strict=True):
+    for agrees, confidences in zip(record.agrees[start:], record.confidences[start:], strict=True):
         if drafted == policy.max_draft:
             break
         drafted += 1
         agreeing = agreeing and agrees
         accepted += agreeing
-        if sure < policy.threshold:
+        if confidences < policy.threshold:
             break
     return drafted, accepted
 
@@ -210,15 +210,15 @@ class Clock:
 
     def __init__(
         self,
-        target: Target,
+        backend: Backend,
         observations: Sequence[Observation],
         eos_token_ids: frozenset[int],
         cost: CostProfile | None = None,
     ) -> None:
-        self._target = target
+        self._backend = backend
         self._observations = [o for o in observations if len(o.token_ids) > 1]
-        self._eos_token_ids = eos_token_ids
-        self._drafting = Drafting(target, cost)
+        self._ends = end_at(eos_token_ids)
+        self._drafters = DrafterFactory(backend, cost)
         self._agreement: dict[tuple[Mode, ...], float | None] = {}
 
     def compare(self, plans: Sequence[Plan], agreements: Sequence[float | None] = ()) -> list[Timing]:
@@ -228,7 +228,7 @@ class Clock:
         after each other, time and again, and of each prompt the fastest times count.
         """
         self._agreement = {plan.modes: agreement for plan, agreement in zip(plans, agreements, strict=False)}
-        plain = Plan.plain(self._target.num_layers)
+        plain = Plan.plain(self._backend.num_layers)
         timings = [Timing() for _ in plans]
         if self._observations:  # the warm-up
             self.seconds(self._observations[0], plain)
@@ -255,24 +255,14 @@ class Clock:
 
     def seconds(self, observation: Observation, plan: Plan, adaptive: bool = True) -> float:
         """Time to decode one continuation after its prompt."""
-        self._target.prepare(plan)
-        session = self._target.open(len(observation.prompt_ids) + len(observation.token_ids))
-        try:
-            prefill = session.prefill(list(observation.prompt_ids))
-            sampler = Sampler.from_params(SamplingParams(), self._target.device)
+        self._backend.prepare(plan)
+        sampler = Sampler.from_params(SamplingParams(), self._backend.device)
+        with Request(self._backend, observation.prompt_ids, len(observation.token_ids), sampler, self._ends) as request:
             agreement = self._agreement.get(plan.modes)
-            source = self._drafting.source(session, plan, sampler, agreement=agreement, adaptive=adaptive)
+            request.drafter = self._drafters.new_drafter(
+                request.session, plan, sampler, agreement=agreement, adaptive=adaptive
+            )
             started = time.perf_counter()
-            for _round in decode(
-                session,
-                list(observation.prompt_ids),
-                prefill.logits,
-                source,
-                sampler,
-                len(observation.token_ids),
-                ending(self._eos_token_ids),
-            ):
+            for _round in request.rounds():
                 pass
             return time.perf_counter() - started
-        finally:
-            session.close()

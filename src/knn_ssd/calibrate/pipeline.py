@@ -1,8 +1,8 @@
-"""Prompts to an atlas: observe, cluster, measure costs, search per label and for the mixture, let the clock decide,
+"""Prompts to an atlas: observe, cluster, measure costs, search per domain and for the mixture, let the clock decide,
 write.
 
 Every step's result is kept in the journal as it is made, so an interrupted calibration goes on where it stopped.
-Nothing is printed; a `Reporter` hears what goes on.
+Nothing is printed; `progress` receives how far it is.
 """
 
 from __future__ import annotations
@@ -16,47 +16,33 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from knn_ssd.atlas import Atlas, CostProfile, Label
+from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.select import select_backend
 from knn_ssd.calibrate.anchors import fit_anchors
+from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import WORTH_HAVING, Clock, Rehearsals, Score, Timing
-from knn_ssd.calibrate.onpolicy import Observation, observe
+from knn_ssd.calibrate.objective import WORTH_HAVING, Clock, Score, TeacherForcedScorer, Timing
 from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
 from knn_ssd.calibrate.settings import MIXTURE, Settings
 from knn_ssd.errors import Interrupted, OutputError, UsageError
+from knn_ssd.io import provenance
+from knn_ssd.loading.fingerprint import fingerprint
+from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.prompts import Prompt
-from knn_ssd.provenance import provenance
-from knn_ssd.target.fingerprint import fingerprint
-from knn_ssd.target.resolve import LoadedModel, load_model
-from knn_ssd.target.select import target_of
-from knn_ssd.tokens import encode, eos_token_ids
+from knn_ssd.speculation.cost_model import CostProfile
+from knn_ssd.tokenization import encode, eos_token_ids
 
 _WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
 _FINALISTS = 2
 _MOST_REPEATS = 50  # a search that suggests only what it knows, this often in a row, has converged
-
-
-class Reporter(Protocol):
-    """Hears what goes on."""
-
-    def stage(self, name: str, total: int | None) -> None:
-        """A new stage of so many steps; None where nobody knows."""
-
-    def advance(self, note: str = "") -> None:
-        """One step done."""
-
-
-class _Silent:
-    def stage(self, name: str, total: int | None) -> None: ...
-
-    def advance(self, note: str = "") -> None: ...
 
 
 def calibrate(
@@ -66,7 +52,7 @@ def calibrate(
     settings: Settings | None = None,
     *,
     resume: bool = False,
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Atlas:
     """Calibrates a model on prompts and writes the atlas.
 
@@ -76,7 +62,7 @@ def calibrate(
         out: the folder that will be the atlas. Nothing may be there yet.
         settings: what to do.
         resume: go on with an interrupted calibration of the same settings.
-        reporter: hears what goes on.
+        progress: receives how far it is.
 
     Raises:
         UsageError: prompts without domains, or too few of them.
@@ -88,7 +74,7 @@ def calibrate(
     out = Path(out)
     if out.exists():
         raise OutputError(f"there is already something at '{out}'", "Choose another --out, or remove it first.")
-    run = _Calibration(loaded, by_domain(prompts), out, settings, reporter or _Silent())
+    run = _Calibration(loaded, by_domain(prompts), out, settings, progress or NoProgress())
     try:
         return run.run(resume)
     except KeyboardInterrupt:
@@ -128,16 +114,16 @@ class _Calibration:
         grouped: Mapping[str, Sequence[Prompt]],
         out: Path,
         settings: Settings,
-        reporter: Reporter,
+        progress: Progress,
     ) -> None:
         self.loaded = loaded
-        self.target = target_of(loaded.model)
-        self.low = settings.low and Mode.LOW in self.target.modes and settings.search is not Strategy.PAPER
+        self.backend = select_backend(loaded.model)
+        self.low = settings.low and Mode.LOW in self.backend.modes and settings.search is not Strategy.PAPER
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out
         self.settings = settings
-        self.reporter = reporter
+        self.progress = progress
         self.journal = Journal(out)
         self.started = time.perf_counter()
         self.identity: dict[str, Any] = {
@@ -153,53 +139,53 @@ class _Calibration:
         cost = self._measure_cost()
         searches = search_sets(observations, self.settings)
         self._search(searches, cost, fresh=not resume)
-        entries = {label: self._decide(label, chosen, cost) for label, chosen in searches.items()}
+        entries = {domain: self._decide(domain, chosen, cost) for domain, chosen in searches.items()}
         atlas = self._atlas(observations, cost, entries)
         atlas.save(self.out)
         self.journal.remove()
         return atlas
 
     def _encode(self) -> list[tuple[str, int, Prompt, list[int]]]:
-        """Every prompt that is used, with its label, its place in it and its token ids."""
+        """Every prompt that is used, with its domain, its place in it and its token ids."""
         count = max(self.settings.vector_prompts, self.settings.search_prompts)
-        tokenizer, context = self.loaded.tokenizer, self.target.context_length
+        tokenizer, context = self.loaded.tokenizer, self.backend.context_length
         return [
-            (label, index, prompt, encode(tokenizer, prompt.prompt, context, self.settings.chat, name=prompt.id))
-            for label, prompts in self.grouped.items()
+            (domain, index, prompt, encode(tokenizer, prompt.prompt, context, self.settings.chat, name=prompt.id))
+            for domain, prompts in self.grouped.items()
             for index, prompt in enumerate(prompts[:count])
         ]
 
     def _observe(self, wanted: Sequence[tuple[str, int, Prompt, list[int]]]) -> list[Observation]:
         """The observations of all prompts, those of an interrupted run included."""
         settings = self.settings
-        done = {(o.label, o.id, o.prompt_ids): o for o in self.journal.observations.read()}
-        self.reporter.stage("reading prompts", len(wanted))
+        done = {(o.domain, o.id, o.prompt_ids): o for o in self.journal.observations.read()}
+        self.progress.stage("reading prompts", len(wanted))
         observations = []
-        for label, index, prompt, prompt_ids in wanted:
-            observation = done.get((label, prompt.id, tuple(prompt_ids)))
+        for domain, index, prompt, prompt_ids in wanted:
+            observation = done.get((domain, prompt.id, tuple(prompt_ids)))
             if observation is None:
                 new_tokens = settings.new_tokens if index < settings.search_prompts else 0
                 eos = eos_token_ids(self.loaded.model)
-                observation = observe(self.target, label, prompt.id, prompt_ids, new_tokens, settings.pooling, eos)
+                observation = observe(self.backend, domain, prompt.id, prompt_ids, new_tokens, settings.pooling, eos)
                 self.journal.observations.append(observation)
             observations.append(observation)
-            self.reporter.advance(label)
+            self.progress.advance(domain)
         return observations
 
     def _measure_cost(self) -> CostProfile:
         cost = self.journal.read_cost()
         if cost is None:
-            self.reporter.stage("measuring costs", None)
-            cost = measure_cost(self.target, self.low)
+            self.progress.stage("measuring costs", None)
+            cost = measure_cost(self.backend, self.low)
             self.journal.write_cost(cost)
         return cost
 
     def _search(self, searches: Mapping[str, Sequence[Observation]], cost: CostProfile, fresh: bool) -> None:
         storage = self.journal.storage(self.settings.storage)
-        for label in searches:  # before any worker starts, so that none finds the storage half made
-            create_study(storage, self._study_name(label))
+        for domain in searches:  # before any worker starts, so that none finds the storage half made
+            create_study(storage, self._study_name(domain))
             if not fresh and self.settings.storage is None:
-                self.open_search(label, cost).abandon_running()
+                self.open_search(domain, cost).abandon_running()
         workers = [_start_worker(self, index) for index in range(1, self.settings.workers)]
         try:
             search_all(self, searches, cost)
@@ -214,16 +200,16 @@ class _Calibration:
             for worker in workers:
                 worker.terminate()
 
-    def _study_name(self, label: str) -> str:
+    def _study_name(self, domain: str) -> str:
         """Calibrations that ask the same share their trials in one storage; others there do not mix with them."""
         asked = {name: value for name, value in self.identity.items() if name != "seed"}  # each worker has its own
-        return f"{_digest(asked)}-{label}"
+        return f"{_digest(asked)}-{domain}"
 
-    def open_search(self, label: str, cost: CostProfile) -> Search:
-        layers, settings = self.target.num_layers, self.settings
-        study = create_study(self.journal.storage(settings.storage), self._study_name(label))
-        trials = settings.num_trials(layers, self.low, label)
-        short = self.low and label != MIXTURE and trials is not None and trials < 2 * layers
+    def open_search(self, domain: str, cost: CostProfile) -> Search:
+        layers, settings = self.backend.num_layers, self.settings
+        study = create_study(self.journal.storage(settings.storage), self._study_name(domain))
+        trials = settings.num_trials(layers, self.low, domain)
+        short = self.low and domain != MIXTURE and trials is not None and trials < 2 * layers
         shared = self.open_search(MIXTURE, cost).finished() if short else ()
         return Search(
             study,
@@ -236,20 +222,20 @@ class _Calibration:
             shared=[f for f in shared if len(f.changes) == 1],
         )
 
-    def _decide(self, label: str, observations: Sequence[Observation], cost: CostProfile) -> Label:
+    def _decide(self, domain: str, observations: Sequence[Observation], cost: CostProfile) -> DomainEntry:
         """Lets the clock choose among the best few and plain decoding."""
-        finished = self.open_search(label, cost).finished()
+        finished = self.open_search(domain, cost).finished()
         ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
         skipping = [f for f in ranked if f.plan.num_skipped]
         finalists = self._finalists(ranked)
         timed: list[Timing] = []
         if finalists:
-            self.reporter.stage(f"timing {label}", None)
+            self.progress.stage(f"timing {domain}", None)
             agreements = [_agreement(ranked, plan) for plan in finalists]
             timed = self.clock(observations, cost).compare(finalists, agreements)
         winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= WORTH_HAVING]
         best = max(winners, key=lambda i: timed[i].speedup, default=None)
-        plan = Plan.plain(self.target.num_layers) if best is None else finalists[best]
+        plan = Plan.plain(self.backend.num_layers) if best is None else finalists[best]
         evidence = {
             "trials": len(finished),
             "prompts": len(observations),
@@ -261,29 +247,31 @@ class _Calibration:
             ],
             "best_skipping": _told(skipping[0]) if skipping else None,
         }
-        return Label(plan, 2.0, evidence)
+        return DomainEntry(plan, 2.0, evidence)
 
     def _finalists(self, ranked: Sequence[Finished]) -> list[Plan]:
         """The plans that the clock tries: the best foretold, or look-up alone."""
         best = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f) and f.plan.cheapens]
         if self.settings.search is Strategy.PAPER or not self.settings.lookup:
             return best
-        alone = Plan.skipping(self.target.num_layers, policy=Policy(lookup=True))
+        alone = Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))
         plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
         return plans or [alone]
 
     def clock(self, observations: Sequence[Observation], cost: CostProfile) -> Clock:
-        return Clock(self.target, observations, eos_token_ids(self.loaded.model), cost)
+        return Clock(self.backend, observations, eos_token_ids(self.loaded.model), cost)
 
     def _worth_timing(self, finished: Finished) -> bool:
         """Published scores are timings already, in tokens per second; foretold ones are speed-ups."""
         return self.settings.search is Strategy.PAPER or finished.speedup >= _WORTH_TIMING
 
-    def _atlas(self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, Label]) -> Atlas:
-        self.reporter.stage("placing anchors", None)
+    def _atlas(
+        self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, DomainEntry]
+    ) -> Atlas:
+        self.progress.stage("placing anchors", None)
         vectors = np.array([o.vector for o in observations], dtype=np.float32)
-        labels = [o.label for o in observations]
-        anchors = fit_anchors(vectors, labels, self.settings.anchors, self.settings.seed)
+        domains = [o.domain for o in observations]
+        anchors = fit_anchors(vectors, domains, self.settings.anchors, self.settings.seed)
         name = Path(self.loaded.name).name if self.loaded.directory else self.loaded.name  # an atlas names no folders
         evidence = {
             **provenance(),
@@ -296,14 +284,14 @@ class _Calibration:
             fingerprint=self.fingerprint,
             pooling=self.settings.pooling,
             anchors=anchors.points,
-            anchor_labels=anchors.labels,
-            labels={name: replace(entries[name], radius=anchors.radii[name]) for name in self.grouped},
+            anchor_domains=anchors.domains,
+            domains={name: replace(entries[name], radius=anchors.radii[name]) for name in self.grouped},
             fallback=entries[MIXTURE].plan,
             cost=cost,
             fallback_evidence=entries[MIXTURE].evidence,
             evidence=evidence,
             vectors=vectors,
-            vector_labels=tuple(labels),
+            vector_domains=tuple(domains),
         )
 
 
@@ -320,22 +308,22 @@ def search_all(run: _Calibration, searches: Mapping[str, Sequence[Observation]],
     """All searches in turn; the minutes, where they are what is given, are shared out evenly."""
     seconds_left = 60 * run.settings.minutes if run.settings.minutes is not None else float("inf")
     ordered = sorted(searches.items(), key=lambda item: item[0] != MIXTURE)  # it first: others may share its trials
-    for place, (label, observations) in enumerate(ordered):
-        run.reporter.stage(f"searching {label}", run.settings.num_trials(run.target.num_layers, run.low, label))
-        search = run.open_search(label, cost)
+    for place, (domain, observations) in enumerate(ordered):
+        run.progress.stage(f"searching {domain}", run.settings.num_trials(run.backend.num_layers, run.low, domain))
+        search = run.open_search(domain, cost)
         with _scoring(run, observations, cost) as score:
             started = time.perf_counter()
-            _search_label(run, label, search, score, started + seconds_left / (len(searches) - place))
+            _search_domain(run, domain, search, score, started + seconds_left / (len(searches) - place))
             seconds_left -= time.perf_counter() - started
 
 
-def _search_label(
-    run: _Calibration, label: str, search: Search, score: Callable[[Trial, float], Score], deadline: float
+def _search_domain(
+    run: _Calibration, domain: str, search: Search, score: Callable[[Trial, float], Score], deadline: float
 ) -> None:
     """Asks, scores and tells until the trials or the time are used up, or nothing new is left to try."""
-    total = run.settings.num_trials(run.target.num_layers, run.low, label)
+    total = run.settings.num_trials(run.backend.num_layers, run.low, domain)
     for _ in range(search.num_begun()):
-        run.reporter.advance()
+        run.progress.advance()
     repeats = 0
     while (total is None or search.num_begun() < total) and repeats < _MOST_REPEATS and time.perf_counter() < deadline:
         trial = search.ask()
@@ -346,7 +334,7 @@ def _search_label(
         best = max((f.speedup for f in search.finished()), default=0.0)
         told = known or score(trial, best)
         search.tell(trial, told)
-        run.reporter.advance(f"best {max(best, told.speedup):.2f}")
+        run.progress.advance(f"best {max(best, told.speedup):.2f}")
 
 
 @contextmanager
@@ -365,15 +353,15 @@ def _scoring(
 
         yield timed
         return
-    with Rehearsals(run.target, observations, cost) as rehearsals:
-        yield lambda trial, best: rehearsals.score(trial.plan, best)
+    with TeacherForcedScorer(run.backend, observations, cost) as scorer:
+        yield lambda trial, best: scorer.score(trial.plan, best)
 
 
 def search_sets(observations: Sequence[Observation], settings: Settings) -> dict[str, list[Observation]]:
-    """Which continuations each label's plans are scored on, and the mixture's: some of every label, in turn."""
+    """Which continuations each domain's plans are scored on, and the mixture's: some of every domain, in turn."""
     continued: dict[str, list[Observation]] = {}
     for observation in observations:
-        members = continued.setdefault(observation.label, [])
+        members = continued.setdefault(observation.domain, [])
         if observation.token_ids and len(members) < settings.search_prompts:
             members.append(observation)
     turns = zip_longest(*continued.values())
@@ -403,7 +391,7 @@ def _start_worker(run: _Calibration, index: int) -> multiprocessing.process.Base
 
 def _work(name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: Path, settings: Settings) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
-    run = _Calibration(load_model(name, dtype=dtype), grouped, out, settings, _Silent())
+    run = _Calibration(load_model(name, dtype=dtype), grouped, out, settings, NoProgress())
     cost = run.journal.read_cost()
     assert cost is not None, "the first process measures costs before it starts others"
     searches = search_sets(run.journal.observations.read(), settings)

@@ -26,9 +26,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from knn_ssd.atlas import CostProfile
 from knn_ssd.calibrate.objective import Score
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.speculation.cost_model import CostProfile
 
 # A change is a number below 2L, to skip the sublayer at this place in Plan.modes (attention of layer i is 2i, its MLP
 # 2i + 1), or 2L more than that, to keep it; 4L keeps the head.
@@ -77,7 +77,7 @@ def create_study(storage: optuna.storages.BaseStorage | str, name: str) -> optun
 
 
 class Search:
-    """One label's search.
+    """One domain's search.
 
     Args:
         study: keeps the trials.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from knn_ssd.atlas import Pooling
+from knn_ssd.backends.base import Pooling
 from knn_ssd.calibrate.search import Strategy
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Policy
@@ -20,12 +20,12 @@ class Settings:
 
     Args:
         search: how plans are searched for; the paper's is `paper`.
-        trials: plans tried per label; None is as many as the strategy makes good use of. Published: 1000.
+        trials: plans tried per domain; None is as many as the strategy makes good use of. Published: 1000.
         minutes: for all searches together, instead of trials.
-        search_prompts: prompts per label that plans are scored on. Published: 8.
+        search_prompts: prompts per domain that plans are scored on. Published: 8.
         new_tokens: length of their continuations. Published: 32.
-        vector_prompts: prompts per label that anchors are made of, at most. Published: 1000.
-        anchors: per label. Published: 10.
+        vector_prompts: prompts per domain that anchors are made of, at most. Published: 1000.
+        anchors: per domain. Published: 10.
         pooling: how prompt vectors are taken. The released code takes the mean.
         max_draft, threshold: the fixed policy of the search `paper`. Published: 12 and 0.8.
         chat: put prompts through the tokenizer's chat template if it has one.
@@ -76,14 +76,14 @@ class Settings:
         open_ended = ("trials", "minutes", "workers", "storage")
         return {name: getattr(self, name) for name in self.__slots__ if name not in open_ended}
 
-    def num_trials(self, num_layers: int, low: bool, label: str) -> int | None:
-        """Trials of a label's search; None where the minutes decide. Low-bit plans gain little by skipping, so that
-        the mixture tries the single changes for all labels.
+    def num_trials(self, num_layers: int, low: bool, domain: str) -> int | None:
+        """Trials of a domain's search; None where the minutes decide. Low-bit plans gain little by skipping, so that
+        the mixture tries the single changes for all domains.
         """
         if self.trials is not None or self.minutes is not None:
             return self.trials
         if self.search is Strategy.PAPER:
             return 1000
         if low:
-            return 2 * num_layers + 16 if label == MIXTURE else 16
+            return 2 * num_layers + 16 if domain == MIXTURE else 16
         return 6 * num_layers + 40

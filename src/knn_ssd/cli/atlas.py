@@ -63,7 +63,7 @@ def _show(args: argparse.Namespace) -> int:
         output.write_json(json.loads((Path(args.atlas) / MANIFEST).read_text("utf-8")), indent=1)
         return 0
     output.write_line(atlas_view.headline(atlas))
-    output.write_table(atlas_view.labels_table(atlas))
+    output.write_table(atlas_view.domains_table(atlas))
     output.write_line(atlas_view.skip_map(atlas))
     return 0
 
@@ -72,8 +72,8 @@ def _verify(args: argparse.Namespace) -> int:
     from knn_ssd.atlas import Atlas
 
     atlas = Atlas.load(args.atlas)
-    from knn_ssd.target.fingerprint import fingerprint
-    from knn_ssd.target.resolve import load_model
+    from knn_ssd.loading.fingerprint import fingerprint
+    from knn_ssd.loading.resolve import load_model
 
     options.tell_loading(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
@@ -99,14 +99,14 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from knn_ssd import hub
+    from knn_ssd.tools import hub
 
     output.write_line(hub.push(Path(args.atlas), args.repo, private=args.private, revision=args.revision))
     return 0
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from knn_ssd import hub
+    from knn_ssd.tools import hub
 
     output.write_line(str(hub.pull(args.repo, Path(args.out), revision=args.revision)))
     return 0

@@ -26,7 +26,7 @@ def headline(atlas: Atlas) -> str:
         f"model    {f'{name}: ' if name else ''}{model.architecture}, {model.num_layers} layers of "
         f"{model.hidden_size}, {model.vocab_size} tokens, in {model.dtype}",
         f"weights  {model.weights_hash}, tokenizer {model.tokenizer_hash or 'none'}",
-        f"anchors  {len(atlas.anchor_labels)} for {len(atlas.labels)} domains, by {atlas.pooling.value} pooling",
+        f"anchors  {len(atlas.anchor_domains)} for {len(atlas.domains)} domains, by {atlas.pooling.value} pooling",
         f"costs    {1000 * atlas.cost.step_sec:.2f} ms a token, of which an attention takes "
         f"{1000 * atlas.cost.attention_sec:.2f} ms and an MLP {1000 * atlas.cost.mlp_sec:.2f} ms",
     ]
@@ -35,8 +35,8 @@ def headline(atlas: Atlas) -> str:
     return "\n".join(lines)
 
 
-def labels_table(atlas: Atlas) -> Table:
-    """Per label: its anchors, its radius, how its prompts are drafted for, and what speaks for that."""
+def domains_table(atlas: Atlas) -> Table:
+    """Per domain: its anchors, its radius, how its prompts are drafted for, and what speaks for that."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -46,9 +46,9 @@ def labels_table(atlas: Atlas) -> Table:
         table.add_column(title, justify="left" if title == "domain" else "right", no_wrap=True)
     table.add_column("plan", overflow="fold")
     table.add_column("evidence", overflow="fold")
-    for name, label in atlas.labels.items():
-        count = str(atlas.anchor_labels.count(name))
-        row = (name, count, f"{label.radius:.4f}", label.plan.describe(), _told(label.evidence))
+    for name, domain in atlas.domains.items():
+        count = str(atlas.anchor_domains.count(name))
+        row = (name, count, f"{domain.radius:.4f}", domain.plan.describe(), _told(domain.evidence))
         table.add_row(*map(Text, row))
     table.add_row(*map(Text, (FALLBACK, "", "", atlas.fallback.describe(), _told(atlas.fallback_evidence))))
     return table
@@ -76,16 +76,16 @@ def differences(a: Atlas, b: Atlas) -> list[str]:
     ]
     if a.pooling is not b.pooling:
         found.append(f"pooling: {a.pooling.value} in the first, {b.pooling.value} in the second")
-    found += [f"{name}: only in the first" for name in a.labels if name not in b.labels]
-    found += [f"{name}: only in the second" for name in b.labels if name not in a.labels]
-    shared = [name for name in a.labels if name in b.labels]
-    found += [f"{name}: {line}" for name in shared for line in _label_differences(a, b, name)]
+    found += [f"{name}: only in the first" for name in a.domains if name not in b.domains]
+    found += [f"{name}: only in the second" for name in b.domains if name not in a.domains]
+    shared = [name for name in a.domains if name in b.domains]
+    found += [f"{name}: {line}" for name in shared for line in _domain_differences(a, b, name)]
     return found + [f"{FALLBACK}: {line}" for line in _plan_differences(a.fallback, b.fallback)]
 
 
-def _label_differences(a: Atlas, b: Atlas, name: str) -> Iterator[str]:
-    yield from _plan_differences(a.labels[name].plan, b.labels[name].plan)
-    ours, theirs = a.labels[name].radius, b.labels[name].radius
+def _domain_differences(a: Atlas, b: Atlas, name: str) -> Iterator[str]:
+    yield from _plan_differences(a.domains[name].plan, b.domains[name].plan)
+    ours, theirs = a.domains[name].radius, b.domains[name].radius
     if ours != theirs:
         yield f"radius {ours:.4f} in the first, {theirs:.4f} in the second"
     our_anchors, their_anchors = (_anchors(atlas, name) for atlas in (a, b))
@@ -111,14 +111,14 @@ def _plan_differences(a: Plan, b: Plan) -> Iterator[str]:
 
 
 def _plans(atlas: Atlas) -> Iterator[tuple[str, Plan]]:
-    for name, label in atlas.labels.items():
-        yield name, label.plan
+    for name, domain in atlas.domains.items():
+        yield name, domain.plan
     yield FALLBACK, atlas.fallback
 
 
 def _anchors(atlas: Atlas, name: str) -> list[list[float]]:
-    """The anchors of a label, in an order of their own."""
-    return sorted(atlas.anchors[index].tolist() for index, label in enumerate(atlas.anchor_labels) if label == name)
+    """The anchors of a domain, in an order of their own."""
+    return sorted(atlas.anchors[index].tolist() for index, domain in enumerate(atlas.anchor_domains) if domain == name)
 
 
 def _sublayers(plan: Plan, mode: Mode) -> set[int]:

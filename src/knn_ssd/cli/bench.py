@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
-from knn_ssd.cli.progress import ProgressReporter
 from knn_ssd.errors import UsageError
+from knn_ssd.progress import ProgressBars
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     from knn_ssd.bench.report import report
     from knn_ssd.bench.run import BenchSettings, run_bench
     from knn_ssd.bench.workload import lengthened, limit_each, read_workloads, stream
+    from knn_ssd.io import write_whole
     from knn_ssd.plan import Mode
-    from knn_ssd.provenance import write_whole
 
     names = [name.strip() for name in args.methods.split(",")] if args.methods is not None else None
     check_names(names or ())
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_tokens is not None:
         ordered = lengthened(ordered, prompts, args.prompt_tokens, engine.tokenizer, not args.no_chat)
     if names is None:
-        low = ["low"] if Mode.LOW in engine.target.modes else []
+        low = ["low"] if Mode.LOW in engine.backend.modes else []
         names = ["plain", "lookup", *low, *(["knn-ssd"] if atlas is not None else []), "auto"]
     methods = make_methods(names, engine, ordered[0].domain, args.temperature, args.seed)
     settings = BenchSettings(
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     )
     out = Path(args.out)
     model = args.model or "SmolLM2-135M-Instruct"
-    with ProgressReporter() as progress:
+    with ProgressBars() as progress:
         summary = run_bench(engine, ordered, methods, out, settings, progress, model)
     command = shlex.join(["knn-ssd", *sys.argv[1:]])
     write_whole(out / "report.html", report(summary, read_run(out), command, atlas))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
-from knn_ssd.cli.progress import ProgressReporter
 from knn_ssd.errors import UsageError
+from knn_ssd.progress import ProgressBars
 
 if TYPE_CHECKING:
     from knn_ssd.calibrate.settings import Settings
@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     _check(args)
     from knn_ssd.calibrate.pipeline import calibrate
-    from knn_ssd.target.resolve import load_model
+    from knn_ssd.loading.resolve import load_model
 
     settings = _settings(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
-    with ProgressReporter() as reporter:
-        calibrate(loaded, prompts, args.out, settings, resume=args.resume, reporter=reporter)
+    with ProgressBars() as progress:
+        calibrate(loaded, prompts, args.out, settings, resume=args.resume, progress=progress)
     output.write_line(args.out)
     return 0
 
@@ -149,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from knn_ssd.atlas import Pooling
+    from knn_ssd.backends.base import Pooling
     from knn_ssd.calibrate.search import Strategy
     from knn_ssd.calibrate.settings import Settings
 

@@ -14,7 +14,7 @@ from knn_ssd.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from knn_ssd.engine import Engine
-    from knn_ssd.generation import Generation
+    from knn_ssd.outputs import Generation
 
 _COMMANDS = {
     "/stats": "what the last answer took, and all so far",
@@ -89,7 +89,7 @@ class Conversation:
         return dropped
 
     def _has_room(self) -> bool:
-        context_length = self.engine.target.context_length
+        context_length = self.engine.backend.context_length
         room = min(self.stream_options["max_new_tokens"], context_length // 4)
         try:
             return bool(len(self.engine.encode(self.messages)) + room <= context_length)
@@ -163,7 +163,7 @@ def _tell_stats(answers: list[Generation]) -> None:
 
 def _greet(engine: Engine) -> None:
     atlas = engine.atlas
-    drafts = "no atlas: the general plan" if atlas is None else f"atlas of {', '.join(sorted(atlas.labels))}"
+    drafts = "no atlas: the general plan" if atlas is None else f"atlas of {', '.join(sorted(atlas.domains))}"
     dtype = str(engine.model.dtype).removeprefix("torch.")
     output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
     output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")

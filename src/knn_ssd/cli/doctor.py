@@ -11,7 +11,7 @@ from knn_ssd.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knn_ssd.doctor import Examination, Machine, ModelReport
+    from knn_ssd.tools.doctor import Examination, Machine, ModelReport
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examine(args: argparse.Namespace) -> Examination:
-    from knn_ssd import doctor
+    from knn_ssd.tools import doctor
 
     if output.stderr_is_terminal():
         output.note("measuring …")
@@ -76,7 +76,7 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "weights": report.weight_bytes
         and f"{_megabytes(report.weight_bytes)}, of which a token reads {_megabytes(report.read_bytes_per_token)}",
         "floor": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
-        "target": report.target and f"{report.target}{_because(report.general_because)}",
+        "target": report.backend and f"{report.backend}{_because(report.why_not_native)}",
         "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
         "draft step": report.draft_step_sec
         and f"{_speed(report.draft_step_sec)}, all low-bit; its copies take {_megabytes(report.low_bit_bytes)}",

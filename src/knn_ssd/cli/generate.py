@@ -13,7 +13,7 @@ from knn_ssd.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from knn_ssd.engine import Engine
-    from knn_ssd.generation import Generation
+    from knn_ssd.outputs import Generation
 
 _EXAMPLES = """\
 examples:
@@ -82,10 +82,10 @@ def _answer(engine: Engine, token_ids: list[int], stream_options: dict[str, Any]
 
 
 def _encode(engine: Engine, prompt: Prompt, args: argparse.Namespace) -> list[int]:
-    from knn_ssd.tokens import encode
+    from knn_ssd.tokenization import encode
 
     name = _name(prompt, args)
-    return encode(engine.tokenizer, prompt.prompt, engine.target.context_length, not args.no_chat, name=name)
+    return encode(engine.tokenizer, prompt.prompt, engine.backend.context_length, not args.no_chat, name=name)
 
 
 def _name(prompt: Prompt, args: argparse.Namespace) -> str:

@@ -179,7 +179,7 @@ def read_atlas(args: argparse.Namespace) -> Atlas | None:
     if domain is not None:
         atlas.plan_for(domain)
     if args.neighbours is not None:
-        from knn_ssd.route import Router
+        from knn_ssd.routing.router import Router
 
         Router.of(atlas, args.neighbours)
     return atlas

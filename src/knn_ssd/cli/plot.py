@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draws the picture and says where it is."""
     from knn_ssd.atlas import Atlas
-    from knn_ssd.plots import plot_atlas
+    from knn_ssd.tools.plots import plot_atlas
 
     output.write_line(str(plot_atlas(Atlas.load(args.atlas), Path(args.out))))
     return 0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knn_ssd.generation import Generation, Stats
-    from knn_ssd.memory import MemoryUse
-    from knn_ssd.route import Route
+    from knn_ssd.outputs import Generation, Stats
+    from knn_ssd.routing.router import Route
+    from knn_ssd.tools.memory import MemoryUse
 
 
 def summary(generation: Generation, domain: str | None = None) -> str:
@@ -16,7 +16,7 @@ def summary(generation: Generation, domain: str | None = None) -> str:
 
     Args:
         generation: a finished one.
-        domain: the label whose plan was asked for, whatever the route.
+        domain: the domain whose plan was asked for, whatever the route.
     """
     stats = generation.stats
     parts = [
@@ -61,7 +61,7 @@ def generation_json(name: str, generation: Generation) -> dict[str, Any]:
         "id": name,
         "text": generation.text,
         "token_ids": list(generation.token_ids),
-        "route": route and {"label": route.label, "distance": route.distance, "fallback": route.fallback},
+        "route": route and {"domain": route.domain, "distance": route.distance, "fallback": route.fallback},
         "plan": generation.plan.to_json(),
         "stats": _stats_json(generation.stats),
         "finish_reason": generation.finish_reason.value,
@@ -90,7 +90,7 @@ def _stats_json(stats: Stats) -> dict[str, Any]:
 def _whereabouts(route: Route | None, domain: str | None) -> str:
     if route is None:
         return ""
-    nearest = f"{route.label} at distance {max(0.0, route.distance):.3f}"  # rounding can leave it just under zero
+    nearest = f"{route.domain} at distance {max(0.0, route.distance):.3f}"  # rounding can leave it just under zero
     if domain is not None:
         return f"as {domain}, as asked; nearest {nearest}"
     return f"fallback: far from all, nearest {nearest}" if route.fallback else f"near {nearest}"

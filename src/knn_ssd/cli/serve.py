@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from knn_ssd.serve.app import ServeSettings, make_app
-        from knn_ssd.serve.listen import listen
+        from knn_ssd.server.app import ServeSettings, make_app
+        from knn_ssd.server.listen import listen
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs '{error.name}'", "Install it with `pip install knn-ssd[serve]`.") from error
-    from knn_ssd.serve.scheduler import Limits
+    from knn_ssd.server.scheduler import Limits
 
     atlas = options.read_atlas(args)
     socket = listen(args.host, args.port)

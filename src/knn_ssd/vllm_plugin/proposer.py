@@ -16,19 +16,22 @@ from typing import Any
 
 import torch
 
-from knn_ssd.controller import Costs, Experience, GoingOn, best_option, new_experience, pays, typical_profile
-from knn_ssd.draft.self_draft import top_probability
 from knn_ssd.errors import UsageError
-from knn_ssd.grouping import Group, group
 from knn_ssd.plan import Plan
-from knn_ssd.route import Router
+from knn_ssd.routing.router import Router
 from knn_ssd.sampling import most_likely
+from knn_ssd.speculation.acceptance import AcceptanceStats, initial_acceptance
+from knn_ssd.speculation.controller import DraftStopRule, best_draft_length, is_faster_than_plain
+from knn_ssd.speculation.cost_model import CostModel, typical_profile
+from knn_ssd.speculation.drafter import Draft
+from knn_ssd.speculation.self_draft import top_probability
 from knn_ssd.vllm_plugin import hooks
-from knn_ssd.vllm_plugin.mends import mend
-from knn_ssd.vllm_plugin.passes import Passes
+from knn_ssd.vllm_plugin.draft_groups import Group, group
+from knn_ssd.vllm_plugin.forward import Passes
+from knn_ssd.vllm_plugin.layers import Stack
+from knn_ssd.vllm_plugin.patches import mend
 from knn_ssd.vllm_plugin.routing import PromptVector, check_model
 from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
-from knn_ssd.vllm_plugin.stack import Stack
 
 _log = logging.getLogger("vllm.knn_ssd")
 _LOG_SEC = 10.0
@@ -37,20 +40,20 @@ _PLAIN_EVERY = 128  # steps
 
 
 @dataclass
-class Requested:
+class RequestState:
     """What is known of a request.
 
     Args:
-        vector: of its prompt, as far as that was read; None once it has its label, or where all have one plan.
-        label: whose plan drafts for it; None is the fallback, or the plan for all.
+        vector: of its prompt, as far as that was read; None once it has its domain, or where all have one plan.
+        domain: whose plan drafts for it; None is the fallback, or the plan for all.
         drafted: its last draft.
         sure: how likely the draft held each of these tokens to be right.
     """
 
     vector: PromptVector | None
-    label: str | None = None
+    domain: str | None = None
     drafted: tuple[int, ...] = ()
-    sure: tuple[float, ...] = ()
+    confidences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Proposer:
         config: vLLM's `VllmConfig`.
 
     Attributes:
-        counts: by label, how many requests were routed there, and tokens drafted and accepted.
+        counts: by domain, how many requests were routed there, and tokens drafted and accepted.
 
     Raises:
         UsageError: settings that cannot be used, a vLLM that is not known, or a feature of it that drafts would damage.
@@ -90,12 +93,12 @@ class Proposer:
         self._plans = self._settings.plans
         atlas = self._settings.atlas
         layers = self._plans[None].num_layers
-        self._costs = Costs(atlas.cost if atlas is not None else typical_profile(layers))
-        self._experience: dict[str | None, Experience] = {
-            label: new_experience(plan, atlas.evidence_of(label).get("agreement") if atlas is not None else None)
-            for label, plan in self._plans.items()
+        self._cost_model = CostModel(atlas.cost if atlas is not None else typical_profile(layers))
+        self._acceptance: dict[str | None, AcceptanceStats] = {
+            domain: initial_acceptance(plan, atlas.evidence_of(domain).get("agreement") if atlas is not None else None)
+            for domain, plan in self._plans.items()
         }
-        self._requests: dict[str, Requested] = {}
+        self._requests: dict[str, RequestState] = {}
         self._finished_at: float | None = None  # the last step's drafting
         self._last_rows: set[str] = set()
         self._until_plain: dict[int, int] = {}  # by the batch's size, in powers of two: steps that may still draft
@@ -110,7 +113,7 @@ class Proposer:
         self._stack = Stack(model)
         if self._stack.why_no_low is not None and any(plan.uses_low for plan in self._plans.values()):
             _log.warning("%s: sublayers that plans have low run as they are", self._stack.why_no_low)
-            self._plans = {label: _without_low(plan) for label, plan in self._plans.items()}
+            self._plans = {domain: _without_low(plan) for domain, plan in self._plans.items()}
         self._ranks = get_tp_group()
         atlas = self._settings.atlas
         self._router: Router | None = None
@@ -177,7 +180,7 @@ class Proposer:
             count = scheduler_output.num_scheduled_tokens[name]
             request = self._requests.get(name)
             if request is None:
-                request = self._requests[name] = Requested(self._new_vector(int(batch.num_prompt_tokens[row])))
+                request = self._requests[name] = RequestState(self._new_vector(int(batch.num_prompt_tokens[row])))
                 if request.vector is None:
                     self._count(None, "requests", 1)
             if request.vector is not None:
@@ -185,9 +188,9 @@ class Proposer:
                 start = int(batch.num_computed_tokens_cpu[row])
                 pooled = request.vector.add(hidden_states[first : first + count], start)
                 if pooled is not None:
-                    request.label = self._told(self._router.predict(pooled).plan_label if self._leads else None)
+                    request.domain = self._told(self._router.predict(pooled).plan_domain if self._leads else None)
                     request.vector = None
-                    self._count(request.label, "requests", 1)
+                    self._count(request.domain, "requests", 1)
             first += count
 
     def _new_vector(self, prompt_length: int) -> PromptVector | None:
@@ -202,17 +205,15 @@ class Proposer:
             verified = [t for t in scheduler_output.scheduled_spec_decode_tokens.get(name, ()) if t >= 0]
             if new and verified and tuple(verified) == request.drafted[: len(verified)]:
                 accepted = len(new) - 1
-                experience = self._experience[request.label]
-                for index in range(min(accepted + 1, len(verified))):
-                    experience.own.saw(index < accepted)
-                    experience.sure(request.sure[index]).saw(index < accepted)
-                self._count(request.label, "drafted", len(verified))
-                self._count(request.label, "accepted", accepted)
-            request.drafted, request.sure = (), ()
+                acceptance = self._acceptance[request.domain]
+                acceptance.record(Draft(tuple(verified), confidences=request.confidences[: len(verified)]), accepted)
+                self._count(request.domain, "drafted", len(verified))
+                self._count(request.domain, "accepted", accepted)
+            request.drafted, request.confidences = (), ()
         rows = int(scheduler_output.total_num_scheduled_tokens)
         decoding = all(new for new in sampled_token_ids) and self._last_rows.issuperset(names)
         if decoding and self._finished_at is not None:
-            self._costs.saw_verification(rows, started - self._finished_at)
+            self._cost_model.record_verification(rows, started - self._finished_at)
             if rows == len(names):
                 size = rows.bit_length()
                 self._plain_steps[size] = self._plain_steps.get(size, 0) + 1
@@ -229,16 +230,16 @@ class Proposer:
             for row, (name, new) in enumerate(zip(names, sampled_token_ids, strict=False))
             if new and self._requests[name].vector is None
         }
-        by_label: dict[str | None, list[int]] = {}
+        by_domain: dict[str | None, list[int]] = {}
         for row in room:
-            by_label.setdefault(self._requests[names[row]].label, []).append(row)
-        self._costs.company = max(len(room), 1)
+            by_domain.setdefault(self._requests[names[row]].domain, []).append(row)
+        self._cost_model.observe_batch(max(len(room), 1))
         limits: dict[int, int] = {}
-        for label, rows in by_label.items():
-            length = self._length(label, len(rows))
+        for domain, rows in by_domain.items():
+            length = self._length(domain, len(rows))
             limits |= {row: min(length, room[row]) for row in rows}
-        wanted = [(row, self._plans[self._requests[names[row]].label], limit) for row, limit in limits.items()]
-        return Decision(tuple(group(wanted, self._costs)), limits)
+        wanted = [(row, self._plans[self._requests[names[row]].domain], limit) for row, limit in limits.items()]
+        return Decision(tuple(group(wanted, self._cost_model)), limits)
 
     def _knows_plain(self, rows: int) -> bool:
         """Whether it was timed, not long ago, what steps of such batches take without drafts.
@@ -258,36 +259,36 @@ class Proposer:
         left = self._longest if most is None else most - (known - int(runner.input_batch.num_prompt_tokens[row])) - 1
         return max(min(self._longest, left, self._passes.room(row) - known), 0)
 
-    def _length(self, label: str | None, rows: int) -> int:
-        """How far requests of a label may draft, so many of them in the batch."""
-        plan = self._plans[label]
+    def _length(self, domain: str | None, rows: int) -> int:
+        """How far requests of a domain may draft, so many of them in the batch."""
+        plan = self._plans[domain]
         longest = min(plan.policy.max_draft, self._longest)
         if not self._settings.adaptive or not longest:
             return longest
         if not plan.cheapens:
             return 0
-        experience, step = self._experience[label], self._step(plan, rows)
-        option = best_option(self._costs, experience.own.mean, longest, step)
-        if pays(self._costs, option):
+        acceptance, step = self._acceptance[domain], self._step(plan, rows)
+        option = best_draft_length(self._cost_model, acceptance.self_draft.mean, longest, step)
+        if is_faster_than_plain(self._cost_model, option):
             return longest
-        return int(experience.self_trying.is_due())
+        return int(acceptance.self_draft_retry.is_due())
 
     def _step(self, plan: Plan, rows: int) -> float:
         """What one row bears of a pass that drafts a token for so many."""
-        return self._costs.drafting_pass(plan, rows) / max(rows, 1)
+        return self._cost_model.draft_pass_sec(plan, rows) / max(rows, 1)
 
     def _stops(self, runner: Any, rows: Sequence[int], plan: Plan) -> dict[int, Callable[[float], bool]]:
         """For each row, whether it goes on after a token of so much top probability."""
         requests = {row: self._requests[runner.input_batch.req_ids[row]] for row in rows}
         if not self._settings.adaptive:
-            thresholds = {row: self._plans[request.label].policy.threshold for row, request in requests.items()}
+            thresholds = {row: self._plans[request.domain].policy.threshold for row, request in requests.items()}
             return {row: partial(operator.le, least) for row, least in thresholds.items()}
         step = self._step(plan, len(rows))
         going: dict[int, Callable[[float], bool]] = {}
         for row, request in requests.items():
-            experience = self._experience[request.label]
-            option = best_option(self._costs, experience.own.mean, self._longest, step)
-            going[row] = GoingOn(self._costs, experience, step, option.sec_per_token)
+            acceptance = self._acceptance[request.domain]
+            option = best_draft_length(self._cost_model, acceptance.self_draft.mean, self._longest, step)
+            going[row] = DraftStopRule(self._cost_model, acceptance, step, option.sec_per_token)
         return going
 
     def _draft(self, runner: Any, own: Group, limits: dict[int, int], drafts: list[list[int]]) -> None:
@@ -297,7 +298,7 @@ class Proposer:
         batch = runner.input_batch
         known = {row: int(batch.num_tokens_no_spec[row]) for row in own.rows}
         stops = self._stops(runner, own.rows, own.plan) if self._leads else {}
-        sure: dict[int, list[float]] = {row: [] for row in own.rows}
+        confidences: dict[int, list[float]] = {row: [] for row in own.rows}
         active = [row for row in own.rows if limits[row]]
         while active:
             tokens = [
@@ -313,7 +314,7 @@ class Proposer:
                     (token, stops[row](top)) for row, token, top in zip(active, most_likely(logits), tops, strict=True)
                 ]
                 for row, top in zip(active, tops, strict=True):
-                    sure[row].append(top)
+                    confidences[row].append(top)
             chosen = self._told(chosen)
             for row, (token, _) in zip(active, chosen, strict=True):
                 drafts[row].append(token)
@@ -324,12 +325,12 @@ class Proposer:
             ]
         for row in own.rows:
             request = self._requests[batch.req_ids[row]]
-            request.drafted, request.sure = tuple(drafts[row]), tuple(sure[row])
+            request.drafted, request.confidences = tuple(drafts[row]), tuple(confidences[row])
         if passes:
-            self._costs.saw_steps(own.plan, passes, time.perf_counter() - started, len(own.rows))
+            self._cost_model.record_draft_steps(own.plan, passes, time.perf_counter() - started, len(own.rows))
 
-    def _count(self, label: str | None, what: str, number: int) -> None:
-        name = label or ("fallback" if self._settings.atlas is not None else "plan")
+    def _count(self, domain: str | None, what: str, number: int) -> None:
+        name = domain or ("fallback" if self._settings.atlas is not None else "plan")
         counts = self.counts.setdefault(name, {"requests": 0, "drafted": 0, "accepted": 0})
         counts[what] += number
 

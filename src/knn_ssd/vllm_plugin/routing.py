@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.atlas import Atlas
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import ModelError
 
 _log = logging.getLogger("vllm.knn_ssd")
@@ -55,8 +56,8 @@ def check_model(atlas: Atlas, model_config: Any) -> None:
     """
     from transformers import AutoTokenizer
 
-    from knn_ssd.target.fingerprint import fingerprint_of_checkpoint
-    from knn_ssd.target.resolve import model_dir
+    from knn_ssd.loading.fingerprint import fingerprint_of_checkpoint
+    from knn_ssd.loading.resolve import model_dir
 
     directory = model_dir(model_config.model)
     try:

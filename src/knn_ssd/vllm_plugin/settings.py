@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from knn_ssd.atlas import Atlas, Pooling
+from knn_ssd.atlas import Atlas
+from knn_ssd.backends.base import Pooling
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan
 
@@ -32,11 +33,11 @@ class Settings:
 
     @property
     def plans(self) -> dict[str | None, Plan]:
-        """By label; None is the fallback, or the plan for all."""
+        """By domain; None is the fallback, or the plan for all."""
         if self.atlas is None:
             assert self.plan is not None
             return {None: self.plan}
-        return {None: self.atlas.fallback, **{name: label.plan for name, label in self.atlas.labels.items()}}
+        return {None: self.atlas.fallback, **{name: domain.plan for name, domain in self.atlas.domains.items()}}
 
 
 def read_settings(additional_config: Any) -> Settings:

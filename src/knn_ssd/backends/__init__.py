@@ -1,0 +1,1 @@
+"""What executes a target model: the contract, and its two implementations."""

@@ -1,0 +1,93 @@
+"""The cursor of a KV cache: how many tokens are committed, what may be committed next, and how it is rewound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from knn_ssd.errors import UsageError
+from knn_ssd.plan import Plan
+
+
+class Cursor:
+    """The rules of a session's KV cache, the same for every backend.
+
+    Args:
+        capacity: how many tokens the session can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.length = 0
+        self.capacity = capacity
+        self._pending = 0  # rows of the last forward pass that can be committed
+        self._pending_plan: Plan | None = None
+        self._draft_plan: Plan | None = None  # under which the tokens beyond `_verified` were drafted
+        self._verified = 0
+
+    @property
+    def verified(self) -> int:
+        """How many of the committed tokens were run by the full model, not by a draft."""
+        return self._verified
+
+    def check_room(self, count: int) -> None:
+        """Raises a `UsageError` where `count` more tokens do not fit."""
+        if self.length + count > self.capacity:
+            raise UsageError(f"a session opened for {self.capacity} tokens was given {self.length + count}")
+
+    def check(self, plan: Plan | None) -> None:
+        """Checks a forward pass before it runs: under another plan than the drafted tokens', layers that were skipped
+        so far would read stale keys.
+        """
+        drafted = self.length > self._verified
+        assert not drafted or plan == self._draft_plan, "one drafting run has one plan, and is rewound before verifying"
+
+    def ran(self, count: int, plan: Plan | None) -> None:
+        """Notes a forward pass over `count` tokens at the cursor."""
+        self._pending, self._pending_plan = count, plan
+
+    def commit(self, count: int) -> None:
+        """Moves over the first `count` tokens of the last forward pass."""
+        assert 0 <= count <= self._pending, f"{count} tokens to commit, {self._pending} run"
+        self.length += count
+        self._pending -= count
+        self._draft_plan = self._pending_plan
+        if self._pending_plan is None:
+            self._verified = self.length
+
+    def rewind(self, length: int) -> None:
+        """Moves back to `length`."""
+        assert 0 <= length <= self.length, f"cannot rewind from {self.length} to {length}"
+        self.length = length
+        self._verified = min(self._verified, length)
+        self._pending = 0
+
+
+class CursorSession:
+    """The half of a session that its cursor alone decides; see `base.Session`."""
+
+    def __init__(self, capacity: int) -> None:
+        self._cursor = Cursor(capacity)
+
+    @property
+    def length(self) -> int:
+        return self._cursor.length
+
+    @property
+    def capacity(self) -> int:
+        return self._cursor.capacity
+
+    def commit(self, count: int) -> None:
+        self._cursor.commit(count)
+
+    def rewind(self, length: int) -> None:
+        self._cursor.rewind(length)
+
+    @contextmanager
+    def rewound(self, count: int) -> Iterator[None]:
+        length = self._cursor.length
+        assert 0 <= count <= length, f"cannot rewind {count} tokens of {length}"
+        self._cursor.length -= count
+        try:
+            yield
+        finally:
+            self._cursor.length = length

@@ -1,0 +1,36 @@
+"""Probes on the loaded weights whether a row's logits depend on the block it is computed in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from knn_ssd.backends.base import Exactness
+
+if TYPE_CHECKING:
+    from knn_ssd.backends.base import Backend
+
+_PROMPT_LENGTH = 11
+_BLOCK_LENGTH = 5
+
+
+def probe(backend: Backend) -> Exactness:
+    """Runs the same tokens one by one and in one block, and compares the bits.
+
+    Equal bits mean that speculative output is plain decoding's, whatever the plan. Different bits mean that they
+    agree up to rounding, where a near-tie between two tokens may fall either way.
+    """
+    tokens = [(7 * i + 3) % backend.vocab_size for i in range(_PROMPT_LENGTH + _BLOCK_LENGTH)]
+    session = backend.open(len(tokens))
+    try:
+        session.prefill(tokens[:_PROMPT_LENGTH])
+        block = session.forward(tokens[_PROMPT_LENGTH:])
+        for index, token in enumerate(tokens[_PROMPT_LENGTH:]):
+            row = session.forward([token])
+            session.commit(1)
+            if not torch.equal(row[0], block[index]):
+                return Exactness.NUMERICAL
+    finally:
+        session.close()
+    return Exactness.BITWISE

@@ -1,0 +1,301 @@
+"""The lean target: Llama, Mistral, Qwen2, Qwen3 and kin on the processor, a whole pass in one call of `kernels.c`.
+
+Weights stay where the checkpoint's tensors lie; activations, keys and values are float32. A row's logits are the same
+bits whatever block it is computed in, by construction: so speculative output is plain decoding's, bit for bit, and in
+bfloat16 it is what the same weights give in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.exactness import probe
+from knn_ssd.backends.native.kv_cache import KVCache
+from knn_ssd.backends.native.low_bit import KINDS, LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.native.session import NativeSession
+from knn_ssd.backends.structure import context_length, find_structure
+from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, why_unavailable
+from knn_ssd.plan import Mode, Plan
+
+NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SAMPLE_TOKENS = 64  # whose activations 4-bit copies are fitted to
+_FIRST_POSITIONS = 2048
+
+
+def native_obstacle(model: PreTrainedModel) -> str | None:
+    """None if the model can run on the lean target here, else the reason."""
+    return next(_obstacles(model), None)
+
+
+def _obstacles(model: PreTrainedModel) -> Iterator[str]:
+    """Why a model cannot run here; each is looked for only where those before it are not in the way."""
+    config = model.config
+    if config.model_type not in NATIVE_FAMILIES:
+        yield f"the architecture {config.model_type} is not among {', '.join(NATIVE_FAMILIES)}"
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        yield "it has no LM head"
+    if any(weight.device.type != "cpu" for weight in model.parameters()):
+        yield "it is not on the processor"
+    if strange := _strange_modules(model):
+        yield f"it has been changed: {strange}"
+    if config.hidden_act != "silu":
+        yield f"its activation is {config.hidden_act}"
+    if unavailable := why_unavailable():
+        yield unavailable
+    lanes = kernels().knn_ssd_lanes()
+    layers: Any = model.base_model.layers
+    widths = {module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
+    if odd := sorted(width for width in widths if width % (2 * lanes)):
+        yield f"a width of {odd[0]} is no multiple of {2 * lanes}"
+    if layers[0].self_attn.head_dim % lanes:
+        yield f"heads of {layers[0].self_attn.head_dim} are no multiple of {lanes}"
+
+
+def _strange_modules(model: PreTrainedModel) -> str | None:
+    """What is not as the family's own code has it: wrapped or hooked modules, other dtypes, strided weights."""
+    for name, module in model.named_modules():
+        own = (
+            type(module).__module__
+            == f"transformers.models.{model.config.model_type}.modeling_{model.config.model_type}"
+        )
+        known = (
+            own or type(module) in (nn.Linear, nn.Embedding, nn.ModuleList) or "activations" in type(module).__module__
+        )
+        if not known:
+            return f"{name or 'the model'} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return f"{name or 'the model'} is hooked"
+    for name, weight in model.named_parameters():
+        if weight.dtype not in KINDS or not weight.is_contiguous():
+            return f"{name} is {str(weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+class NativeBackend:
+    """A Llama-like decoder as a target.
+
+    Args:
+        model: on the processor, in float32 or bfloat16; left as it is.
+
+    Raises:
+        UnsupportedModelError: another kind of model, or no kernels here; says why.
+    """
+
+    modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if reason := native_obstacle(model):
+            raise UnsupportedModelError(f"{type(model).__name__} cannot run on the lean target: {reason}")
+        self.structure = find_structure(model)
+        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        config = model.config
+        self.num_layers = len(self.structure.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.context_length = context_length(config)
+        self.device = torch.device("cpu")
+        self.kernels = kernels()
+        self._keeper = TensorKeeper()
+        self.attentions = [self._attention(layer) for layer in self.structure.layers]
+        self.mlps = [self._mlp(layer) for layer in self.structure.layers]
+        base: Any = model.base_model
+        self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
+        self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
+        self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
+        self.vocab_size = int(self.head.rows)  # which may be padded beyond the config's vocabulary
+        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
+        self._rotary = base.rotary_emb
+        self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
+        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
+        self._exactness: Exactness | None = None
+
+    @property
+    def exactness(self) -> Exactness:
+        if self._exactness is None:
+            self._exactness = probe(self)
+        return self._exactness
+
+    @property
+    def low_bit_bytes(self) -> int:
+        return self.low.bytes
+
+    def prepare(self, plan: Plan) -> None:
+        """Makes the low-bit copies that a plan uses."""
+        self._resolve(plan)
+
+    def open(
+        self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
+    ) -> NativeSession:
+        first = self.attentions[0]
+        cache = KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
+        return NativeSession(cache, self.hidden_size, forward or self.forward, prefix_cache)
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        return self.forward_batch([request])[0]
+
+    def forward_batch(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
+        """Runs the rows of several sessions; rows under the same modes read the weights once.
+
+        Args:
+            requests: of sessions of this backend.
+
+        Returns:
+            Their outputs, in the same order; each has the bits that it would have alone.
+        """
+        groups: dict[int, list[ForwardRequest]] = {}
+        for request in requests:
+            groups.setdefault(id(self._resolve(request.plan)), []).append(request)
+        outputs: dict[int, ForwardOutput] = {}
+        for group in groups.values():
+            for request, output in zip(group, self._run_rows(group, self._resolve(group[0].plan)), strict=True):
+                outputs[id(request)] = output
+        return [outputs[id(request)] for request in requests]
+
+    def embed(self, token: int) -> torch.Tensor:
+        """The state (1, D) of a token before the first layer."""
+        return self.embedding[token][None].float()
+
+    def run_layer(self, layer: int, states: torch.Tensor, cache: KVCache, position: int) -> torch.Tensor:
+        """States (m, D) after one layer of the full model, each as if it alone stood at `position`; writes nothing.
+
+        Args:
+            layer: which.
+            states: (m, D) before the layer.
+            cache: keys and values of the tokens before `position`.
+            position: in tokens.
+        """
+        plan = self._resolve(None)
+        x = states.clone(memory_format=torch.contiguous_format)
+        attention, mlp = ((ctypes.c_void_p * 1)(pointers[layer]) for pointers in (plan.attentions, plan.mlps))
+        tensors = (*self._rotary_tables(position + 1), *(part[layer] for part in cache.tensors))
+        entry = BatchEntry(*map(address, tensors), cache.capacity, position, 1, 1)
+        entries = (BatchEntry * len(states))(*[entry] * len(states))
+        self.kernels.knn_ssd_forward(attention, mlp, 1, entries, len(states), address(x))
+        return x
+
+    def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (at least `count`, rotary) in float32."""
+        known = len(self._positions[0])
+        if known < count:  # never beyond the context, where some rotary embeddings change
+            self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
+        return self._positions
+
+    def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
+        """The sublayers that run under a plan; None is the full model."""
+        key = None if plan is None else (plan.modes, plan.head)
+        if key not in self._resolved:
+            self._resolved[key] = self._make_resolved(plan)
+        return self._resolved[key]
+
+    def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
+        if plan is None:
+            plan = Plan.plain(self.num_layers)
+        if plan.num_layers != self.num_layers:
+            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        head = self.low.head() if plan.head is Mode.LOW else self.head
+        attentions = _pointers(plan.attention, self.attentions, self.low.attention)
+        return _ResolvedPlan(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
+
+    def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
+        """Runs tokens from all over the vocabulary through sublayers and a head like the model's own."""
+        count = min(_SAMPLE_TOKENS, self.context_length)
+        session = self.open(count)
+        tokens = [i * self.vocab_size // count for i in range(count)]
+        kept = (Mode.KEEP,) * self.num_layers
+        sampled = _ResolvedPlan(
+            _pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head
+        )
+        self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
+        session.close()
+
+    def _run_rows(self, requests: Sequence[ForwardRequest], plan: _ResolvedPlan) -> list[ForwardOutput]:
+        counts = [len(request.token_ids) for request in requests]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        total = ends[-1]
+        rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
+        tables = self._rotary_tables(max(r.position + n for r, n in zip(requests, counts, strict=True)))
+        entries = (BatchEntry * len(requests))(*[_batch_entry(request, tables) for request in requests])
+        tokens = [token for request in requests for token in request.token_ids]
+        x = self.embedding[torch.tensor(tokens)].float()  # (n, D)
+        hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
+        self.kernels.knn_ssd_forward(plan.attentions, plan.mlps, self.num_layers, entries, len(requests), address(x))
+        self.kernels.knn_ssd_lm_head(
+            plan.head,
+            address(self.norm),
+            self.epsilon,
+            address(x),
+            total,
+            (ctypes.c_int64 * len(rows))(*rows),
+            len(rows),
+            address(hidden),
+            address(logits),
+        )
+        split_logits = torch.split(logits, [request.num_logits for request in requests])
+        return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
+
+    def _attention(self, layer: Any) -> Attention:
+        module, keeper = layer.self_attn, self._keeper
+        config = module.config
+        q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        sliding = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        return Attention(
+            *(matrix_of(getattr(module, f"{name}_proj"), keeper) for name in "qkvo"),
+            address(self._float(layer.input_layernorm.weight)),
+            None if q_norm is None else address(self._float(q_norm.weight)),
+            None if k_norm is None else address(self._float(k_norm.weight)),
+            float(layer.input_layernorm.variance_epsilon),
+            float(module.scaling),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            module.head_dim,
+            module.head_dim,
+            sliding or 0,
+        )
+
+    def _mlp(self, layer: Any) -> Mlp:
+        return Mlp(
+            *(matrix_of(getattr(layer.mlp, f"{name}_proj"), self._keeper) for name in ("gate", "up", "down")),
+            address(self._float(layer.post_attention_layernorm.weight)),
+            float(layer.post_attention_layernorm.variance_epsilon),
+        )
+
+    def _float(self, weight: torch.Tensor) -> torch.Tensor:
+        result = weight.detach().float().contiguous()
+        self._keeper.keep(result)
+        return result
+
+    def _positions_up_to(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            cosines, sines = self._rotary(torch.zeros(1), torch.arange(count)[None])
+        return cosines[0].contiguous(), sines[0].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _ResolvedPlan:
+    """The sublayers and the head of a plan, as the kernels take them."""
+
+    attentions: Any
+    mlps: Any
+    head: Matrix
+
+
+def _batch_entry(request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
+    cache: KVCache = request.cache
+    pointers = map(address, (*tables, *cache.tensors))
+    return BatchEntry(*pointers, cache.capacity, request.position, request.run_length, len(request.token_ids))
+
+
+def _pointers(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
+    """The addresses of each layer's sublayer in its mode; null where it is skipped."""
+    made = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
+    addresses = [None if mode is Mode.SKIP else ctypes.addressof(made[mode](i)) for i, mode in enumerate(modes)]
+    return (ctypes.c_void_p * len(addresses))(*addresses)

@@ -1,0 +1,101 @@
+"""One request on the native backend: its KV cache, its cursor, and the forward passes that it asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from knn_ssd.backends.base import Forward, ForwardRequest, Prefill
+from knn_ssd.backends.cursor import CursorSession
+from knn_ssd.backends.native.kv_cache import KVCache
+from knn_ssd.backends.native.prefix_cache import CachedPrefix, PrefixCache
+from knn_ssd.plan import Plan
+
+PREFILL_CHUNK = 64  # rows of a prompt that go through the layers together
+
+
+class NativeSession(CursorSession):
+    """One request on a `NativeBackend`; see `base.Session`.
+
+    Args:
+        cache: the KV cache, empty.
+        hidden_size: D.
+        forward: runs its forward passes.
+        prefix_cache: where it finds and leaves the KV cache of prompts with the same first tokens.
+    """
+
+    def __init__(
+        self, cache: KVCache, hidden_size: int, forward: Forward, prefix_cache: PrefixCache | None = None
+    ) -> None:
+        super().__init__(cache.capacity)
+        self.cache: KVCache | None = cache
+        self._forward = forward
+        self._prefix_cache = prefix_cache
+        self._hidden = torch.empty(cache.capacity, hidden_size)  # of the rows that the full model ran
+        self._token_ids: list[int] = []  # up to the end of the last forward pass
+
+    def prefill(self, token_ids: list[int]) -> Prefill:
+        assert self.length == 0, "prefill is for an empty session"
+        started = time.perf_counter()
+        self._cursor.check_room(len(token_ids))
+        reused = self._reuse(token_ids[:-1])
+        for start in range(reused, len(token_ids), PREFILL_CHUNK):
+            chunk = token_ids[start : start + PREFILL_CHUNK]
+            is_last = start + PREFILL_CHUNK >= len(token_ids)
+            logits = self._run(chunk, None, num_logits=1 if is_last else 0)
+            self._cursor.ran(len(chunk), None)
+            self._cursor.commit(len(chunk))
+        hidden = self._hidden[: len(token_ids)]
+        mean = hidden.mean(dim=0, dtype=torch.float64).float()  # at once: reused rows change no bit
+        return Prefill(logits[-1], mean, hidden[-1].clone(), time.perf_counter() - started, reused)
+
+    def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
+        self._cursor.check(plan)
+        logits = self._run(token_ids, plan, num_logits=len(token_ids))
+        self._cursor.ran(len(token_ids), plan)
+        return logits
+
+    def teacher_forced_logits(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
+        self._cursor.check_room(len(token_ids))
+        return self._forward(
+            ForwardRequest(token_ids, self.length, self.cache, plan, len(token_ids), run_length)
+        ).logits
+
+    def close(self) -> None:
+        self._keep()
+        self.cache, self._hidden = None, torch.empty(0)
+
+    def _run(self, token_ids: Sequence[int], plan: Plan | None, num_logits: int) -> torch.Tensor:
+        self._cursor.check_room(len(token_ids))
+        output = self._forward(ForwardRequest(token_ids, self.length, self.cache, plan, num_logits))
+        self._token_ids[self.length :] = token_ids
+        if plan is None:
+            self._hidden[self.length : self.length + len(token_ids)] = output.hidden
+        return output.logits
+
+    def _reuse(self, token_ids: Sequence[int]) -> int:
+        """Copies what the prefix cache has for the first of these tokens, and says for how many."""
+        found = self._prefix_cache.find(token_ids) if self._prefix_cache is not None else None
+        if found is None:
+            return 0
+        prefix, count = found
+        assert self.cache is not None
+        for own, kept in zip(self.cache.tensors, prefix.cache, strict=True):
+            own[:, :, :count] = kept[:, :, :count]
+        self._hidden[:count] = prefix.hidden[:count]
+        self._token_ids = list(token_ids[:count])
+        self._cursor.ran(count, None)
+        self._cursor.commit(count)
+        return count
+
+    def _keep(self) -> None:
+        """Leaves what the full model ran to the prefix cache."""
+        store, count = self._prefix_cache, self._cursor.verified
+        if store is None or self.cache is None:
+            return
+        token_ids = tuple(self._token_ids[:count])
+        prefix = CachedPrefix(token_ids, tuple(part[:, :, :count] for part in self.cache.tensors), self._hidden[:count])
+        if store.wants(token_ids, prefix.bytes):
+            store.add(prefix.copy())

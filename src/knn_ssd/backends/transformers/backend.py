@@ -1,0 +1,275 @@
+"""The general target: any decoder in transformers, adapted from outside.
+
+A skipped sublayer contributes zero to the residual stream, which is right for pre-norm, post-norm and parallel
+residuals alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in
+`finally`; plan, cache and pointer live on the session, so sessions of one model never see each other and an abandoned
+one leaves nothing.
+Passes over one model exclude each other by a lock.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.cursor import Cursor
+from knn_ssd.backends.exactness import probe
+from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.structure import Structure, context_length, find_structure
+from knn_ssd.backends.transformers.kv_cache import StaticCache
+from knn_ssd.backends.transformers.session import TransformersSession
+from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.plan import Mode, Plan
+
+# Targets of one model exclude each other too: a pass of one must not see what another has skipped.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class TransformersBackend:
+    """A decoder of transformers as a target.
+
+    Args:
+        model: a causal language model; it is put into eval mode and otherwise left as it is.
+
+    Raises:
+        UnsupportedModelError: a model that cannot draft for itself; says what was looked for.
+    """
+
+    modes = frozenset({Mode.KEEP, Mode.SKIP})
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        self.structure = find_structure(model)
+        self.lock = _LOCKS.setdefault(model, threading.RLock())
+        config = model.config.get_text_config()
+        self.num_layers = len(self.structure.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(config.vocab_size)
+        self.context_length = context_length(config)
+        self.device: torch.device = next(model.parameters()).device
+        self._options = frozenset(inspect.signature(model.forward).parameters)
+        self._exactness: Exactness | None = None
+        self._silent = _silent_forwards(self)
+
+    @property
+    def exactness(self) -> Exactness:
+        """Never `bitwise` in 16 bits: rounding hides most differences of a sum there, and equal bits show little."""
+        if self._exactness is None:
+            half = self.model.dtype.itemsize < torch.float32.itemsize
+            self._exactness = Exactness.NUMERICAL if half else probe(self)
+        return self._exactness
+
+    @property
+    def low_bit_bytes(self) -> int:
+        """None are made."""
+        return 0
+
+    def prepare(self, plan: Plan) -> None:
+        """Nothing: a plan needs no more than the model has."""
+
+    def open(
+        self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
+    ) -> TransformersSession:
+        """Opens a session. It leaves the prefix cache alone: a row's bits may depend here on where a block begins."""
+        return TransformersSession(self.num_layers, capacity, forward or self.forward)
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        cache: StaticCache = request.cache
+        mask = None
+        if request.run_length:
+            mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
+        with self.skipping(request.plan), _last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
+            logits = self._run(request.token_ids, cache, request.num_logits, mask)
+        return ForwardOutput(captured[0][0], logits)
+
+    @contextmanager
+    def skipping(self, plan: Plan | None) -> Iterator[None]:
+        """For the length of a `with` block, the sublayers that the plan skips contribute nothing."""
+        with self.lock, _replaced(self._silenced(plan)):
+            yield
+
+    def _run(
+        self,
+        token_ids: Sequence[int],
+        cache: StaticCache,
+        logits_to_keep: int,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (n, V), or those of the last rows only, of tokens at the cache's cursor."""
+        start, count = cache.cursor.length, len(token_ids)
+        options: dict[str, Any] = {
+            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
+            "attention_mask": mask,
+            "logits_to_keep": logits_to_keep,
+        }
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.tensor([list(token_ids)], device=self.device),  # (1, n)
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in options.items() if name in self._options},
+            )
+        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
+
+    def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask of teacher-forced scoring; for models with several kinds of attention layers, one of each kind."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        chunk = getattr(config, "attention_chunk_size", None)
+
+        def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+            return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
+
+        if getattr(config, "layer_types", None) and (window or chunk):
+            return {
+                "full_attention": mask(),
+                "sliding_attention": mask(window=window),
+                "chunked_attention": mask(chunk=chunk),
+            }
+        return mask(window=window)
+
+    def _silenced(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        if plan is None:
+            return []
+        if plan.num_layers != self.num_layers:
+            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low:
+            raise UsageError("this backend has no 4-bit weights, and the plan asks for the mode low")
+        attention, mlp = self._silent
+        return [attention[i] for i in plan.skipped_attention] + [mlp[i] for i in plan.skipped_mlp]
+
+
+def _scoring_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
+    """Additive mask (1, 1, n, length + 2n): keys of the full model first, then the draft's own."""
+    row = torch.arange(count)[:, None]
+    run_start = row - row % run_length
+    full = torch.arange(length + count)[None]  # the key's position in the text
+    own = torch.arange(count)[None]
+    visible = torch.cat([full < length + run_start, (own >= run_start) & (own <= row)], dim=1)
+    position = torch.cat([full, length + own], dim=1)
+    if window is not None:
+        visible &= position > length + row - window
+    if chunk is not None:
+        visible &= position // chunk == (length + row) // chunk
+    return torch.where(visible, 0.0, torch.finfo(torch.float16).min)[None, None]
+
+
+@contextmanager
+def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Within, collects what the decoder stack gives after its final norm, (1, n, D) a pass."""
+    captured: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within, each module's `forward` is the given one. What stood on the instance before comes back after."""
+    before = [module.__dict__.get("forward") for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for (module, _), forward_before in zip(forwards, before, strict=True):
+            if forward_before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward_before
+
+
+def _silent_forwards(backend: TransformersBackend) -> Any:
+    """For each sublayer, a forward that contributes zero in the shape its own output has; proven by running it."""
+    structure = backend.structure
+    shapes = _output_shapes(backend)
+    silent = tuple(
+        [(module, _zero_forward(shapes[module])) for module in modules]
+        for modules in (structure.attention, structure.mlp)
+    )
+    _check_identity(backend, structure, [pair for pairs in silent for pair in pairs])
+    return silent
+
+
+def _zero_forward(shape: int | None) -> Callable[..., Any]:
+    """`shape` is the length of the tuple the module gives, whose first item is the hidden states; None for a tensor."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        zeros = torch.zeros_like(hidden)
+        return zeros if shape is None else (zeros,) + (None,) * (shape - 1)
+
+    return forward
+
+
+def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
+    """What each sublayer gives, seen in one pass over two tokens."""
+    shapes: dict[nn.Module, int | None] = {}
+    modules = backend.structure.attention + backend.structure.mlp
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        shapes[module] = len(output) if isinstance(output, tuple) else None
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        _try_pass(backend)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index, module in enumerate(modules):
+        if module not in shapes:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} of layer {index % backend.num_layers} in {type(backend.model).__name__} "
+                "does not run on its own, so it cannot be skipped"
+            )
+    return shapes
+
+
+def _check_identity(
+    backend: TransformersBackend, structure: Structure, silent: list[tuple[nn.Module, Callable[..., Any]]]
+) -> None:
+    """With both sublayers skipped a layer must hand its input through unchanged."""
+    changed: list[int] = []
+
+    def compare(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if not torch.equal(before, after):
+                changed.append(index)
+
+        return hook
+
+    handles = [layer.register_forward_hook(compare(i), with_kwargs=True) for i, layer in enumerate(structure.layers)]
+    try:
+        with _replaced(silent):
+            _try_pass(backend)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if changed:
+        raise UnsupportedModelError(
+            f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(backend.model).__name__} "
+            "changes its input even when its attention and its MLP contribute nothing; "
+            "layers that only add both to a residual stream were looked for"
+        )
+
+
+def _try_pass(backend: TransformersBackend) -> None:
+    try:
+        backend._run([0, 0], StaticCache(backend.num_layers, Cursor(2)), logits_to_keep=1)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(backend.model).__name__} did not run with a static KV cache ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,83 @@
+"""One static key/value cache with one pointer, in the shape that transformers' models expect of a cache.
+
+It knows nothing of plans: a skipped attention simply never calls `update`, and what it would have written is
+overwritten by the verification. Sliding windows are left to the attention mask, so rewinding is exact in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from knn_ssd.backends.cursor import Cursor
+
+
+class StaticCache(Cache):
+    """Keys and values for each of `num_layers` layers, of as many tokens as the pointer has room for."""
+
+    def __init__(self, num_layers: int, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self.teacher_forcing = False
+        super().__init__(layers=[_StaticLayer(self) for _ in range(num_layers)])
+
+    @contextmanager
+    def scoring(self, teacher_forced: bool) -> Iterator[None]:
+        """For the length of a `with` block, whether keys and values of a pass are seen beside the cache's, and not
+        written to it.
+        """
+        self.teacher_forcing = teacher_forced
+        try:
+            yield
+        finally:
+            self.teacher_forcing = False
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self.layers = []
+
+
+class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's keys and values, allocated when the first of them arrive."""
+
+    is_sliding = False
+
+    def __init__(self, cache: StaticCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            states.new_empty(*states.shape[:2], self._cache.cursor.capacity, states.shape[-1])  # (1, H, capacity, D)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._cache.cursor.check_room(key_states.shape[-2])
+        start, end = self._cache.cursor.length, self._cache.cursor.length + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if self._cache.teacher_forcing:  # the full model's tokens as they are, then the draft's: (1, H, end + n, D)
+            return (
+                torch.cat([self.keys[:, :, :end], key_states], dim=-2),
+                torch.cat([self.values[:, :, :end], value_states], dim=-2),
+            )
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self._cache.cursor.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.cursor.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self._cache.cursor.capacity

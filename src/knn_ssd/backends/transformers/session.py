@@ -1,0 +1,49 @@
+"""One request on the transformers backend: its KV cache, its cursor, and the forward passes that it asks for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from knn_ssd.backends.base import Forward, ForwardRequest, Prefill
+from knn_ssd.backends.cursor import CursorSession
+from knn_ssd.backends.transformers.kv_cache import StaticCache
+from knn_ssd.plan import Plan
+
+
+class TransformersSession(CursorSession):
+    """One request on a `TransformersBackend`; see `base.Session`.
+
+    Args:
+        num_layers: L.
+        capacity: the most tokens it can hold.
+        forward: runs its forward passes.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, forward: Forward) -> None:
+        super().__init__(capacity)
+        self._cache = StaticCache(num_layers, self._cursor)
+        self._forward = forward
+
+    def prefill(self, token_ids: list[int]) -> Prefill:
+        assert self.length == 0, "prefill is for an empty session"
+        started = time.perf_counter()
+        output = self._forward(ForwardRequest(token_ids, 0, self._cache, None, num_logits=1))
+        hidden = output.hidden.float()  # (n, D)
+        self._cursor.ran(len(token_ids), None)
+        self.commit(len(token_ids))
+        return Prefill(output.logits[-1], hidden.mean(dim=0), hidden[-1], time.perf_counter() - started)
+
+    def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
+        self._cursor.check(plan)
+        logits = self._forward(ForwardRequest(token_ids, self.length, self._cache, plan, len(token_ids))).logits
+        self._cursor.ran(len(token_ids), plan)
+        return logits
+
+    def teacher_forced_logits(self, token_ids: list[int], plan: Plan, run_length: int) -> torch.Tensor:
+        request = ForwardRequest(token_ids, self.length, self._cache, plan, len(token_ids), run_length)
+        return self._forward(request).logits
+
+    def close(self) -> None:
+        self._cache.release()

@@ -1,1 +1,0 @@
-"""Sources of drafts, behind one contract."""

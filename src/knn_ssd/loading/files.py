@@ -1,0 +1,68 @@
+"""The files of a checkpoint in a directory: configuration and weights, as transformers looks for them.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from knn_ssd.errors import ModelError
+from knn_ssd.io import cache_directory
+
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""The forms of weights, by the order transformers looks for them: in one file, or the index of several."""
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of the weights by the order transformers looks for them; none if there are none."""
+    for single, index in WEIGHTS:
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / index).is_file():
+            shards = read_json(directory / index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ModelError(f"'{directory / index}' has no weight_map", how_to_restore(directory))
+            return [directory / shard for shard in sorted({str(shard) for shard in shards.values()})]
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file.
+
+    Raises:
+        ModelError: no such file, or no such object in it.
+    """
+    directory = path.parent
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        gguf = min(directory.glob("*.gguf"), default=None)
+        hint = f"It holds a GGUF file: name '{gguf}' itself."
+        raise ModelError(
+            f"there is no {path.name} in '{directory}'",
+            hint if gguf else "Name a directory written by `save_pretrained`.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read as JSON: {reason(error)}", how_to_restore(directory)) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"'{path}' holds no JSON object", how_to_restore(directory))
+    return values
+
+
+def how_to_restore(directory: Path) -> str:
+    """What a user can do about a damaged directory."""
+    if directory.is_relative_to(cache_directory()):
+        return f"Delete '{directory}': it will be converted again."
+    return "Download or copy the model again."
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what another library says, to stand inside one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".: ")

@@ -1,0 +1,128 @@
+"""Tells one model from another by samples of all its weights and by its vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knn_ssd.errors import ModelError
+from knn_ssd.loading.files import weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
+_NOT_LOADED = ".rotary_emb.inv_freq"  # stored by old checkpoints, and computed by their models
+_SAMPLES = 1024  # of each weight: fine-tuning changes all of them, so a few tell
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Which model an atlas belongs to.
+
+    Args:
+        architecture: name of the model's class.
+        num_layers, hidden_size, vocab_size: its sizes.
+        weights_hash: of samples of every weight, in bfloat16, so that the dtype it was loaded in does not matter.
+        tokenizer_hash: of the vocabulary; empty where there was no tokenizer.
+        dtype: in which it was calibrated. Not part of the model's identity.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    weights_hash: str
+    tokenizer_hash: str
+    dtype: str
+
+    def differences(self, other: Fingerprint) -> tuple[str, ...]:
+        """What makes `other` another model, as sentences; empty if it is the same."""
+        names = [f.name for f in fields(self) if f.name != "dtype"]
+        pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
+        return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
+    """The fingerprint of a loaded model."""
+    return _fingerprint(type(model).__name__, model.config, model.dtype, model.state_dict(), tokenizer)
+
+
+def fingerprint_of_checkpoint(
+    directory: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Fingerprint:
+    """The fingerprint of the model that transformers would load from a directory, for those who load it otherwise.
+
+    Args:
+        directory: with its weights as safetensors.
+        config: the checkpoint's.
+        tokenizer: the checkpoint's.
+
+    Raises:
+        ModelError: no such weights, or in a dtype that no fingerprint is made of.
+    """
+    weights = _stored(directory, bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
+    return _fingerprint((config.architectures or [""])[0], config, config.dtype, weights, tokenizer)
+
+
+def _fingerprint(
+    architecture: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str | None,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Fingerprint:
+    sizes = config.get_text_config()
+    return Fingerprint(
+        architecture=architecture,
+        num_layers=int(sizes.num_hidden_layers),
+        hidden_size=int(sizes.hidden_size),
+        vocab_size=int(sizes.vocab_size),
+        weights_hash=_weights_hash(weights),
+        tokenizer_hash=_tokenizer_hash(tokenizer),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.bfloat16)  # the same from float32 and bfloat16
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _stored(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
+    """The weights in a directory, mapped and not read: of each only what is looked at comes from the disk."""
+    from safetensors import safe_open
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        if file.suffix != ".safetensors":
+            break
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in stored.keys() if not name.endswith(_NOT_LOADED)]  # noqa: SIM118 - no dictionary
+            weights |= {name: stored.get_tensor(name) for name in names}
+    if not weights:
+        raise ModelError(f"'{directory}' has no weights as safetensors", "Convert them, or give another directory.")
+    unknown = [name for weight in weights.values() if (name := str(weight.dtype)) not in _DTYPES]
+    if unknown:
+        raise ModelError(f"'{directory}' has weights in {unknown[0]}, and {', '.join(_DTYPES)} are known")
+    embeddings = weights.get("model.embed_tokens.weight")
+    return weights | {"lm_head.weight": embeddings} if tied and embeddings is not None else weights
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None:
+        return ""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]

@@ -1,0 +1,255 @@
+"""From a GGUF file to a directory that transformers loads: converted once, whole or not at all.
+
+transformers reads the tensors and the metadata; here its blocks become plain numbers, and what it gets wrong or leaves
+out (where text is cut, what ends a reply) is mended or told. What becomes of the directory is `resolve.py`'s affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer
+
+from knn_ssd.errors import ModelError, OutputError, UnsupportedModelError
+from knn_ssd.io import atomic_directory
+from knn_ssd.loading.files import reason
+from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
+from knn_ssd.progress import ProgressBars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Raised whenever a conversion gives another result than before, so that old results are not used again.
+_CONVERSION_VERSION = 1
+_STALE_SECONDS = 24 * 3600
+
+_AGAIN = "Download or copy the file again."
+_OTHER_FORM = "Use the model's safetensors form instead."
+
+# Values of `tokenizer.ggml.pre` by how they cut text before byte-pair merging (llama.cpp, src/llama-vocab.cpp).
+_DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+_LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a GGUF file says that transformers does not carry over."""
+
+    dtype: torch.dtype  # the narrowest that loses nothing a user would miss: blocks become bfloat16
+    splitting: str | None  # the rule by which text is cut before it is tokenized
+    end_ids: tuple[int, ...]  # of what ends a reply: end of sequence, of turn, of message
+    context_length: int | None
+    has_vocabulary: bool
+    values: int  # how many numbers its tensors hold
+    scaling: str | None  # how positions are stretched, if they are
+
+
+def converted(gguf: Path, cache: Path) -> Path:
+    """The directory of a converted GGUF file in the cache; converts it the first time.
+
+    Raises:
+        ModelError: the file cannot be read, or not as a model that transformers knows.
+        OutputError: the cache cannot be written.
+    """
+    target = _target(gguf, cache)
+    if os.path.isdir(target):
+        return target
+    _sweep(target.parent)
+    try:
+        with atomic_directory(target) as directory, ProgressBars() as progress:
+            _write_checkpoint(gguf, directory, lambda name: progress.stage(f"converting {gguf.name}: {name}", None))
+    except (OutputError, SafetensorError) as error:
+        if os.path.isdir(target):  # another process was first; its result is as good as ours
+            return target
+        raise OutputError(
+            f"the converted model cannot be written to '{target.parent}': {reason(error.__cause__ or error)}",
+            "Set KNN_SSD_CACHE to a directory that can be written and has room for it.",
+        ) from error
+    return target
+
+
+def _target(gguf: Path, cache: Path) -> Path:
+    status = gguf.stat()
+    key = f"{_CONVERSION_VERSION}:{gguf.name}:{status.st_size}:{status.st_mtime_ns}"
+    return cache / "converted" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed runs left behind, once it is too old to belong to a living one."""
+    with suppress(OSError):
+        for left in parent.glob(".*"):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None]) -> None:
+    stage("reading metadata")
+    facts = _read_facts(gguf)
+    with quiet_transformers():
+        config = _read_config(gguf)
+        stage("reading the tokenizer")
+        tokenizer = _read_tokenizer(gguf, facts) if facts.has_vocabulary else None
+        stage("reading weights")
+        model = _read_model(gguf, config, facts)
+        _mend_generation(model, tokenizer, facts)
+        _tell_losses(gguf, model, facts)
+        stage("writing")
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    # safetensors makes its files readable for their owner alone; a cache may be shared
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)
+
+
+# ---- Reading
+
+
+def _read_facts(gguf: Path) -> _Facts:
+    try:
+        reader = GGUFReader(gguf)
+        architecture = _text(reader, "general.architecture")
+        ends = [_number(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+        return _Facts(
+            dtype=_stored_dtype({tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}),
+            splitting=_text(reader, "tokenizer.ggml.pre"),
+            end_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+            context_length=_number(reader, f"{architecture}.context_length"),
+            has_vocabulary="tokenizer.ggml.tokens" in reader.fields,
+            values=sum(int(tensor.n_elements) for tensor in reader.tensors),
+            scaling=_text(reader, f"{architecture}.rope.scaling.type"),
+        )
+    except Exception as error:
+        raise ModelError(f"'{gguf}' cannot be read as GGUF: {reason(error)}", _AGAIN) from error
+
+
+def _stored_dtype(types: set[str]) -> torch.dtype:
+    if types == {"F32"}:
+        return torch.float32
+    return torch.float16 if types <= {"F32", "F16"} else torch.bfloat16
+
+
+def _text(reader: GGUFReader, key: str) -> str | None:
+    field = reader.fields.get(key)
+    return None if field is None else bytes(field.parts[field.data[0]]).decode("utf-8")
+
+
+def _number(reader: GGUFReader, key: str) -> int | None:
+    field = reader.fields.get(key)
+    return None if field is None else int(field.parts[field.data[0]][0])
+
+
+def _read_config(gguf: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build the model in '{gguf}': {reason(error)}", _OTHER_FORM
+        ) from error
+    check_causal(config, str(gguf))
+    return config
+
+
+def _read_tokenizer(gguf: Path, facts: _Facts) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:
+        raise ModelError(f"transformers cannot read the tokenizer in '{gguf}': {reason(error)}", _OTHER_FORM) from error
+    _mend_splitting(tokenizer, facts.splitting)
+    if tokenizer.eos_token_id is None and facts.end_ids:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(facts.end_ids[0])
+    if facts.context_length is not None:
+        tokenizer.model_max_length = facts.context_length
+    return tokenizer
+
+
+def _read_model(gguf: Path, config: PreTrainedConfig, facts: _Facts) -> PreTrainedModel:
+    options: dict[str, Any] = {"gguf_file": gguf.name, "config": config, "dtype": facts.dtype}
+    # Without it, newer versions keep the blocks of some architectures packed and compute from those.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _quiet_reader():
+        model = load_complete(gguf.parent, str(gguf), _AGAIN, **options)
+    # What is left of the quantisation would make `save_pretrained` refuse.
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    vars(model.config).pop("quantization_config", None)
+    return model
+
+
+@contextmanager
+def _quiet_reader() -> Iterator[None]:
+    """The reader of GGUF tensors draws a bar that none of transformers' switches turns off."""
+    try:
+        reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+        bar = reader.tqdm
+    except (ImportError, AttributeError):
+        yield
+        return
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
+# ---- Mending
+
+
+def _mend_splitting(tokenizer: PreTrainedTokenizerBase, splitting: str | None) -> None:
+    """Cut text as the vocabulary's merges were learned, where transformers falls back on GPT-2's rule."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return
+    if splitting in _DIGITS_FIRST:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    elif splitting is not None and splitting not in _LIKE_GPT2:
+        logger.warning(
+            "the GGUF file splits text by the rule '%s', which is not known here: GPT-2's is used and some "
+            "text will be tokenized otherwise than in training",
+            splitting,
+        )
+
+
+def _mend_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, facts: _Facts) -> None:
+    """Give `generate` all ids that end a reply, and the padding, from wherever the file states them."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    stated = generation.eos_token_id
+    ends = list(stated) if isinstance(stated, (list, tuple)) else [stated]
+    ends += [*facts.end_ids, tokenizer.eos_token_id if tokenizer is not None else None]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    generation.eos_token_id = ends[0] if len(ends) == 1 else (ends or None)
+    if generation.pad_token_id is None and tokenizer is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    # Otherwise `generate` may derive it from the model's config once more, and lose what was added.
+    generation._from_model_config = False
+
+
+def _tell_losses(gguf: Path, model: PreTrainedModel, facts: _Facts) -> None:
+    """transformers leaves out in silence what it has no place for: biases, factors of long contexts."""
+    left = facts.values - sum(parameter.numel() for parameter in model.parameters())
+    if left > 0:
+        logger.warning("%d of %d values in %s were left out by transformers", left, facts.values, gguf)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if facts.scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
+        logger.warning("the position scaling '%s' of %s was left out by transformers", facts.scaling, gguf)

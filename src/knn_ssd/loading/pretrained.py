@@ -1,0 +1,95 @@
+"""Reading with transformers, quietly and strictly: what a checkpoint and a GGUF file have in common.
+
+It knows what a decoder is and what transformers says of a failure; not where files lie. Code from a checkpoint is
+never run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from knn_ssd.errors import ModelError, UnsupportedModelError
+from knn_ssd.loading.files import reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within, neither transformers nor the Hub client writes warnings or draws bars."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()  # transformers switches them together with its own
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not hub_bars:
+            disable_progress_bars()
+
+
+def check_causal(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what is no decoder, and a decoder whose checkpoint has no language-model head."""
+    looked_for = "Looked for a decoder-only language model (…ForCausalLM)."
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"'{name}' is an encoder-decoder ({config.model_type})", looked_for)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"'{name}' is no language model ({config.model_type})", looked_for)
+    # BERT and its kin have a causal class as well, but attend in both directions unless told otherwise.
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(f"'{name}' is a bidirectional encoder ({config.model_type})", looked_for)
+    heads = config.architectures or []
+    known = getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+    if heads and not any(head == known or head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
+        raise UnsupportedModelError(f"'{name}' is a {', '.join(heads)}", looked_for)
+
+
+def load_complete(directory: Path, name: str, again: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained`, in eval mode and without gradients; an error where it would fill a gap with random weights.
+
+    Args:
+        name: what an error calls the model.
+        again: what helps against files that are damaged.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        remedy = again
+        if isinstance(error, ImportError):
+            remedy = "Install the package it needs."
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            remedy = "Name a smaller model, a smaller dtype or another device."
+        raise ModelError(f"the weights of '{name}' cannot be loaded: {reason(error)}", remedy) from error
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(f"the weights of '{name}' lack {_some(absent)}", again)
+    if misfits := sorted(key[0] for key in report["mismatched_keys"]):
+        raise ModelError(f"the weights of '{name}' do not fit its config in {_some(misfits)}", again)
+    result: PreTrainedModel = model.eval().requires_grad_(False)
+    return result
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,77 @@
+"""Progress of long work: what the work reports, and bars on stderr that show it."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import rich.progress
+    from rich.progress import TaskID
+
+
+class Progress(Protocol):
+    """Receives how far some work is."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A new stage of `total` steps begins; None where their number is unknown."""
+
+    def advance(self, note: str = "") -> None:
+        """One step is done."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def stage(self, name: str, total: int | None) -> None: ...
+
+    def advance(self, note: str = "") -> None: ...
+
+
+class ProgressBars:
+    """Shows a bar per stage on stderr; where that is no terminal, a line per stage. A context manager."""
+
+    def __init__(self) -> None:
+        self._progress: rich.progress.Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressBars:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        assert self._progress is not None
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def stage(self, name: str, total: int | None) -> None:
+        assert self._progress is not None
+        self._finish()
+        self._task = self._progress.add_task(name, total=total, note="")
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(name)
+
+    def advance(self, note: str = "") -> None:
+        assert self._progress is not None
+        assert self._task is not None
+        self._progress.update(self._task, advance=1, note=note)
+
+    def _finish(self) -> None:
+        if self._progress is not None and self._task is not None:
+            done = self._progress.tasks[self._task].completed
+            self._progress.update(self._task, total=max(done, 1), completed=max(done, 1))

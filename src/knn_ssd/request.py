@@ -1,0 +1,195 @@
+"""One request from its prompt to the end of its output.
+
+`Request` is the one place where a session is opened, a prompt prefilled, rounds decoded and the session closed again.
+Generation, streams, `custom_generate`, calibration and the benchmark all run requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from knn_ssd.backends.base import Backend, ForwardOutput, ForwardRequest
+from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.outputs import Chunk, Generation, Stats, Stream
+from knn_ssd.plan import Plan
+from knn_ssd.routing.router import Route
+from knn_ssd.sampling import Sampler
+from knn_ssd.speculation.cost_model import CostModel
+from knn_ssd.speculation.decode import FinishReason, Round, decode
+from knn_ssd.speculation.drafter import Drafter
+from knn_ssd.tokenization import Detokenizer
+from knn_ssd.tools.memory import MemoryUse
+
+EndRule = Callable[[int], FinishReason | None]
+"""Receives every emitted token in order, and says whether the output ends with it, and why."""
+
+
+def end_at(eos_token_ids: frozenset[int]) -> EndRule:
+    """The rule that ends an output at an end-of-sequence token."""
+    return lambda token: FinishReason.EOS if token in eos_token_ids else None
+
+
+class Batcher(Protocol):
+    """Runs the forward passes of requests, those of several requests together where it can."""
+
+    @property
+    def cost_model(self) -> CostModel:
+        """What the passes cost."""
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        """Runs one session's rows, perhaps in one pass with others'."""
+
+    def clock(self) -> float:
+        """Seconds for which the calling request has kept the machine busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unbatched:
+    """Runs each request's forward passes alone, at once."""
+
+    backend: Backend
+    cost_model: CostModel
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        return self.backend.forward(request)
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+
+class Request:
+    """A prompt that was prefilled, and all that belongs to it until its output ends.
+
+    Args:
+        backend: executes the model.
+        prompt_ids: the prompt's token ids.
+        max_new_tokens: the longest output, at least 1.
+        sampler: chooses tokens.
+        ends: where the output ends, besides stop strings and `max_new_tokens`.
+        detokenizer: makes text of the output and finds stop strings; None where no text is wanted.
+        batcher: runs the forward passes; None runs them alone.
+        prefix_cache: where the KV cache of prompts with the same first tokens is found and left.
+        limit_reason: the finish reason where `max_new_tokens` ends the output.
+        logprobs: how many of the likeliest tokens to report with each token's log-probability; None reports neither.
+
+    Attributes:
+        session: the request's.
+        prefill: its result.
+        context: prompt and output so far.
+        route, plan: of the prompt; set by whoever routes it.
+        drafter: None decodes plainly.
+        route_sec: seconds from prompt vector to plan.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        ends: EndRule,
+        *,
+        detokenizer: Detokenizer | None = None,
+        batcher: Batcher | None = None,
+        prefix_cache: PrefixCache | None = None,
+        limit_reason: FinishReason = FinishReason.LENGTH,
+        logprobs: int | None = None,
+    ) -> None:
+        self._backend = backend
+        self._ends = ends
+        self._detokenizer = detokenizer
+        self._clock = batcher.clock if batcher is not None else time.perf_counter
+        self._limit_reason = limit_reason
+        self._logprobs = logprobs
+        self._pieces: list[str] = []  # the text that became certain with each token
+        self.max_new_tokens = max_new_tokens
+        self.sampler = sampler
+        self.context = list(prompt_ids)
+        self.num_prompt_tokens = len(self.context)
+        self.route: Route | None = None
+        self.plan = Plan.plain(backend.num_layers)
+        self.drafter: Drafter | None = None
+        self.route_sec = 0.0
+        forward = batcher.forward if batcher is not None else None
+        self.session = backend.open(self.num_prompt_tokens + max_new_tokens, prefix_cache, forward)
+        try:
+            self.prefill = self.session.prefill(list(prompt_ids))
+        except BaseException:
+            self.close()
+            raise
+
+    def rounds(self) -> Iterator[Round]:
+        """The rounds of the output. The session stays open."""
+        return decode(
+            self.session,
+            self.context,
+            self.prefill.logits,
+            self.drafter,
+            self.sampler,
+            self.max_new_tokens,
+            self._end,
+            self._limit_reason,
+            self._clock,
+            self._logprobs,
+        )
+
+    def stream(self, weight_bytes: int, finished: Callable[[Sequence[int]], None] | None = None) -> Stream:
+        """The output as a stream, which closes the session when it ends or is left.
+
+        Args:
+            weight_bytes: memory of the model's weights, for the stats.
+            finished: receives prompt and output once the output has ended.
+        """
+        return Stream(self.route, self.plan, self.num_prompt_tokens, self._chunks(weight_bytes, finished))
+
+    def close(self) -> None:
+        """Closes the session."""
+        self.session.close()
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _end(self, token: int) -> FinishReason | None:
+        stopped = self._detokenizer.push(token) if self._detokenizer is not None else False
+        self._pieces.append(self._detokenizer.take() if self._detokenizer is not None else "")
+        return self._ends(token) or (FinishReason.STOP if stopped else None)
+
+    def _chunks(
+        self, weight_bytes: int, finished: Callable[[Sequence[int]], None] | None
+    ) -> Generator[Chunk, None, Generation]:
+        rounds: list[Round] = []
+        with self:
+            for current in self.rounds():
+                rounds.append(current)
+                if current.finish_reason is not None and self._detokenizer is not None:
+                    self._pieces[-1] += self._detokenizer.finish()
+                yield Chunk(tuple(self._pieces[-len(current.tokens) :]), current)
+            if finished is not None:
+                finished(self.context)
+        return self._generation(rounds, weight_bytes)
+
+    def _generation(self, rounds: Sequence[Round], weight_bytes: int) -> Generation:
+        reason = rounds[-1].finish_reason
+        assert reason is not None
+        stats = Stats(
+            tokens=sum(len(r.tokens) for r in rounds),
+            rounds=len(rounds),
+            drafted=sum(r.drafted for r in rounds),
+            accepted=sum(r.accepted for r in rounds),
+            prefill_sec=self.prefill.seconds,
+            route_sec=self.route_sec,
+            decode_sec=sum(r.draft_sec + r.verify_sec for r in rounds),
+            exactness=self._backend.exactness,
+            memory=MemoryUse.now(weight_bytes, self._backend.low_bit_bytes),
+            reused=self.prefill.reused,
+        )
+        token_ids = tuple(token for r in rounds for token in r.tokens)
+        logprobs = tuple(each for r in rounds for each in r.logprobs)
+        return Generation("".join(self._pieces), token_ids, self.route, self.plan, stats, reason, logprobs)

@@ -1,0 +1,1 @@
+"""From a prompt vector to a domain by its nearest anchors."""

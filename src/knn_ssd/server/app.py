@@ -1,0 +1,178 @@
+"""The HTTP side: paths, errors in OpenAI's format, the key, the limits."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from knn_ssd.engine import Engine
+from knn_ssd.errors import KnnSsdError, PromptError, UsageError
+from knn_ssd.server.completions import Answer, GoneError
+from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, inside
+from knn_ssd.server.logprobs import Logprobs
+from knn_ssd.server.metrics import Metrics
+from knn_ssd.server.page import add_page
+from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
+from knn_ssd.server.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRequest
+
+_INVALID = "invalid_request_error"
+_STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
+_RETRY_SEC = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """How a server is run.
+
+    Args:
+        model: the name that clients ask for.
+        api_key: that they must give; None asks for none.
+        limits: of requests.
+        most_body_bytes: of a request's body.
+        body_sec: until it must have arrived.
+        drain_sec: how long running answers may go on when the server is shut down.
+    """
+
+    model: str
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    most_body_bytes: int = 4 * 2**20
+    body_sec: float = 30.0
+    drain_sec: float = 30.0
+
+
+def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
+    """The application; its model thread runs until the application is shut down."""
+    scheduler = Scheduler(engine, settings.limits)
+    metrics = Metrics(scheduler)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        scheduler.close(settings.drain_sec)
+
+    app = FastAPI(title="knn-ssd", lifespan=lifespan)
+    app.state.scheduler = scheduler
+    app.add_middleware(BodyLimit, most_bytes=settings.most_body_bytes, patience_sec=settings.body_sec)
+    _add_errors(app)
+    _add_watch(app, settings, metrics)
+    _add_answers(app, settings, scheduler, metrics)
+    _add_status(app, settings, scheduler, metrics)
+    add_page(app, engine.atlas)
+    return app
+
+
+def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+    logprobs = Logprobs(scheduler.engine.tokenizer)
+
+    async def answer(request: ChatRequest | CompletionRequest, http: Request) -> Response:
+        if request.model != settings.model:
+            message = f"the model '{request.model}' is not served; '{settings.model}' is"
+            return JSONResponse(error_body(message, _INVALID, "model", "model_not_found"), 404)
+        current = Answer(request, scheduler, metrics, logprobs)
+        await current.begin()
+        assert current.begun is not None
+        exactness, plan = scheduler.engine.exactness.value, current.begun.plan.describe()
+        headers = {"x-knn-ssd-exactness": exactness, "x-knn-ssd-plan": plan}
+        if current.begun.route is not None:
+            headers["x-knn-ssd-route"] = current.begun.route.plan_name
+        if request.stream:
+            return StreamingResponse(current.server_sent(), media_type="text/event-stream", headers=headers)
+        try:
+            return JSONResponse(await current.whole(http), headers=headers)
+        except GoneError:
+            return Response(status_code=CLIENT_GONE)
+
+    @app.post("/v1/chat/completions", responses={**STREAMED, **REFUSALS})
+    async def chat_completions(request: ChatRequest, http: Request) -> Response:
+        """Answers a conversation."""
+        return await answer(request, http)
+
+    @app.post("/v1/completions", responses={**STREAMED, **REFUSALS})
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        """Continues a text."""
+        return await answer(request, http)
+
+
+def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+    started = int(time.time())
+
+    @app.get("/v1/models", responses={status: REFUSALS[status] for status in (401, "4XX")})
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        own = {"id": settings.model, "object": "model", "created": started, "owned_by": "knn-ssd"}
+        return {"object": "list", "data": [own]}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        return JSONResponse({"status": "ready" if scheduler.alive else "closing"}, 200 if scheduler.alive else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def read_metrics() -> Response:
+        """For Prometheus."""
+        return PlainTextResponse(metrics.text())
+
+
+def _add_watch(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
+    @app.middleware("http")
+    async def watch(http: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        path = http.url.path
+        if settings.api_key is not None and path.startswith("/v1/"):
+            given = http.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
+                body = error_body("the API key is missing or wrong", "authentication_error", None, "invalid_api_key")
+                return JSONResponse(body, 401)
+        response = await proceed(http)
+        known = any(getattr(route, "path", None) == path for route in app.routes)
+        metrics.responses.labels(path if known else "other", str(response.status_code)).inc()
+        return response
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(KnnSsdError)
+    async def ours(_http: Request, error: KnnSsdError) -> Response:
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+        kind = _INVALID if status == 400 else "rate_limit_error" if status == 429 else "server_error"
+        headers = {"retry-after": str(_RETRY_SEC)} if status in (429, 503) else None
+        return JSONResponse(error_body(str(error), kind), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_http: Request, error: RequestValidationError) -> Response:
+        problems = [([str(part) for part in each["loc"] if part != "body"], each) for each in error.errors()]
+        place, first = problems[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON, at character {place[0]}: {first['ctx']['error']}"
+            return JSONResponse(error_body(message, _INVALID), 400)
+        if first["type"] in ("model_attributes_type", "missing") and not place:
+            message = "the body must be a JSON object, and the header content-type: application/json"
+            return JSONResponse(error_body(message, _INVALID), 400)
+        if first["type"] == "extra_forbidden":
+            name = ".".join(place)
+            refusal = error_body(f"'{name}' is not supported", _INVALID, name, "unsupported_parameter")
+            return JSONResponse(refusal, 400)
+        param = place[0] if place else None
+        said = "; or ".join(dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1]))
+        return JSONResponse(error_body(f"{param}: {said}" if param else said, _INVALID, param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_http: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(str(error.detail), _INVALID), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def bug(_http: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(inside(error), "server_error"), 500)

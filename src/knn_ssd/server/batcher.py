@@ -1,0 +1,157 @@
+"""Continuous batching: several requests on one model, on one thread, whose forward passes run together.
+
+Each request's work runs in a greenlet of its own, as if it were alone. Where it asks for a forward pass, it is put
+aside until all the others ask for one, too. Draft passes go first, so that the verifications of all drafting requests
+share one pass; a chunk of one prompt's prefill goes along with each of these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from greenlet import getcurrent, greenlet
+
+from knn_ssd.backends.base import Backend, ForwardOutput, ForwardRequest, SharesPasses
+from knn_ssd.speculation.cost_model import CostModel, CostProfile
+
+
+class Cancelled(BaseException):
+    """Raised within a request's work to end it."""
+
+
+class RequestTask:
+    """One request's work.
+
+    Attributes:
+        busy_sec: seconds for which it kept the machine busy, its share of common passes included.
+        waits_for: the forward pass that it waits for.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.busy_sec = 0.0
+        self.waits_for: ForwardRequest | None = None
+        self._work = greenlet(work)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._work.dead)
+
+    def resume(self, answer: ForwardOutput | BaseException | None) -> None:
+        """Runs the work until it asks for another pass, yields or ends.
+
+        Args:
+            answer: the output of the pass it waited for, or an error to raise in its place.
+        """
+        self.waits_for = None
+        if isinstance(answer, BaseException):
+            self._work.throw(answer)
+        elif answer is None:
+            self._work.switch()
+        else:
+            self._work.switch(answer)
+
+
+class ContinuousBatcher:
+    """Runs the work of several requests; see `request.Batcher`. Used by one thread.
+
+    Args:
+        backend: executes the model. Where it cannot share passes, each is run at once.
+        profile: what forward passes cost before any ran.
+
+    Attributes:
+        cost_model: corrected by the passes that run here.
+    """
+
+    def __init__(self, backend: Backend, profile: CostProfile) -> None:
+        self._backend = backend
+        self._sharing = backend if isinstance(backend, SharesPasses) else None
+        self.cost_model = CostModel(profile, learns_from_rounds=self._sharing is None)
+        self._tasks: list[RequestTask] = []
+        self._current: RequestTask | None = None
+        self._resumed_at = 0.0
+        self._scheduler = getcurrent()
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        """Within a task: waits until the pass has run, perhaps together with others'."""
+        if self._sharing is None:
+            return self._backend.forward(request)
+        assert self._current is not None, "a forward pass outside of a task would wait for ever"
+        self._current.waits_for = request
+        output: ForwardOutput = self._scheduler.switch()
+        return output
+
+    def clock(self) -> float:
+        """Seconds for which the current task has kept the machine busy."""
+        assert self._current is not None
+        return self._current.busy_sec + time.perf_counter() - self._resumed_at
+
+    def start(self, work: Callable[[], None]) -> RequestTask:
+        """Begins a task and runs it until it asks for its first pass; errors must not leave `work`."""
+        task = RequestTask(work)
+        self._tasks.append(task)
+        self._resume(task)
+        return task
+
+    def yield_(self) -> None:
+        """Within a task: lets the others run where passes are not shared, which keeps the tasks fair."""
+        if self._sharing is None:
+            self._scheduler.switch()
+
+    def end(self, task: RequestTask) -> None:
+        """Ends a task where it stands, within a pass that it waits for if need be."""
+        self._resume(task, Cancelled())
+
+    def step(self) -> None:
+        """Runs one pass for the tasks that wait for one, and resumes every task."""
+        for task in [task for task in self._tasks if task.waits_for is None]:
+            self._resume(task)
+        waiting = [(task, task.waits_for) for task in self._tasks if task.waits_for is not None]
+        if not waiting:
+            return
+        assert self._sharing is not None, "passes are run at once where they are not shared"
+        self.cost_model.observe_batch(max(1, sum(not request.is_prefill for _, request in waiting)))
+        chosen = _choose(waiting)
+        requests = [request for _, request in chosen]
+        rows = sum(len(request.token_ids) for request in requests)
+        started = time.perf_counter()
+        outputs: Sequence[ForwardOutput | Exception]
+        try:
+            outputs = self._sharing.forward_batch(requests)
+        except Exception as error:
+            outputs = [error] * len(requests)
+        seconds = time.perf_counter() - started
+        if not isinstance(outputs[0], Exception):
+            self._record_cost(requests, rows, seconds)
+        for (task, request), output in zip(chosen, outputs, strict=True):
+            task.busy_sec += seconds * len(request.token_ids) / rows
+            self._resume(task, output)
+
+    def _record_cost(self, requests: Sequence[ForwardRequest], rows: int, seconds: float) -> None:
+        """Corrects the cost model by a pass of one kind; a mixed one says nothing of either kind."""
+        plans = {request.plan for request in requests}
+        plan = plans.pop()
+        if plans or any(request.is_prefill or request.run_length for request in requests):
+            return
+        if plan is None:
+            self.cost_model.record_verification(rows, seconds)
+        else:
+            self.cost_model.record_draft_steps(plan, 1, seconds, rows)
+
+    def _resume(self, task: RequestTask, answer: ForwardOutput | BaseException | None = None) -> None:
+        self._scheduler = getcurrent()
+        self._current, self._resumed_at = task, time.perf_counter()
+        try:
+            task.resume(answer)
+        finally:
+            task.busy_sec += time.perf_counter() - self._resumed_at
+            self._current = None
+        if task.ended:
+            self._tasks.remove(task)
+
+
+def _choose(waiting: list[tuple[RequestTask, ForwardRequest]]) -> list[tuple[RequestTask, ForwardRequest]]:
+    """The passes to run next: all draft passes; or all verifications, and a chunk of the prompt that came first."""
+    drafts = [each for each in waiting if each[1].plan is not None]
+    prefills = [each for each in waiting if each[1].is_prefill]
+    return drafts or [each for each in waiting if not each[1].is_prefill] + prefills[:1]

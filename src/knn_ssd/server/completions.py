@@ -1,0 +1,246 @@
+"""From a request to its answer, whole or as a stream of server-sent events: n jobs of the scheduler, listened to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from knn_ssd.errors import KnnSsdError
+from knn_ssd.outputs import Chunk, Generation
+from knn_ssd.server.limits import error_body, inside
+from knn_ssd.server.logprobs import Logprobs
+from knn_ssd.server.metrics import Metrics
+from knn_ssd.server.responses import opening, round_told
+from knn_ssd.server.scheduler import Event, Job, PrefillDone, Scheduler
+from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
+
+DONE = "data: [DONE]\n\n"
+
+
+class GoneError(Exception):
+    """The client went away before its answer was there."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request's answers, all n of them.
+
+    Args:
+        request: what was asked.
+        scheduler: who advances them.
+        metrics: are told.
+        logprobs: writes them.
+    """
+
+    request: ChatRequest | CompletionRequest
+    scheduler: Scheduler
+    metrics: Metrics
+    logprobs: Logprobs
+    id: str = ""
+    created: int = 0
+    begun: PrefillDone | None = None
+    results: dict[int, Generation] = field(default_factory=dict)
+    _jobs: list[Job] = field(default_factory=list)
+    _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # only what is needed of them later
+    _offsets: dict[int, int] = field(default_factory=dict)  # how much of each text was sent
+    _opening: dict[str, Any] = field(default_factory=dict)  # goes along with the first event
+
+    async def begin(self) -> None:
+        """Submits the jobs and waits until the first one's prompt is read, so that what is wrong is known by then.
+
+        Raises:
+            KnnSsdError: the prompt cannot be used, or nothing more is taken.
+        """
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        options = self.request.options()
+        loop = asyncio.get_running_loop()
+        # Not on the model's thread: a prompt of megabytes, refused after seconds, must not hold up the others.
+        encode = self.scheduler.engine.encode
+        token_ids = await asyncio.to_thread(encode, self.request.prompt_like, options.get("chat", True))
+        try:
+            for index in range(self.request.n):
+                seeded = {**options, "seed": self.request.seed_of(index)}
+                listener = _listener(loop, self._events, index)
+                self._jobs.append(self.scheduler.submit(token_ids, seeded, listener))
+            self.begun = await self._first()
+            self._opening = opening(self.begun) if self.request.knn_ssd.rounds else {}
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
+
+    def cancel(self) -> None:
+        """Ends what has not ended."""
+        for job in self._jobs:
+            self.scheduler.cancel(job)
+
+    async def events(self) -> AsyncIterator[tuple[int, Chunk | Generation]]:
+        """Chunks and finished answers, each with its number among the n.
+
+        Raises:
+            Exception: whatever ended one of them.
+        """
+        try:
+            while len(self.results) < self.request.n:
+                index, event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Generation):
+                    self.results[index] = event
+                    self.metrics.finished(event)
+                if not isinstance(event, PrefillDone):
+                    yield index, event
+        finally:
+            self.cancel()
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        """The response of a request that wants no stream.
+
+        Raises:
+            GoneError: the client went away meanwhile.
+        """
+        collecting = asyncio.ensure_future(self._collect())
+        leaving = asyncio.ensure_future(_disconnect(http))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise GoneError
+            await collecting
+        finally:
+            for task in (collecting, leaving):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+            self.cancel()
+        results = [self.results[index] for index in range(self.request.n)]
+        choices = [
+            self._choice(index, result.text, self._logprobs_of(index, *self._chunks.get(index, [])), result)
+            for index, result in enumerate(results)
+        ]
+        told = {"knn_ssd": {**self._opening, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **told}
+
+    async def server_sent(self) -> AsyncIterator[str]:
+        """The response as server-sent events; an error after the first of them is an event, too."""
+        with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
+        extra: dict[str, Any] = {"usage": None} if with_usage else {}
+        if self.is_chat:
+            for index in range(self.request.n):
+                yield self._event([_delta(index, {"role": "assistant", "content": ""}, None)], extra)
+        try:
+            async for index, event in self.events():
+                if isinstance(event, Generation):
+                    yield self._event([self._piece(index, None, None, event)], extra)
+                elif event.text or self._is_detailed:
+                    told = round_told(event) if self.request.knn_ssd.rounds else None
+                    logprobs = self._logprobs_of(index, event)
+                    yield self._event([self._piece(index, event.text, logprobs)], extra, told)
+        except Exception as error:
+            said = str(error) if isinstance(error, KnnSsdError) else inside(error)
+            yield f"data: {json.dumps(error_body(said, 'server_error'), ensure_ascii=False)}\n\n"
+            return
+        if with_usage:
+            yield self._event([], {"usage": self._usage()})
+        yield DONE
+
+    @property
+    def _is_detailed(self) -> bool:
+        """Whether rounds count that bring no text."""
+        return self.request.knn_ssd.rounds or self.request.most_logprobs is not None
+
+    async def _collect(self) -> None:
+        async for index, event in self.events():
+            if isinstance(event, Chunk) and self._is_detailed:
+                self._chunks.setdefault(index, []).append(event)
+
+    def _rounds(self) -> list[dict[str, Any]]:
+        return [
+            {"index": index, **round_told(chunk)} for index in range(self.request.n) for chunk in self._chunks[index]
+        ]
+
+    def _logprobs_of(self, index: int, *chunks: Chunk) -> dict[str, Any] | None:
+        if self.request.most_logprobs is None:
+            return None
+        if self.is_chat:
+            return self.logprobs.chat(chunks)
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(chunk.text) for chunk in chunks)
+        return self.logprobs.completion(chunks, offset)
+
+    async def _first(self) -> PrefillDone:
+        """Chunks come after it in the queue, but other jobs' events may come before."""
+        kept = []
+        while True:
+            index, event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, PrefillDone):
+                break
+            kept.append((index, event))
+        for each in kept:
+            self._events.put_nowait(each)
+        return event
+
+    def _usage(self) -> dict[str, Any]:
+        assert self.begun is not None
+        return usage(self.begun.prompt_tokens, list(self.results.values()))
+
+    def _head(self, streamed: bool) -> dict[str, Any]:
+        kind = "text_completion" if not self.is_chat else "chat.completion" + ".chunk" * streamed
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+
+    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any], told: dict[str, Any] | None = None) -> str:
+        data = {**self._head(streamed=True), "choices": choices, **extra}
+        if self._opening or told:
+            data["knn_ssd"] = {**self._opening, **(told or {})}
+            self._opening = {}
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+    def _piece(
+        self, index: int, text: str | None, logprobs: dict[str, Any] | None, result: Generation | None = None
+    ) -> dict[str, Any]:
+        if not self.is_chat:
+            return self._choice(index, text or "", logprobs, result)
+        return _delta(index, {} if text is None else {"content": text}, logprobs, result)
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, result: Generation | None
+    ) -> dict[str, Any]:
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": _reason(result)}
+
+
+def _delta(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, result: Generation | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _reason(result)}
+
+
+def _reason(result: Generation | None) -> str | None:
+    return None if result is None else FINISH_REASONS[result.finish_reason]
+
+
+def _listener(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int) -> Any:
+    def hear(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody listens any more
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+    return hear
+
+
+async def _disconnect(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

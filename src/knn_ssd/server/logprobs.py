@@ -1,0 +1,63 @@
+"""Logarithmic probabilities of tokens in OpenAI's two formats: the chat's, and that of /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.outputs import Chunk
+from knn_ssd.tokenization import Spelling, spell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LEAST = -9999.0  # what OpenAI writes for a probability of zero, as JSON has no infinity
+
+
+class Logprobs:
+    """Writes those of one engine's tokens.
+
+    Args:
+        tokenizer: spells them; None leaves their texts empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._spell = lru_cache(4096)(lambda token: spell(tokenizer, token))
+
+    def chat(self, chunks: Iterable[Chunk]) -> dict[str, Any]:
+        """`choices[].logprobs` of a chat, one entry for each emitted token, those without text included."""
+        content = [
+            {**self._entry(each.token, each.logprob), "top_logprobs": [self._entry(*one) for one in each.top]}
+            for chunk in chunks
+            for each in chunk.round.logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def completion(self, chunks: Iterable[Chunk], offset: int = 0) -> dict[str, Any]:
+        """`choices[].logprobs` of a completion; `offset` is how much of its text came before these chunks."""
+        tokens, own, tops, offsets = [], [], [], []
+        for chunk in chunks:
+            for each, piece in zip(chunk.round.logprobs, chunk.pieces, strict=True):
+                tokens.append(self._key(each.token))
+                own.append(_finite(each.logprob))
+                tops.append({self._key(token): _finite(value) for token, value in (*each.top, (each.token, own[-1]))})
+                offsets.append(offset)
+                offset += len(piece)
+        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        spelling = self._spell(token)
+        data = None if spelling.data is None else list(spelling.data)
+        return {"token": spelling.text, "logprob": _finite(logprob), "bytes": data}
+
+    def _key(self, token: int) -> str:
+        """As OpenAI's: tokens that are no whole characters are told apart by their bytes."""
+        spelling: Spelling = self._spell(token)
+        if spelling.data is None or spelling.data == spelling.text.encode():
+            return spelling.text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling.data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)

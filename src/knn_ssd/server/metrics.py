@@ -1,0 +1,43 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from knn_ssd.outputs import Generation
+from knn_ssd.server.scheduler import Scheduler
+
+
+class Metrics:
+    """Counts of one server.
+
+    Args:
+        scheduler: whose requests are counted.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.responses = Counter(
+            "knn_ssd_responses", "Responses by path and status.", ("path", "status"), registry=registry
+        )
+        self._tokens = Counter("knn_ssd_tokens", "Tokens of finished answers.", registry=registry)
+        self._drafted = Counter("knn_ssd_drafted_tokens", "Tokens drafted for them.", registry=registry)
+        self._accepted = Counter("knn_ssd_accepted_tokens", "Drafted tokens that were kept.", registry=registry)
+        self._routes = Counter("knn_ssd_routes", "Finished answers by route.", ("domain",), registry=registry)
+        self._prefill = Histogram("knn_ssd_prefill_seconds", "Reading a prompt.", registry=registry)
+        self._decode = Histogram("knn_ssd_decode_seconds", "Writing an answer.", registry=registry)
+        for name, read in (("running", lambda: scheduler.running), ("waiting", lambda: scheduler.waiting)):
+            Gauge(f"knn_ssd_{name}_requests", f"Requests that are {name}.", registry=registry).set_function(read)
+
+    def finished(self, result: Generation) -> None:
+        """One more answer."""
+        self._tokens.inc(len(result.token_ids))
+        self._drafted.inc(result.stats.drafted)
+        self._accepted.inc(result.stats.accepted)
+        self._routes.labels("none" if result.route is None else result.route.plan_name).inc()
+        self._prefill.observe(result.stats.prefill_sec)
+        self._decode.observe(result.stats.decode_sec)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self._registry)

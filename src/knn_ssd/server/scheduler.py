@@ -1,0 +1,222 @@
+"""Requests of many clients on one engine: a single thread owns the model and advances them together.
+
+A request reports to its listener, which is called on that thread: `PrefillDone`, then a `Chunk` for each round, then a
+`Generation`; or an error in place of any of these. Nothing comes after a `Generation` or an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from knn_ssd.engine import Engine
+from knn_ssd.errors import KnnSsdError
+from knn_ssd.kernels.binding import release_threads
+from knn_ssd.outputs import Chunk, Generation
+from knn_ssd.plan import Plan
+from knn_ssd.routing.router import Route
+from knn_ssd.server.batcher import Cancelled, ContinuousBatcher, RequestTask
+from knn_ssd.tokenization import PromptLike
+
+
+class BusyError(KnnSsdError):
+    """The queue is full."""
+
+
+class ClosingError(KnnSsdError):
+    """The server is being shut down."""
+
+
+class DeadlineError(KnnSsdError):
+    """The request took longer than requests may."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The prompt was prefilled and routed.
+
+    Args:
+        route: None without an atlas.
+        plan: what drafts.
+        prompt_tokens: length of the prompt.
+    """
+
+    route: Route | None
+    plan: Plan
+    prompt_tokens: int
+
+
+Event = PrefillDone | Chunk | Generation | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many requests are accepted, and for how long.
+
+    Args:
+        running: requests that are advanced together.
+        waiting: requests beyond these.
+        deadline_sec: of a request, from its arrival; None is no limit.
+    """
+
+    running: int = 8
+    waiting: int = 64
+    deadline_sec: float | None = 600.0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request.
+
+    Args:
+        prompt: as `Engine.stream` takes it.
+        options: of `Engine.stream`.
+        listener: receives every event.
+        due: when it must be done, on the monotonic clock.
+    """
+
+    prompt: PromptLike
+    options: Mapping[str, Any]
+    listener: Callable[[Event], None]
+    due: float
+    cancelled: bool = False
+    task: RequestTask | None = field(default=None, repr=False)
+
+
+class Scheduler:
+    """Advances requests until it is closed.
+
+    Args:
+        engine: whose model, atlas and prefix cache the requests use.
+        limits: how many requests are accepted.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self._batcher = ContinuousBatcher(engine.backend, engine.cost_profile)
+        self.engine = engine.with_batcher(self._batcher)
+        self.limits = limits or Limits()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closing = self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="knn-ssd-model", daemon=True)
+        release_threads()
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Requests that are being advanced."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn to begin."""
+        return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, prompt: PromptLike, options: Mapping[str, Any], listener: Callable[[Event], None]) -> Job:
+        """Puts a request at the end of those that wait.
+
+        Raises:
+            BusyError: too many wait already.
+            ClosingError: nothing is taken any more.
+        """
+        due = time.monotonic() + (self.limits.deadline_sec or float("inf"))
+        job = Job(prompt, options, listener, due)
+        with self._changed:
+            if not self.alive:
+                raise ClosingError("the server is shutting down")
+            if len(self._waiting) >= self.limits.waiting:
+                raise BusyError(f"{len(self._waiting)} requests are waiting already", "Try again later.")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a request before its next round; its listener may still receive the one that runs."""
+        with self._changed:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._changed.notify()
+
+    def close(self, patience_sec: float = 30.0) -> None:
+        """Accepts no more requests, gives the running ones so long to end, and ends the rest with a `ClosingError`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(patience_sec)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._wait():
+            for job in self._due():
+                self._begin(job)
+            for job in self._running:
+                self._watch(job)
+            self._batcher.step()
+            self._running = [job for job in self._running if job.task is not None and not job.task.ended]
+        for job in (*self._running, *self._waiting):
+            self._end(job, ClosingError("the server is shutting down"))
+        self._running.clear()
+        self._waiting.clear()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; whether there is."""
+        with self._changed:
+            while not (self._running or self._waiting or self._closing):
+                self._changed.wait()
+            return not self._stopping and bool(self._running or self._waiting)
+
+    def _due(self) -> list[Job]:
+        """Requests for which there is room now."""
+        with self._changed:
+            room = min(self.limits.running - len(self._running), len(self._waiting))
+            beginners = [self._waiting.popleft() for _ in range(room)]
+            self._running += beginners
+        return beginners
+
+    def _watch(self, job: Job) -> None:
+        """Ends a request that was cancelled or has passed its deadline."""
+        if job.cancelled:
+            self._end(job)
+        elif time.monotonic() > job.due:
+            limit = self.limits.deadline_sec
+            error = DeadlineError(f"the request took longer than {limit:g} seconds", "Ask for fewer tokens.")
+            self._end(job, error)
+
+    def _begin(self, job: Job) -> None:
+        def work() -> None:
+            with suppress(Cancelled):
+                try:
+                    self._answer(job)
+                except Exception as error:  # ends this request alone
+                    job.listener(error)
+
+        job.task = self._batcher.start(work)
+
+    def _answer(self, job: Job) -> None:
+        with closing(self.engine.stream(job.prompt, **job.options)) as stream:
+            job.listener(PrefillDone(stream.route, stream.plan, stream.prompt_tokens))
+            for chunk in stream:
+                job.listener(chunk)
+                self._batcher.yield_()
+            job.listener(stream.result)
+
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        if job.task is not None and not job.task.ended:
+            self._batcher.end(job.task)
+        if error is not None:
+            job.listener(error)

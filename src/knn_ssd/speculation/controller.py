@@ -1,0 +1,215 @@
+"""Chooses for each round which drafter drafts, and how far, by expected tokens per second; none where plain is faster.
+
+A self-draft of k tokens, each accepted with probability a, brings 1 + a + … + aᵏ tokens (arXiv 2211.17192, equation 1)
+and takes k draft steps and one verification of k + 1 rows. The best k of each drafter is compared with plain decoding.
+While a self-draft runs, it goes on as long as the next token's chance of acceptance is worth more time than it takes.
+
+What passes cost is known to `cost_model.py`, how often drafts are accepted to `acceptance.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from knn_ssd.plan import Plan
+from knn_ssd.speculation.acceptance import AcceptanceStats
+from knn_ssd.speculation.cost_model import CostModel
+from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.lookup import LookupDraft
+from knn_ssd.speculation.self_draft import SelfDraft
+
+_MIN_GAIN = 0.98  # a draft is made if it is expected to take at most this share of plain decoding's time per token
+_MAX_LOOKUP = 15  # tokens
+_TRIAL_LOOKUP = 2  # tokens looked up to try again a drafter that did not pay
+_LONG_MATCH = 4  # tokens of a match that a fixed policy prefers to a self-draft
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOption:
+    """A draft that could be made in this round.
+
+    Args:
+        length: tokens to draft.
+        sec_per_token: expected seconds of the round over expected tokens.
+    """
+
+    length: int
+    sec_per_token: float
+
+
+def best_draft_length(cost_model: CostModel, acceptance_rate: float, longest: int, step_sec: float) -> DraftOption:
+    """The best length of a draft whose tokens each take `step_sec` and are accepted at this rate."""
+    best = DraftOption(0, float("inf"))
+    tokens = power = 1.0
+    for length in range(1, longest + 1):
+        power *= acceptance_rate
+        tokens += power
+        sec_per_token = (length * step_sec + cost_model.verification_sec(length + 1)) / tokens
+        if sec_per_token >= best.sec_per_token:
+            break
+        best = DraftOption(length, sec_per_token)
+    return best
+
+
+def is_faster_than_plain(cost_model: CostModel, option: DraftOption) -> bool:
+    """Whether a draft is expected to be faster than plain decoding, by a margin."""
+    return option.sec_per_token < _MIN_GAIN * cost_model.verification_sec(1)
+
+
+@dataclass
+class DraftStopRule:
+    """Decides after each token of a self-draft whether drafting another one is worth its time.
+
+    Args:
+        cost_model: expected costs.
+        acceptance: of the request's domain.
+        step_sec: seconds of drafting one token.
+        sec_per_token: what the round is expected to come to.
+
+    Attributes:
+        survival: probability that all tokens drafted so far are accepted.
+    """
+
+    cost_model: CostModel
+    acceptance: AcceptanceStats
+    step_sec: float
+    sec_per_token: float
+    survival: float = 1.0
+    _length: int = 0
+
+    def __post_init__(self) -> None:
+        self._next_rate = self.acceptance.self_draft.mean
+
+    def __call__(self, confidence: float) -> bool:
+        """Takes the newest token's confidence, and says whether to draft another token."""
+        self.survival *= self.acceptance.at_confidence(confidence).mean
+        self._length += 1
+        rows = self._length + 1
+        extra_row = self.cost_model.verification_sec(rows + 1) - self.cost_model.verification_sec(rows)
+        return self.survival * self._next_rate * self.sec_per_token > self.step_sec + extra_row
+
+
+class Controller:
+    """A drafter that chooses among others.
+
+    Args:
+        plan: its policy bounds what may be done: the longest self-draft, and whether to look up.
+        cost_model: expected costs.
+        acceptance: of the request's domain.
+        self_draft: None where the plan saves nothing.
+        lookup: None where the policy has no lookup.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cost_model: CostModel,
+        acceptance: AcceptanceStats,
+        self_draft: SelfDraft | None,
+        lookup: LookupDraft | None,
+    ) -> None:
+        self._plan = plan
+        self._cost_model = cost_model
+        self._acceptance = acceptance
+        self._self_draft = self_draft
+        self._lookup = lookup
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
+        if self._cost_model.needs_plain_timing:
+            return Draft()
+        plain_sec = self._cost_model.verification_sec(1)
+        lookup = self._lookup_option(context, limit)
+        self_draft = self._self_draft_option(limit)
+        other_sec = self_draft.sec_per_token if self_draft else plain_sec
+        if lookup is not None and lookup.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
+            assert self._lookup is not None
+            return self._lookup.propose(context, lookup.length)
+        if self_draft is not None:
+            self._acceptance.self_draft_retry.record(self_draft.sec_per_token / plain_sec)
+            if is_faster_than_plain(self._cost_model, self_draft):
+                return self._draft(context, limit, self_draft.sec_per_token)
+        if lookup is not None and self._acceptance.lookup_retry.is_due():
+            assert self._lookup is not None
+            return self._lookup.propose(context, min(_TRIAL_LOOKUP, limit))
+        if self_draft is not None and self._acceptance.self_draft_retry.is_due(self_draft.sec_per_token / plain_sec):
+            return self._draft(context, 1, plain_sec)
+        return Draft()
+
+    def learn(self, outcome: Outcome) -> None:
+        """Corrects expected costs and acceptance by a verified draft."""
+        draft = outcome.draft
+        if self._cost_model.learns_from_rounds:
+            self._cost_model.record_verification(len(draft.tokens) + 1, outcome.verify_sec)
+            if draft.confidences:
+                self._cost_model.record_draft_steps(self._plan, len(draft.confidences), outcome.draft_sec)
+        self._acceptance.record(draft, outcome.accepted)
+
+    def _draft(self, context: Sequence[int], limit: int, sec_per_token: float) -> Draft:
+        assert self._self_draft is not None
+        step_sec = self._cost_model.draft_step_sec(self._plan)
+        go_on = DraftStopRule(self._cost_model, self._acceptance, step_sec, sec_per_token)
+        draft = self._self_draft.propose(context, limit, go_on)
+        return self._extend(draft, context, limit, go_on.survival, sec_per_token)
+
+    def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
+        """Appends what lookup finds after a self-draft, as far as verifying it too is worth the time."""
+        match = self._lookup.match(context, draft.tokens) if self._lookup is not None else None
+        if match is None or self._lookup is None:
+            return draft
+        own, rate, length = len(draft.tokens), self._acceptance.at_match(match.length).mean, 0
+        while own + length < limit and length < _MAX_LOOKUP:
+            survival *= rate
+            rows = own + length + 1
+            extra_row = self._cost_model.verification_sec(rows + 1) - self._cost_model.verification_sec(rows)
+            if survival * sec_per_token <= extra_row:
+                break
+            length += 1
+        more = self._lookup.propose(context, length, draft.tokens).tokens
+        return replace(draft, tokens=draft.tokens + more, num_looked_up=len(more), match_length=match.length)
+
+    def _self_draft_option(self, limit: int) -> DraftOption | None:
+        if self._self_draft is None or limit < 1:
+            return None
+        longest = min(limit, self._plan.policy.max_draft)
+        step_sec = self._cost_model.draft_step_sec(self._plan)
+        return best_draft_length(self._cost_model, self._acceptance.self_draft.mean, longest, step_sec)
+
+    def _lookup_option(self, context: Sequence[int], limit: int) -> DraftOption | None:
+        if self._lookup is None or limit < 1:
+            return None
+        match = self._lookup.match(context)
+        if match is None:
+            return None
+        rate = self._acceptance.at_match(match.length).mean
+        return best_draft_length(self._cost_model, rate, min(limit, _MAX_LOOKUP), 0.0)
+
+
+class FixedPolicy:
+    """A drafter that follows a plan's policy to the letter, whatever it costs.
+
+    It looks up where the match is long, and self-drafts otherwise.
+
+    Args:
+        plan: whose policy is followed.
+        self_draft: None where only lookup drafts.
+        lookup: None where the policy has no lookup.
+    """
+
+    def __init__(self, plan: Plan, self_draft: SelfDraft | None, lookup: LookupDraft | None) -> None:
+        self._plan = plan
+        self._self_draft = self_draft
+        self._lookup = lookup
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """The draft that the policy asks for."""
+        if self._lookup is not None:
+            match = self._lookup.match(context)
+            shortest = _LONG_MATCH if self._self_draft is not None else 1
+            if match is not None and match.length >= shortest:
+                return self._lookup.propose(context, min(limit, self._plan.policy.max_draft))
+        return self._self_draft.propose(context, limit) if self._self_draft is not None else Draft()
+
+    def learn(self, outcome: Outcome) -> None:
+        """Does nothing: a fixed policy does not change."""

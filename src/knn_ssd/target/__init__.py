@@ -1,1 +1,0 @@
-"""Models that can draft for themselves: the contract and its implementations."""

