@@ -20,7 +20,7 @@ from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.summary import shown, shown_interval
 from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.io import write_whole
 from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.plan import Mode
@@ -46,12 +46,12 @@ def stream_options(doc: str, methods: Sequence[str], limit: int) -> argparse.Arg
     return parser
 
 
-def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: Settings) -> Engine:
+def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: CalibrationSettings) -> Engine:
     """An engine with the atlas in a folder, which is made if it is not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
         with ProgressBars() as progress:
-            calibrate(loaded, prompts, folder, settings, resume=True, reporter=progress)
+            calibrate(loaded, prompts, folder, settings, resume=True, progress=progress)
     return Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
 
 

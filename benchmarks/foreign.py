@@ -15,7 +15,7 @@ from _recipes import calibrated, measured, print_table, stream_options
 
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "knn-ssd", "auto")
@@ -30,7 +30,7 @@ def main() -> None:
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")
     own = [prompt for prompt in limit_each(first, args.calibrating) if prompt.domain in args.known]
-    engine = calibrated(loaded, own, args.out / "atlas", Settings(minutes=args.minutes))
+    engine = calibrated(loaded, own, args.out / "atlas", CalibrationSettings(minutes=args.minutes))
     assert engine.atlas is not None
     ordered = stream(limit_each(second, args.limit), 1.0)
     print("\n| domain | prompts | fell back | distance over radius, median |\n|---|--:|--:|--:|")

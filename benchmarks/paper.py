@@ -14,7 +14,7 @@ from _recipes import calibrated, measured, print_table, stream_options
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.calibrate.search import Strategy
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.loading.resolve import load_model
 
 METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "lookup", "low", "auto")
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")
-    settings = Settings(search=Strategy(args.search), trials=args.trials, low=False, lookup=False)
+    settings = CalibrationSettings(search=Strategy(args.search), trials=args.trials, low=False, lookup=False)
     engine = calibrated(loaded, limit_each(first, args.calibrating), args.out / "atlas", settings)
     for ratio in args.ratios:
         ordered = stream(limit_each(second, args.limit), ratio)

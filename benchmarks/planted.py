@@ -20,7 +20,7 @@ from _recipes import calibrated, measured, with_interval
 from knn_ssd.bench.run import BenchSettings
 from knn_ssd.bench.summary import shown
 from knn_ssd.bench.workload import limit_each, stream
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.prompts import Prompt
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
@@ -49,7 +49,7 @@ def main() -> None:
     own = limit_each(prompts, args.calibrating)
     others = [prompt for prompt in prompts if prompt not in own]
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
-    settings = Settings(trials=args.trials, search_prompts=4, low=False, lookup=False)
+    settings = CalibrationSettings(trials=args.trials, search_prompts=4, low=False, lookup=False)
     engine = calibrated(loaded, own, args.out / "atlas", settings)
     streams = {}
     for ratio in args.ratios:

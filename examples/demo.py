@@ -16,7 +16,7 @@ from rich.table import Table
 
 from knn_ssd import Atlas, Engine, Generation, Plan
 from knn_ssd.calibrate.pipeline import calibrate
-from knn_ssd.calibrate.settings import Settings
+from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.cli import main
 from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
@@ -93,7 +93,7 @@ def show_planted_redundancy() -> bool:
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
     prompts = [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in redundant for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        atlas = calibrate(loaded, prompts, Path(folder) / "atlas", Settings(trials=50, search_prompts=4))
+        atlas = calibrate(loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=50, search_prompts=4))
     engine = Engine(loaded.model, loaded.tokenizer, atlas)
     table = Table(
         title="A tiny model in which 7 of 16 sublayers, others in each domain, were made to do nothing",

@@ -55,7 +55,7 @@ def test_a_script_says_how_it_is_run(run: Run, script: str) -> None:
     assert "usage:" in run(script, "--help")
 
 
-@pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 def test_kernels_are_called_as_they_are_now(run: Run) -> None:
     shown = run("kernels.py", "--rows", "64", "--cols", "128")
     assert "lean, bfloat16" in shown

@@ -26,10 +26,10 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, ObservationFile, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal, uninterrupted
-from knn_ssd.calibrate.objective import Clock, Record, Score, TeacherForcedScorer, Timing, predicted_speedup
+from knn_ssd.calibrate.objective import Clock, DraftTrace, Score, TeacherForcedScorer, Timing, predicted_speedup
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
 from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
-from knn_ssd.calibrate.settings import MIXTURE, Settings
+from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
@@ -71,7 +71,7 @@ def planted_atlas(
     request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Atlas:
     out = tmp_path_factory.mktemp("planted") / "atlas"
-    settings = Settings(search=Strategy(request.param), trials=BUDGET, search_prompts=5)
+    settings = CalibrationSettings(search=Strategy(request.param), trials=BUDGET, search_prompts=5)
     with metered(COST):
         return calibrate(loaded(planted), prompts_of(planted), out, settings)
 
@@ -150,7 +150,7 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
 
 def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
-    settings = Settings(trials=BUDGET, search_prompts=4)
+    settings = CalibrationSettings(trials=BUDGET, search_prompts=4)
     with metered(COST):
         atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
     found = {name: skipped(best_skipping(atlas.domains[name].evidence)) for name in REDUNDANT}
@@ -160,7 +160,7 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
 
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
-    settings = Settings(trials=40, search_prompts=4)
+    settings = CalibrationSettings(trials=40, search_prompts=4)
     with metered(COST):
         atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", settings)
     assert all(domain.plan.is_plain for domain in atlas.domains.values())
@@ -168,7 +168,9 @@ def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -
 
 
 def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_path: Path) -> None:
-    settings = Settings(search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=4, max_draft=3, threshold=0.5)
+    settings = CalibrationSettings(
+        search=Strategy.PAPER, trials=4, search_prompts=2, new_tokens=4, max_draft=3, threshold=0.5
+    )
     atlas = calibrate(loaded(planted), prompts_of(planted, 3), tmp_path / "atlas", settings)
     domain = atlas.domains["red"]
     assert domain.evidence["trials"] == 4
@@ -217,14 +219,16 @@ def test_an_interrupted_calibration_goes_on_without_repeating_a_trial(
     planted: PlantedModel, tmp_path: Path, stage: str, after: int
 ) -> None:
     out, prompts = tmp_path / "atlas", prompts_of(planted, 3)
-    settings = Settings(trials=20, search_prompts=2, new_tokens=8)
+    settings = CalibrationSettings(trials=20, search_prompts=2, new_tokens=8)
     with pytest.raises(Interrupted, match="--resume"):
         calibrate(loaded(planted), prompts, out, settings, progress=Stopping(stage, after))
     assert not out.exists()
     with pytest.raises(CalibrationError, match="--resume"):
         calibrate(loaded(planted), prompts, out, settings)
     with pytest.raises(CalibrationError, match="new_tokens was 8 and is 16"):
-        calibrate(loaded(planted), prompts, out, Settings(trials=20, search_prompts=2, new_tokens=16), resume=True)
+        calibrate(
+            loaded(planted), prompts, out, CalibrationSettings(trials=20, search_prompts=2, new_tokens=16), resume=True
+        )
     counting = Counting()
     atlas = calibrate(loaded(planted), prompts, out, settings, resume=True, progress=counting)
     assert [entry.name for entry in tmp_path.iterdir()] == ["atlas"]
@@ -336,7 +340,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_what_was_found_is_kept(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    settings = Settings(trials=2, search_prompts=1, new_tokens=4)
+    settings = CalibrationSettings(trials=2, search_prompts=1, new_tokens=4)
     with pytest.raises(OutputError, match="No space left on device"):
         calibrate(loaded(planted), prompts_of(planted, 2), tmp_path / "atlas", settings)
     assert [entry.name for entry in tmp_path.iterdir()] == ["atlas.calibration"]
@@ -364,13 +368,13 @@ def test_prompts_that_cannot_be_calibrated_on_are_refused(prompts: list[Prompt],
 def test_a_prompt_beyond_the_context_is_refused_by_name(planted: PlantedModel, tmp_path: Path) -> None:
     prompts = [*prompts_of(planted, 2), Prompt("x" * 300, "red", "too-long")]
     with pytest.raises(PromptError, match="'too-long' has 300 tokens"):
-        calibrate(loaded(planted), prompts, tmp_path / "atlas", Settings(trials=2))
+        calibrate(loaded(planted), prompts, tmp_path / "atlas", CalibrationSettings(trials=2))
 
 
 @pytest.mark.parametrize("name", ["trials", "search_prompts", "vector_prompts", "anchors", "workers", "max_draft"])
 def test_settings_refuse_zero(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} must be 1 or more, got 0"):
-        Settings(**{name: 0})
+        CalibrationSettings(**{name: 0})
 
 
 # The foretold speed-up
@@ -383,17 +387,17 @@ def test_a_foretold_speedup_is_between_all_rejected_and_all_accepted(
     positions: list[tuple[bool, float]], max_draft: int, threshold: float
 ) -> None:
     plan, policy = Plan.skipping(4, [1], [2]), Policy(max_draft, threshold)
-    record = Record(tuple(agrees for agrees, _ in positions), tuple(confidences for _, confidences in positions))
+    record = DraftTrace(tuple(agrees for agrees, _ in positions), tuple(confidences for _, confidences in positions))
 
     def speedup(agrees: bool) -> float:
-        return predicted_speedup([Record((agrees,) * len(positions), record.confidences)], plan, policy, COST)
+        return predicted_speedup([DraftTrace((agrees,) * len(positions), record.confidences)], plan, policy, COST)
 
     assert speedup(False) - 1e-9 <= predicted_speedup([record], plan, policy, COST) <= max_draft + 1
 
 
 def test_a_foretold_speedup_counts_rounds_by_hand() -> None:
     plan = Plan.skipping(4, [0, 1], [0])  # a draft step costs 1 - 3 * 0.05 = 0.85
-    record = Record((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
+    record = DraftTrace((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
     # Two drafted and accepted: 2 * 0.85 + 1.04 for 3 tokens; one drafted, unsure, accepted: 0.85 + 1.02 for 2.
     seconds = (2 * 0.85 + 1.04) + (0.85 + 1.02)
     assert predicted_speedup([record], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)

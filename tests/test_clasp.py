@@ -20,7 +20,7 @@ from knn_ssd.plan import Policy
 from knn_ssd.sampling import Sampler
 from knn_ssd.testing import tiny_model
 
-lean = pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
+lean = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
 
 def with_idle_layers(idle: set[int], faint: float = 0.0) -> NativeBackend:
@@ -39,9 +39,9 @@ def test_a_layer_alone_is_the_same_bits_as_within_a_pass() -> None:
     text = tokens(40)
     session = backend.open(60)
     session.prefill(text[:-1])
-    states = session.embed(text[-1]).repeat(3, 1)
+    states = backend.embed(text[-1]).repeat(3, 1)
     for layer in range(backend.num_layers):
-        states = session.run_layer(layer, states)
+        states = backend.run_layer(layer, states, session.cache, session.length)
     whole = backend.open(60).prefill(text).last
     final = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + backend.epsilon) * backend.norm
     assert torch.equal(states[0], states[1])
@@ -59,8 +59,8 @@ def test_the_layers_that_do_next_to_nothing_are_chosen(idle: set[int], faint: fl
     session = backend.open(60)
     session.prefill(tokens(30))
     with session.rewound(1):
-        assert choose_layers(session, tokens(30)[-1], 8, len(idle)) == sorted(idle)
-        assert choose_layers(session, tokens(30)[-1], 8, 0) == []
+        assert choose_layers(backend, session, tokens(30)[-1], len(idle)) == sorted(idle)
+        assert choose_layers(backend, session, tokens(30)[-1], 0) == []
     assert session.length == 30
 
 
@@ -70,7 +70,7 @@ def test_drafts_without_idle_layers_are_right_and_layers_are_chosen_anew_in_time
     session = backend.open(200)
     context = tokens(20)
     session.prefill(context[:-1])
-    drafter = ClaspDraft(session, Sampler([], greedy=True), 8, ClaspSettings(0.5, 10, Policy(4, 0.0)))
+    drafter = ClaspDraft(backend, session, Sampler([], greedy=True), ClaspSettings(0.5, 10, Policy(4, 0.0)))
     chosen = []
     for _ in range(6):
         draft = drafter.propose(context, 4)

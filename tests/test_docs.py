@@ -22,7 +22,7 @@ import knn_ssd
 from knn_ssd import errors
 from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.base import Pooling
-from knn_ssd.calibrate.settings import MIXTURE, Settings
+from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.cli import _parser
 from knn_ssd.cli.results import generation_json
 from knn_ssd.engine import Engine
@@ -301,8 +301,8 @@ def test_the_table_of_settings_has_all_of_them_with_their_defaults() -> None:
         if row[0].startswith("`--") and len(row) == 4
     }
     options = _parser(["calibrate"]).parse_args(["calibrate", "--out", "atlas"])
-    settings = Settings()
-    assert set(rows) == {field.name for field in fields(Settings)}
+    settings = CalibrationSettings()
+    assert set(rows) == {field.name for field in fields(CalibrationSettings)}
     for name, (option, _, default, _) in rows.items():
         assert hasattr(options, option.strip("`").removeprefix("--").replace("-", "_"))
         value = getattr(settings, name)

@@ -10,7 +10,7 @@ import torch
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.transformers.backend import TransformersBackend
-from knn_ssd.kernels.binding import why_unavailable
+from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.resolve import EMBEDDED_MODEL
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tools import doctor
@@ -53,13 +53,13 @@ def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_are_looked_for_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 2**20)
-    monkeypatch.setattr(doctor, "why_unavailable", lambda: "no C compiler was found")
+    monkeypatch.setattr(doctor, "kernels_obstacle", lambda: "no C compiler was found")
     assert doctor.examine_machine().kernels == "no C compiler was found"
-    monkeypatch.setattr(doctor, "why_unavailable", lambda: None)
+    monkeypatch.setattr(doctor, "kernels_obstacle", lambda: None)
     assert doctor.examine_machine().kernels == "ready"
 
 
-@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
 def test_a_report_of_a_lean_model(tmp_path: Path) -> None:
     tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
     report = doctor.examine(str(tmp_path)).model

@@ -14,7 +14,7 @@ from helpers import transformers_output
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.engine import Engine
-from knn_ssd.kernels.binding import why_unavailable
+from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import BUILTIN_DOMAINS, builtin_prompts
 
@@ -78,7 +78,7 @@ def _head(file: Path, count: int) -> list[str]:
     return file.read_text("utf-8").split("\n", count)[:count]
 
 
-@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
 def test_in_bfloat16_every_way_of_drafting_says_what_plain_decoding_says(bfloat16_engine: Engine) -> None:
     engine, drafted, looked_up = bfloat16_engine, 0, 0
     layers = engine.backend.num_layers
@@ -101,7 +101,7 @@ def test_in_bfloat16_every_way_of_drafting_says_what_plain_decoding_says(bfloat1
     assert looked_up > 5
 
 
-@pytest.mark.skipif(why_unavailable() is not None, reason="no kernels here")
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
 def test_bfloat16_weights_give_what_float32_arithmetic_makes_of_them(bfloat16_engine: Engine) -> None:
     reference = copy.deepcopy(bfloat16_engine.model).float()
     for _domain, prompt in real_prompts()[::4]:

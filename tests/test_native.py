@@ -30,7 +30,7 @@ WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim":
 DTYPES = (torch.float32, torch.bfloat16)
 ALL_LOW = Plan((Mode.LOW,) * 4, (Mode.LOW,) * 4, Mode.LOW)
 
-pytestmark = pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
+pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
 
 def wide_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -192,7 +192,8 @@ def test_low_attentions_see_keys_and_values_in_8_bits(heads: dict[str, int]) -> 
     backend = NativeBackend(wide_model("mistral", torch.bfloat16, **heads))
     session = backend.open(60)
     session.prefill(tokens(45))
-    exact, low, scales = session._cache[:2], session._cache[2:4], session._cache[4:]  # of keys and values each
+    tensors = session.cache.tensors
+    exact, low, scales = tensors[:2], tensors[2:4], tensors[4:]  # of keys and values each
     for known, rounded, scale in zip(exact, low, scales, strict=True):
         step = scale[:, :, :45, None]
         assert (rounded[:, :, :45].abs().amax(dim=-1) == 127).all()
@@ -291,8 +292,8 @@ def test_positions_grow_with_the_text_and_never_past_the_context() -> None:
     """Rotary embeddings of the kind `dynamic` change for positions past the context they were made for."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 3000}
     backend = NativeBackend(wide_model("llama", max_position_embeddings=3000, rope_parameters=rope))
-    first = backend.positions(100)[0][:100].clone()
-    cosines, sines = backend.positions(2900)
+    first = backend._rotary_tables(100)[0][:100].clone()
+    cosines, sines = backend._rotary_tables(2900)
     assert len(cosines) == len(sines) == backend.context_length == 3000
     assert torch.equal(cosines[:100], first)
 
@@ -361,7 +362,7 @@ def test_without_kernels_the_general_target_takes_over(
         monkeypatch.setenv(name, value)
     binding._found.cache_clear()
     try:
-        assert reason in (binding.why_unavailable() or "")
+        assert reason in (binding.kernels_obstacle() or "")
         assert isinstance(select_backend(wide_model("llama")), TransformersBackend)
         assert not list(tmp_path.rglob("*.so"))
     finally:

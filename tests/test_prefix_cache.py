@@ -19,7 +19,7 @@ from knn_ssd.errors import UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.plan import Plan, Policy
 
-pytestmark = pytest.mark.skipif(binding.why_unavailable() is not None, reason="no kernels here")
+pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
 
 def prefix(token_ids: list[int]) -> CachedPrefix:

@@ -413,7 +413,7 @@ def test_bfloat16_asked_of_an_older_torch(monkeypatch: pytest.MonkeyPatch, nativ
 def test_bfloat16_is_kept_where_the_lean_target_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: False)
     for unavailable, expected in ((None, torch.bfloat16), ("no kernels", torch.float32)):
-        monkeypatch.setattr(resolve, "why_unavailable", lambda unavailable=unavailable: unavailable)
+        monkeypatch.setattr(resolve, "kernels_obstacle", lambda unavailable=unavailable: unavailable)
         assert default_dtype(torch.bfloat16, CPU, "llama") == expected
         assert default_dtype(torch.bfloat16, CPU, "gpt2") == torch.float32
 
@@ -448,7 +448,7 @@ def test_auto_keeps_the_checkpoint_where_it_is_native(
     if not named:
         edit_config(directory, dtype=None)
     monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: native)
-    monkeypatch.setattr(resolve, "why_unavailable", lambda: "no kernels")
+    monkeypatch.setattr(resolve, "kernels_obstacle", lambda: "no kernels")
     model = load_model(directory).model
     assert model.dtype == (torch.bfloat16 if native else torch.float32)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -47,11 +47,11 @@ def test_greedy_output_is_the_same(opened: Opener, tiny: Path, plan: Plan, count
 
 
 def test_low_bit_weights_are_those_of_the_model_rounded(opened: Opener, tiny: Path) -> None:
-    from knn_ssd.vllm_plugin.low_bit import LowBit
+    from knn_ssd.vllm_plugin.low_bit import LinearCopies
 
     llm = opened(tiny)
     linear = runner_of(llm).model.model.layers[1].mlp.gate_up_proj
-    low = LowBit(torch.device("cpu"), torch.float32)
+    low = LinearCopies(torch.device("cpu"), torch.float32)
     weight = low._weight(linear, 64)  # (rows, 64)
     original = load_model(str(tiny), device="cpu", dtype="float32").model.model.layers[1].mlp
     torch.testing.assert_close(weight, torch.cat([original.gate_proj.weight, original.up_proj.weight]))

@@ -40,7 +40,7 @@ _BEATEN = 5  # a plan that lost so many pairs more than it won is given up
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class DraftTrace:
     """How a draft fared along one continuation of n + 1 tokens.
 
     Args:
@@ -105,7 +105,7 @@ class TeacherForcedScorer:
             best: the best speed-up known; a plan that stays clearly under it is judged on fewer continuations.
             policies: to choose from.
         """
-        records: list[Record] = []
+        records: list[DraftTrace] = []
         result: Score | None = None
         for observation, session in zip(self._observations, self._sessions, strict=True):
             records.append(self._trace_draft(plan, observation, session))
@@ -119,14 +119,14 @@ class TeacherForcedScorer:
                 break
         return result or Score(Plan.plain(plan.num_layers), 1.0, 0.0, 0)
 
-    def _trace_draft(self, plan: Plan, observation: Observation, session: Session) -> Record:
+    def _trace_draft(self, plan: Plan, observation: Observation, session: Session) -> DraftTrace:
         tokens = observation.token_ids
         logits = session.teacher_forced_logits(list(tokens[:-1]), plan, RUN_LENGTH)  # (n, V)
         agrees = [best == after for best, after in zip(most_likely(logits), tokens[1:], strict=True)]
-        return Record(tuple(agrees), tuple(top_probability(logits).tolist()))
+        return DraftTrace(tuple(agrees), tuple(top_probability(logits).tolist()))
 
 
-def predicted_speedup(records: Sequence[Record], plan: Plan, policy: Policy, cost: CostProfile) -> float:
+def predicted_speedup(records: Sequence[DraftTrace], plan: Plan, policy: Policy, cost: CostProfile) -> float:
     """Plays the rounds of a policy through the records; tokens per second over plain decoding's."""
     step_sec = cost.draft_step_sec(plan)
     tokens, seconds = 0, 0.0
@@ -140,7 +140,7 @@ def predicted_speedup(records: Sequence[Record], plan: Plan, policy: Policy, cos
     return tokens / seconds * cost.verification_sec(1)
 
 
-def _play_round(record: Record, start: int, policy: Policy) -> tuple[int, int]:
+def _play_round(record: DraftTrace, start: int, policy: Policy) -> tuple[int, int]:
     """Tokens drafted and accepted in a round that begins at `start`."""
     drafted = accepted = 0
     agreeing = True

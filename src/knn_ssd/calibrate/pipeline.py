@@ -29,7 +29,7 @@ from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.objective import WORTH_HAVING, Clock, Score, TeacherForcedScorer, Timing
 from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
-from knn_ssd.calibrate.settings import MIXTURE, Settings
+from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.errors import Interrupted, OutputError, UsageError
 from knn_ssd.io import provenance
 from knn_ssd.loading.fingerprint import fingerprint
@@ -49,7 +49,7 @@ def calibrate(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
     out: str | Path,
-    settings: Settings | None = None,
+    settings: CalibrationSettings | None = None,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -70,7 +70,7 @@ def calibrate(
         OutputError: the place cannot be written.
         Interrupted: stopped by the user; what was found is kept.
     """
-    settings = settings or Settings()
+    settings = settings or CalibrationSettings()
     out = Path(out)
     if out.exists():
         raise OutputError(f"there is already something at '{out}'", "Choose another --out, or remove it first.")
@@ -113,7 +113,7 @@ class _Calibration:
         loaded: LoadedModel,
         grouped: Mapping[str, Sequence[Prompt]],
         out: Path,
-        settings: Settings,
+        settings: CalibrationSettings,
         progress: Progress,
     ) -> None:
         self.loaded = loaded
@@ -357,7 +357,7 @@ def _scoring(
         yield lambda trial, best: scorer.score(trial.plan, best)
 
 
-def search_sets(observations: Sequence[Observation], settings: Settings) -> dict[str, list[Observation]]:
+def search_sets(observations: Sequence[Observation], settings: CalibrationSettings) -> dict[str, list[Observation]]:
     """Which continuations each domain's plans are scored on, and the mixture's: some of every domain, in turn."""
     continued: dict[str, list[Observation]] = {}
     for observation in observations:
@@ -389,7 +389,9 @@ def _start_worker(run: _Calibration, index: int) -> multiprocessing.process.Base
     return worker
 
 
-def _work(name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: Path, settings: Settings) -> None:
+def _work(
+    name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: Path, settings: CalibrationSettings
+) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
     run = _Calibration(load_model(name, dtype=dtype), grouped, out, settings, NoProgress())
     cost = run.journal.read_cost()

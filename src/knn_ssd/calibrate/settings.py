@@ -14,7 +14,7 @@ MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class CalibrationSettings:
     """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the
     defaults.
 

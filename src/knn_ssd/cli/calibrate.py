@@ -11,7 +11,7 @@ from knn_ssd.errors import UsageError
 from knn_ssd.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from knn_ssd.calibrate.settings import Settings
+    from knn_ssd.calibrate.settings import CalibrationSettings
     from knn_ssd.prompts import Prompt
 
 STRATEGIES = ("paper", "greedy", "bayes", "evolve")
@@ -148,13 +148,13 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> CalibrationSettings:
     from knn_ssd.backends.base import Pooling
     from knn_ssd.calibrate.search import Strategy
-    from knn_ssd.calibrate.settings import Settings
+    from knn_ssd.calibrate.settings import CalibrationSettings
 
     paper = {name: value for name in ("max_draft", "threshold") if (value := getattr(args, name)) is not None}
-    return Settings(
+    return CalibrationSettings(
         search=Strategy(args.search),
         trials=args.trials,
         minutes=args.minutes,

@@ -25,7 +25,7 @@ import torch
 from knn_ssd.errors import KnnSsdError
 from knn_ssd.io import cache_directory, writing
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCE = Path(__file__).parent / "csrc" / "kernels.c"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fPIC", "-std=gnu11", "-w")
 
 FLOAT32, BFLOAT16, INT4 = range(3)
@@ -99,7 +99,7 @@ def kernels() -> ctypes.CDLL:
     return found
 
 
-def why_unavailable() -> str | None:
+def kernels_obstacle() -> str | None:
     """None where the kernels can be used, else the reason in one sentence."""
     found = _found()
     return found.message if isinstance(found, KernelsUnavailable) else None
@@ -135,14 +135,14 @@ def _loaded() -> ctypes.CDLL:
 
 def uses_tiles() -> bool:
     """Whether bfloat16 weights go through the processor's tile unit."""
-    return why_unavailable() is None and bool(kernels().knn_ssd_uses_tiles())
+    return kernels_obstacle() is None and bool(kernels().knn_ssd_uses_tiles())
 
 
 def release_threads() -> None:
     """Called by a thread that has run the model, before another one does so for good; else passes take twice as long
     there. It may run the model again, at the other's cost.
     """
-    if why_unavailable() is None:
+    if kernels_obstacle() is None:
         kernels().knn_ssd_release_threads()
 
 

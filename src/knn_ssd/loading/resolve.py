@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES
 from knn_ssd.errors import ModelError, UnsupportedModelError, UsageError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import why_unavailable
+from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.download import download
 from knn_ssd.loading.files import WEIGHTS, how_to_restore, read_json, reason, weight_files
 from knn_ssd.loading.gguf import converted
@@ -256,7 +256,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device, model_type: str = "") -> torch.dtype:
     """The checkpoint's own dtype where the device or the lean target's kernels compute it natively, else float32."""
     if checkpoint_dtype == torch.bfloat16:
-        lean = device.type == "cpu" and model_type in NATIVE_FAMILIES and why_unavailable() is None
+        lean = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
         native = lean or _has_bfloat16(device)
     else:
         native = checkpoint_dtype == torch.float16 and device.type != "cpu"

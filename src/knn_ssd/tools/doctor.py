@@ -23,7 +23,7 @@ from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import uses_tiles, why_unavailable
+from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import most_likely
@@ -175,7 +175,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         threads=torch.get_num_threads(),
         cpu_flags=_cpu_flags(),
         devices=_devices(),
-        kernels=why_unavailable() or "ready",
+        kernels=kernels_obstacle() or "ready",
         tiles=uses_tiles(),
         read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
         memory_bytes=_memory(),

@@ -13,7 +13,7 @@ import torch
 
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.vllm_plugin.low_bit import LowBit, why_unavailable
+from knn_ssd.vllm_plugin.low_bit import LinearCopies, low_bit_obstacle
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -50,8 +50,8 @@ class Stack:
         self._layers = layers
         norm = model.model.norm.weight
         self.device: torch.device = norm.device
-        self.why_no_low = why_unavailable(norm.device)
-        self._low = LowBit(norm.device, norm.dtype)
+        self.why_no_low = low_bit_obstacle(norm.device)
+        self._low = LinearCopies(norm.device, norm.dtype)
 
     def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits (n, V) after each of n tokens, for which the forward context has the attention's metadata.

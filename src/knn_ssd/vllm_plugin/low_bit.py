@@ -19,7 +19,7 @@ _ROWS = 16  # that the kernel takes together
 _UNIT_VECTORS = 512  # at a time
 
 
-def why_unavailable(device: torch.device) -> str | None:
+def low_bit_obstacle(device: torch.device) -> str | None:
     """What speaks against low-bit copies on a device; None if nothing does."""
     if device.type != "cpu":
         return f"low-bit drafts were made for CPUs, and the model is on {device.type}"
@@ -54,7 +54,7 @@ class LowBitWeight:
         return out if bias is None else out + bias
 
 
-class LowBit:
+class LinearCopies:
     """The copies of a model's linears, each made once and shared by all plans.
 
     Args:

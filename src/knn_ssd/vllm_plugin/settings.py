@@ -16,7 +16,7 @@ _EXAMPLE = 'Give --additional-config \'{"knn_ssd": {"atlas": "FOLDER"}}\'.'
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class PluginSettings:
     """How to draft.
 
     Args:
@@ -40,7 +40,7 @@ class Settings:
         return {None: self.atlas.fallback, **{name: domain.plan for name, domain in self.atlas.domains.items()}}
 
 
-def read_settings(additional_config: Any) -> Settings:
+def read_settings(additional_config: Any) -> PluginSettings:
     """The settings in vLLM's `additional_config`.
 
     Raises:
@@ -62,15 +62,15 @@ def read_settings(additional_config: Any) -> Settings:
     if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
         raise UsageError(f"'neighbours' must be a whole number, 1 or more, got {neighbours!r}")
     if "atlas" in asked:
-        return Settings(Atlas.load(asked["atlas"]), None, adaptive, neighbours)
+        return PluginSettings(Atlas.load(asked["atlas"]), None, adaptive, neighbours)
     try:
         plan = Plan.from_json(asked["plan"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"'plan' is not a plan as atlas.json has them: {error!r}") from error
-    return Settings(None, plan, adaptive, neighbours)
+    return PluginSettings(None, plan, adaptive, neighbours)
 
 
-def refuse_unsuitable(config: Any, settings: Settings) -> None:
+def refuse_unsuitable(config: Any, settings: PluginSettings) -> None:
     """Raises a `UsageError` for what a draft would damage, or has not been made for, in a `VllmConfig`."""
     model, parallel = config.model_config, config.parallel_config
     reasons = {

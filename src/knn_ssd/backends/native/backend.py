@@ -24,7 +24,7 @@ from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import UnsupportedModelError, UsageError
-from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, why_unavailable
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle
 from knn_ssd.plan import Mode, Plan
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -50,7 +50,7 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"it has been changed: {strange}"
     if config.hidden_act != "silu":
         yield f"its activation is {config.hidden_act}"
-    if unavailable := why_unavailable():
+    if unavailable := kernels_obstacle():
         yield unavailable
     lanes = kernels().knn_ssd_lanes()
     layers: Any = model.base_model.layers
