@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +157,64 @@ def test_the_acceptance_rule_exists_once() -> None:
     assert calls_of("uniform") == {"speculation/decode.accept"}
     assert calls_of("accept") == {"speculation/decode.decode"}
     assert calls_of("verify") == {"speculation/decode.decode"}
+
+
+def test_no_two_modules_define_the_same_public_name() -> None:
+    """Whoever searches for a name finds one thing. The commands of the CLI have one interface, so they are left out."""
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        if part_of(file) == "cli":
+            continue
+        for node in tree_of(file).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(file.relative_to(PACKAGE).as_posix())
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+def test_a_session_does_not_know_its_backend() -> None:
+    """It hands plain requests to the function that it was opened with."""
+    for kind in ("native", "transformers"):
+        source = (PACKAGE / "backends" / kind / "session.py").read_text("utf-8")
+        names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+        assert not {name for name in names if "backend" in name.lower()}
+
+
+def test_serving_sets_no_attributes_of_the_engine() -> None:
+    for file in (PACKAGE / "server").glob("*.py"):
+        for node in ast.walk(tree_of(file)):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            stored = [ast.unparse(target) for target in targets if isinstance(target, ast.Attribute)]
+            assert not [each for each in stored if "engine." in each or "backend." in each or "cost_model." in each]
+
+
+def test_from_the_shell_to_the_kernels_there_are_seven_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from knn_ssd.backends.native.backend import NativeBackend
+    from knn_ssd.cli import main
+    from knn_ssd.kernels.binding import kernels_obstacle
+    from knn_ssd.testing import tiny_model, tiny_tokenizer
+
+    if kernels_obstacle() is not None:
+        pytest.skip("no kernels here")
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path)
+    deepest: list[str] = []
+    forward_batch = NativeBackend.forward_batch
+
+    def watched(backend: NativeBackend, requests: Sequence[Any]) -> Any:
+        frames = traceback.extract_stack()
+        if any(frame.name == "verify" for frame in frames):
+            own = [frame.filename for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+            deepest[:] = list(dict.fromkeys(own))
+        return forward_batch(backend, requests)
+
+    monkeypatch.setattr(NativeBackend, "forward_batch", watched)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "a fox", "--max-new-tokens", "4"]) == 0
+    capsys.readouterr()
+    assert deepest, "no verification ran"
+    assert len({*deepest, str(PACKAGE / "backends" / "native" / "backend.py")}) <= 7
 
 
 def _imported_by(code: str, *arguments: str) -> set[str]:
