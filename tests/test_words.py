@@ -26,7 +26,7 @@ HOME_MADE = {
     r"lean target|general target": "native backend, transformers backend",
     r"look-ups?|looks? up in": "lookup",
     r"by_sure|sure of itself": "confidence",
-    r"weigh_?\w*": "softmax, weighted by",
+    r"weighs?|weighed|weighing": "softmax, weighted by",
     r"anchor_labels|vector_labels|plan_label": "domain",
 }
 
