@@ -1,6 +1,6 @@
-"""What the documentation says holds: Python runs, commands parse, links lead somewhere, lists are whole.
+"""The documentation is true: its Python runs, its commands parse, its links and paths exist, its lists are complete.
 
-Pages are read as users read them. Models and atlases that they name become tiny ones, so nothing is downloaded.
+Models and atlases that the pages name are replaced by tiny ones, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "knn_ssd"
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -46,12 +47,12 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """A fenced code block.
 
     Args:
-        language: what stands behind the opening fence.
+        language: the word after the opening fence.
         code: its lines.
-        line: of the page where the code begins.
+        line: the number of the page's line at which the code begins.
         before: the line before the fence.
     """
 
@@ -62,7 +63,7 @@ class Block:
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    """The fenced blocks of a page in some languages; all of them where none is given."""
+    """The fenced blocks of a page in the given languages; all of them where none is given."""
     text = page.read_text("utf-8")
     found = []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -86,7 +87,7 @@ def table_rows(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
-    """Any model that is asked for is a tiny one; the folder has its atlas and a file of prompts."""
+    """Every model that is loaded is a tiny one; the working folder has its atlas and a file of prompts."""
     loaded = LoadedModel(tiny_model(), tiny_tokenizer(chat=True), "tiny", None)
     auto = {"AutoModelForCausalLM": loaded.model, "AutoTokenizer": loaded.tokenizer}
     for name, result in auto.items():
@@ -185,10 +186,10 @@ def test_a_line_that_does_not_parse_is_noticed(tmp_path: Path) -> None:
 
 @every_page
 def test_every_make_target_and_script_exists(page: Path) -> None:
-    backends = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for words in commands(page):
         if words[:1] == ["make"]:
-            assert set(words[1:]) <= backends
+            assert set(words[1:]) <= targets
         for word in words:
             assert not word.endswith(".py") or (ROOT / word).is_file(), word
 
@@ -216,19 +217,27 @@ def slug(heading: str) -> str:
 
 @every_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for backend in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if backend.startswith(("https://", "http://")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith(("https://", "http://")):
             continue
-        path, _, anchor = backend.partition("#")
+        path, _, anchor = link.partition("#")
         linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), backend
+        assert linked.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)$", prose(linked), re.MULTILINE)
-            assert anchor in {slug(heading) for heading in headings}, backend
+            assert anchor in {slug(heading) for heading in headings}, link
+
+
+@every_page
+def test_folders_and_files_that_prose_names_exist(page: Path) -> None:
+    made_by_users = ("runs/", "ATLAS", "atlas/")
+    for name in re.findall(r"`(\w[\w/-]*/(?:[\w-]+\.(?:py|c|html|sh|txt))?)`", prose(page)):
+        if not name.startswith(made_by_users):
+            assert any((base / name).exists() for base in (ROOT, ROOT / "src", PACKAGE)), name
 
 
 def tree() -> dict[str, str]:
-    """The README's tree: what each path is for, in order."""
+    """The README's tree: the purpose of each path, in order."""
     (block,) = (block for block in blocks(README, "text") if block.code.startswith("src/knn_ssd/"))
     purposes: dict[str, str] = {}
     folders: list[str] = []
@@ -241,10 +250,9 @@ def tree() -> dict[str, str]:
 
 
 def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
-    package = ROOT / "src" / "knn_ssd"
     files = {
         path.relative_to(ROOT).as_posix()
-        for path in package.rglob("*")
+        for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     of_folders = {f"{path}__init__.py" for path in tree() if path.endswith("/")}  # a folder's line stands for it
