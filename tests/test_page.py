@@ -103,14 +103,14 @@ def test_a_message_is_answered_and_every_token_has_its_source(page: Page, brief:
     sources = {span.get_attribute("data-source") for span in page.locator(".token").all()}
     assert "prefill" in sources
     assert sources - {"prefill"} <= {"self", "lookup", "corrected", "bonus", "plain"}
-    assert re.match(r"first: ", page.locator(".token").first.get_attribute("title") or "")
+    assert re.match(r"prefill: ", page.locator(".token").first.get_attribute("title") or "")
     assert float(page.locator("#speed").text_content() or "") > 0
     assert float(page.locator("#perround").text_content() or "") >= 1
     counts = [text for text in page.locator("#legend output").all_text_contents() if text]
     assert sum(map(int, counts)) == own["usage"]["completion_tokens"]
     assert "no atlas" in (page.locator("#route").text_content() or "")
     assert page.locator("#map").is_hidden()
-    assert page.get_by_text("Cut where answers may be no longer.").is_visible()
+    assert page.get_by_text("Cut at the length limit.").is_visible()
 
 
 def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, served: Served) -> None:

@@ -36,7 +36,7 @@ PROMPTS = ["once upon a time", "3 + 4 = ", "a fox", "SELECT name", "guten Tag"]
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     limits = Limits(running=6, waiting=200)
-    yield from serving(ServeSettings(MODEL, limits=limits, most_body_bytes=20_000, body_sec=1.0))
+    yield from serving(ServeSettings(MODEL, limits=limits, max_body_bytes=20_000, body_sec=1.0))
 
 
 @pytest.fixture(scope="module")
