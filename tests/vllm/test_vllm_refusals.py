@@ -77,7 +77,7 @@ class Holding:
         ("uses_mrope", True, "positions of images"),
     ],
 )
-def test_what_drafts_would_damage(where: str, value: Any, reason: str) -> None:
+def test_features_that_drafts_would_corrupt(where: str, value: Any, reason: str) -> None:
     from knn_ssd.errors import UsageError
     from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
 
