@@ -184,9 +184,9 @@ def test_a_request_can_be_cancelled_during_its_prefill(engine: Engine) -> None:
     counting = Counting(engine.backend)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=2))
     try:
-        heard: list[Event] = []
+        received: list[Event] = []
         read = threading.Event()
-        job = scheduler.submit(tokens(200), {"max_new_tokens": 5}, heard.append)
+        job = scheduler.submit(tokens(200), {"max_new_tokens": 5}, received.append)
         counting_call = counting.__call__
 
         def cancelling(passes: list[ForwardRequest]) -> list[ForwardOutput]:
@@ -197,7 +197,7 @@ def test_a_request_can_be_cancelled_during_its_prefill(engine: Engine) -> None:
         engine.backend.forward_batch = cancelling  # type: ignore[attr-defined]
         assert read.wait(20)
         assert answers(scheduler, [(tokens(4), {"max_new_tokens": 3})])
-        assert heard == [] or not isinstance(heard[-1], Generation)
+        assert received == [] or not isinstance(received[-1], Generation)
     finally:
         scheduler.close(0)
 

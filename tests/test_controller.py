@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.speculation.acceptance import AcceptanceRate, initial_acceptance
-from knn_ssd.speculation.controller import Controller, FixedPolicy
-from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
+from knn_ssd.speculation.controller import Controller, FixedPolicy, SelfDraftChoice
+from knn_ssd.speculation.cost_model import CostModel, CostProfile, PlainTiming, typical_profile
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.lookup import Match
 
@@ -227,3 +227,23 @@ def test_what_is_learned_of_some_rows_holds_for_a_few_more() -> None:
     assert cost_model.verification_sec(5) - cost_model.verification_sec(4) < 0.1, (
         "or drafts would stay at three tokens for ever"
     )
+
+
+@pytest.mark.parametrize(("rate", "lengths"), [(0.9, {8}), (0.05, {0, 1})])
+def test_a_self_draft_may_be_as_long_as_asked_for_or_a_retry_or_nothing(rate: float, lengths: set[int]) -> None:
+    acceptance = initial_acceptance(PLAN, rate)
+    allowed = [SelfDraftChoice(CostModel(CHEAP), acceptance, 8, 0.3).allowed_length() for _ in range(300)]
+    assert set(allowed) == lengths
+    assert rate > 0.5 or [step for step, length in enumerate(allowed) if length] == [15, 47, 111, 239]
+
+
+def test_plain_steps_are_timed_first_and_then_at_an_interval() -> None:
+    timing = PlainTiming(lambda timed: 0 if timed < 2 else 5)
+    steps = []
+    for _ in range(20):
+        steps.append(timing.is_due)
+        if steps[-1]:
+            timing.record_plain()
+        else:
+            timing.count_step()
+    assert [step for step, plain in enumerate(steps) if plain] == [0, 1, 7, 13, 19]

@@ -361,10 +361,10 @@ def test_a_cancelled_request_reports_nothing_more(scheduler: Scheduler) -> None:
     scheduler.cancel(job)
     while scheduler.running:
         time.sleep(0.001)
-    heard = len(listener.events)
-    assert heard < 150
+    received = len(listener.events)
+    assert received < 150
     time.sleep(0.05)
-    assert len(listener.events) == heard
+    assert len(listener.events) == received
     assert not listener.ended.is_set()
 
 
