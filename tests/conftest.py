@@ -19,7 +19,7 @@ settings.register_profile(
 )
 settings.load_profile("fixed")
 torch.set_num_threads(1)
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose neighbour needs the other core
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the other worker needs the other core
 if IN_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 

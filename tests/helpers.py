@@ -1,4 +1,4 @@
-"""Tiny engines, a target that is a table, and Hypothesis strategies for what they are given."""
+"""Tiny engines, a target model that is a table, and Hypothesis strategies for their inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny_engine(family: str = "llama") -> Engine:
 
 @cache
 def transformers_backend(family: str = "llama") -> TransformersBackend:
-    """The general target, also of families that would run on the lean one."""
+    """The transformers backend, also for families that would run on the native backend."""
     return TransformersBackend(tiny_model(family))
 
 
@@ -53,12 +53,12 @@ def transformers_output(model: PreTrainedModel, token_ids: list[int], max_new_to
 
 
 def keep_everything(max_draft: int = 8) -> Plan:
-    """A plan whose drafts are the target's own."""
+    """A plan whose drafts are always accepted."""
     return Plan.skipping(NUM_LAYERS, policy=Policy(max_draft, threshold=0.0))
 
 
 def skip_something(max_draft: int = 4) -> Plan:
-    """A plan whose drafts are sometimes right."""
+    """A plan whose drafts are sometimes accepted."""
     return Plan.skipping(NUM_LAYERS, attention=[2], mlp=[1], policy=Policy(max_draft, threshold=0.0))
 
 
@@ -84,7 +84,7 @@ def prompts(max_length: int = 40) -> st.SearchStrategy[list[int]]:
 
 
 class TableSession:
-    """A session of a target that is a table: the next token's logits depend on the last token alone.
+    """A session of a target model that is a table: the next token's logits depend on the last token alone.
 
     Args:
         target: (V, V) logits of the full model by last token.

@@ -24,7 +24,7 @@ MODEL = "tiny"
 
 
 class SlowEngine(Engine):
-    """Takes its time over each token, so that people have some to stop it."""
+    """Waits for each token, so that a test has time to stop it."""
 
     def _open(self, token_ids: Any, limit: int, sampler: Any, ends: EndRule, *args: Any, **options: Any) -> Any:
         def slowly(token: int) -> FinishReason | None:
@@ -36,7 +36,7 @@ class SlowEngine(Engine):
 
 @dataclass
 class Served:
-    """A server on a free port, and the engine that nobody else may use while it answers."""
+    """A server on a free port, and its engine, which nothing else may use while the server runs."""
 
     engine: Engine
     scheduler: Scheduler

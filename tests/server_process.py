@@ -77,11 +77,11 @@ class ServerProcess:
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
-    def wait_until_idle(self, patience_sec: float = 15.0) -> None:
-        """Until no request runs or waits, so that none was left behind."""
-        due = time.monotonic() + patience_sec
+    def wait_until_idle(self, timeout_sec: float = 15.0) -> None:
+        """Waits until no request is running or waiting."""
+        due = time.monotonic() + timeout_sec
         while any(self.metric(f"knn_ssd_{state}_requests") for state in ("running", "waiting")):
-            assert time.monotonic() < due, "requests that nobody waits for are still being answered"
+            assert time.monotonic() < due, "requests of disconnected clients are still running"
             time.sleep(0.02)
 
     def resident_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Passes of several sessions run together, and what each gets from them is what it gets alone, bit for bit."""
+"""Continuous batching: sessions that share forward passes get bit for bit what each gets alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_passes_run_together_are_the_same_bits_as_alone(family: str, dtype: torch.dtype, seed: int) -> None:
+def test_a_batched_forward_pass_gives_the_same_bits_as_separate_ones(
+    family: str, dtype: torch.dtype, seed: int
+) -> None:
     chooser = random.Random(seed)
     backend = NativeBackend(wide_model(family, dtype, intermediate_size=608))
     plans = [None, None, random_plan(chooser), Plan.low(4)]
@@ -71,7 +73,7 @@ def test_passes_run_together_are_the_same_bits_as_alone(family: str, dtype: torc
 
 
 class Counting:
-    """Stands before a target's `forward_batch`: counts passes, and may fail."""
+    """Wraps a backend's `forward_batch`: counts forward passes, and may fail."""
 
     def __init__(self, backend: NativeBackend) -> None:
         self._run = backend.forward_batch
@@ -95,17 +97,17 @@ def engine() -> Engine:
 def answers(
     scheduler: Scheduler, requests: list[tuple[list[int], dict[str, Any]]], seconds: float = 60
 ) -> list[Generation | Exception]:
-    """What each request came to, all of them submitted at once."""
+    """The result of each request, all of them submitted at once."""
     results: dict[int, Generation | Exception] = {}
     done = threading.Semaphore(0)
 
     def listener(index: int) -> Any:
-        def hear(event: Event) -> None:
+        def callback(event: Event) -> None:
             if isinstance(event, Generation | Exception):
                 results[index] = event
                 done.release()
 
-        return hear
+        return callback
 
     for index, (prompt, options) in enumerate(requests):
         scheduler.submit(prompt, options, listener(index))
@@ -113,7 +115,7 @@ def answers(
     return [results[index] for index in range(len(requests))]
 
 
-def test_requests_share_passes_and_get_what_they_get_alone(engine: Engine) -> None:
+def test_requests_share_forward_passes_and_get_what_they_get_alone(engine: Engine) -> None:
     chooser = random.Random(1)
     plans = [{}, {"plain": True}, {"plan": Plan.low(4, Policy(5, 0.0))}, {"plan": random_plan(chooser)}]
     sampled = {"temperature": 1.0, "seed": 3}
@@ -144,7 +146,7 @@ def test_a_prepared_engine_makes_nothing_more_at_the_first_request() -> None:
     assert engine.backend.low_bit_bytes == made
 
 
-def test_a_failed_pass_ends_those_who_shared_it_and_nobody_else(engine: Engine) -> None:
+def test_a_failed_forward_pass_ends_only_the_requests_that_shared_it(engine: Engine) -> None:
     counting = Counting(engine.backend)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=3))
     try:
@@ -178,13 +180,13 @@ def test_a_failed_pass_does_not_correct_the_cost_model(engine: Engine, monkeypat
         scheduler.close(0)
 
 
-def test_a_request_can_be_cancelled_while_its_prompt_is_read(engine: Engine) -> None:
+def test_a_request_can_be_cancelled_during_its_prefill(engine: Engine) -> None:
     counting = Counting(engine.backend)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=2))
     try:
-        heard: list[Event] = []
+        received: list[Event] = []
         read = threading.Event()
-        job = scheduler.submit(tokens(200), {"max_new_tokens": 5}, heard.append)
+        job = scheduler.submit(tokens(200), {"max_new_tokens": 5}, received.append)
         counting_call = counting.__call__
 
         def cancelling(passes: list[ForwardRequest]) -> list[ForwardOutput]:
@@ -195,7 +197,7 @@ def test_a_request_can_be_cancelled_while_its_prompt_is_read(engine: Engine) -> 
         engine.backend.forward_batch = cancelling  # type: ignore[attr-defined]
         assert read.wait(20)
         assert answers(scheduler, [(tokens(4), {"max_new_tokens": 3})])
-        assert heard == [] or not isinstance(heard[-1], Generation)
+        assert received == [] or not isinstance(received[-1], Generation)
     finally:
         scheduler.close(0)
 
@@ -210,7 +212,7 @@ def test_the_cost_of_a_draft_pass_is_attributed_to_the_drafting_requests() -> No
     for _ in range(200):
         cost_model.record_verification(8, 1.65)
     shared = cost_model.draft_step_sec(plan)
-    assert shared < alone / 2  # nobody knows better than that all will draft
+    assert shared < alone / 2  # until observed otherwise, all requests are expected to draft
     for _ in range(30):
         cost_model.record_draft_steps(plan, 1, cost_model.draft_pass_sec(plan, 1), rows=1)
     assert cost_model.draft_step_sec(plan) == pytest.approx(cost_model.draft_pass_sec(plan, 1))
@@ -222,7 +224,7 @@ def test_the_cost_of_a_draft_pass_is_attributed_to_the_drafting_requests() -> No
     )  # they may have changed their minds
 
 
-def test_in_a_batch_rows_cost_what_they_add() -> None:
+def test_in_a_batch_a_request_s_rows_cost_their_share() -> None:
     from knn_ssd.speculation.cost_model import typical_profile
 
     cost_model = CostModel(typical_profile(4))

@@ -1,4 +1,4 @@
-"""The controller: it drafts where that is faster, stops where it is not, and looks again now and then."""
+"""The controller: it drafts where that is faster, stops where it is not, and retries at growing intervals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from knn_ssd.plan import Plan, Policy
 from knn_ssd.speculation.acceptance import AcceptanceRate, initial_acceptance
-from knn_ssd.speculation.controller import Controller, FixedPolicy
-from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
+from knn_ssd.speculation.controller import Controller, FixedPolicy, SelfDraftChoice
+from knn_ssd.speculation.cost_model import CostModel, CostProfile, PlainTiming, typical_profile
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.lookup import Match
 
@@ -24,7 +24,7 @@ PLAN = Plan.low(4, Policy(max_draft=8, threshold=0.0, lookup=True))
 
 
 class Drafts:
-    """Stands for a self-draft: tokens are right with a chance, which it knows well or says nothing of."""
+    """A stand-in for a self-draft, with given confidences."""
 
     def __init__(self, chance: float, confidences: Callable[[], float] = lambda: 0.9) -> None:
         self.chance, self._confidences = chance, confidences
@@ -41,7 +41,7 @@ class Drafts:
 
 
 class Lookups:
-    """Stands for look-up: a match of some length, or none."""
+    """A stand-in for lookup: a match of some length, or none."""
 
     def __init__(self, length: int | None) -> None:
         self.length = length
@@ -93,7 +93,7 @@ def test_it_is_never_slower_and_fast_where_drafts_are_good(
         assert taken / speed < 0.66  # the best fixed length gets 0.59 to 0.65 at a chance of 0.9
 
 
-def test_it_stops_drafting_where_drafts_are_bad_and_tries_ever_more_seldom() -> None:
+def test_it_stops_drafting_where_drafts_are_bad_and_retries_at_growing_intervals() -> None:
     drafts = Drafts(0.05)
     play(controller_of(drafts, None, CHEAP), {"self": 0.05}, CHEAP, 4000, 0.3)
     assert 0 < drafts.asked < 50
@@ -136,7 +136,7 @@ def test_it_comes_back_after_the_machine_was_slow_for_a_while(rounds: int, what:
     assert sum(bool(draft.tokens) for draft in drafts[200:]) > 90
 
 
-def test_the_better_source_is_chosen() -> None:
+def test_the_better_drafter_is_chosen() -> None:
     for own, looked, expected in ((0.95, 0.1, "self"), (0.2, 0.97, "lookup")):
         controller = controller_of(Drafts(own), Lookups(5), CHEAP)
         _, drafts = play(controller, {"self": own, "lookup": looked}, CHEAP, 400, 0.3)
@@ -144,7 +144,7 @@ def test_the_better_source_is_chosen() -> None:
         assert sources.count(expected) > 90
 
 
-def test_good_look_ups_extend_a_self_draft() -> None:
+def test_good_lookups_extend_a_self_draft() -> None:
     cost = CostProfile(1.0, 0.0, 0.0, CHEAP.verify_sec, 0.95 / 8, 0.95 / 8)
     controller = controller_of(Drafts(0.98), Lookups(2), cost)
     for _ in range(300):  # short matches turn out to be right three times in four: too seldom to go first
@@ -156,7 +156,7 @@ def test_good_look_ups_extend_a_self_draft() -> None:
     assert any(draft.num_looked_up and draft.drafter == "self" for draft in drafts)
 
 
-def test_a_draft_goes_on_while_it_is_sure_of_itself() -> None:
+def test_a_draft_goes_on_while_its_confidence_is_high() -> None:
     lengths = {}
     for confidences in (0.995, 0.4):
         controller = controller_of(Drafts(0.9, lambda confidences=confidences: confidences), None, CHEAP)  # type: ignore[misc]
@@ -167,13 +167,13 @@ def test_a_draft_goes_on_while_it_is_sure_of_itself() -> None:
 
 @settings(max_examples=60)
 @given(limit=st.integers(0, 6), match=st.none() | st.integers(1, 40), chance=st.floats(0, 1))
-def test_nobody_drafts_more_than_asked_for(limit: int, match: int | None, chance: float) -> None:
+def test_no_more_is_drafted_than_asked_for(limit: int, match: int | None, chance: float) -> None:
     controller = controller_of(Drafts(chance), Lookups(match), CHEAP, prior=chance)
     for _ in range(40):
         assert len(controller.propose([1, 2], limit).tokens) <= limit
 
 
-def test_a_chance_begins_at_its_prior_and_forgets() -> None:
+def test_an_acceptance_rate_starts_at_its_prior_and_forgets() -> None:
     chance = AcceptanceRate(0.8)
     assert chance.mean == pytest.approx(0.8)
     for _ in range(500):
@@ -227,3 +227,23 @@ def test_what_is_learned_of_some_rows_holds_for_a_few_more() -> None:
     assert cost_model.verification_sec(5) - cost_model.verification_sec(4) < 0.1, (
         "or drafts would stay at three tokens for ever"
     )
+
+
+@pytest.mark.parametrize(("rate", "lengths"), [(0.9, {8}), (0.05, {0, 1})])
+def test_a_self_draft_may_be_as_long_as_asked_for_or_a_retry_or_nothing(rate: float, lengths: set[int]) -> None:
+    acceptance = initial_acceptance(PLAN, rate)
+    allowed = [SelfDraftChoice(CostModel(CHEAP), acceptance, 8, 0.3).allowed_length() for _ in range(300)]
+    assert set(allowed) == lengths
+    assert rate > 0.5 or [step for step, length in enumerate(allowed) if length] == [15, 47, 111, 239]
+
+
+def test_plain_steps_are_timed_first_and_then_at_an_interval() -> None:
+    timing = PlainTiming(lambda timed: 0 if timed < 2 else 5)
+    steps = []
+    for _ in range(20):
+        steps.append(timing.is_due)
+        if steps[-1]:
+            timing.record_plain()
+        else:
+            timing.count_step()
+    assert [step for step, plain in enumerate(steps) if plain] == [0, 1, 7, 13, 19]

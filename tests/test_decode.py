@@ -83,7 +83,7 @@ def test_greedy_acceptance_is_the_plain_loop_over_both(data: st.DataObject) -> N
 
 @pytest.mark.parametrize("probs", [None, rows([0.1, 0.9, 0.0])])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_token_that_the_target_never_says_is_never_accepted(probs: torch.Tensor | None, seed: int) -> None:
+def test_a_token_of_target_probability_zero_is_never_accepted(probs: torch.Tensor | None, seed: int) -> None:
     target = rows([0.5, 0.0, 0.5], [1.0, 0.0, 0.0])
     verdict = accept(target, Draft((1,), probs), drawing(seed))
     assert verdict.accepted == 0
@@ -91,7 +91,7 @@ def test_a_token_that_the_target_never_says_is_never_accepted(probs: torch.Tenso
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_token_that_the_target_says_at_least_as_often_as_the_draft_is_always_accepted(seed: int) -> None:
+def test_a_token_is_always_accepted_where_p_is_at_least_q(seed: int) -> None:
     target = rows([0.2, 0.7, 0.1], [0.0, 0.3, 0.7], [0.0, 0.0, 1.0])
     draft = Draft((1, 2), rows([0.4, 0.6, 0.0], [0.3, 0.0, 0.7]))
     assert accept(target, draft, drawing(seed)) == Verdict(2, 2)
@@ -118,7 +118,7 @@ def test_a_token_is_kept_with_probability_p_over_q(probs: torch.Tensor | None, c
     assert accept(target, Draft((1,), probs), Scripted(chance)) == verdict
 
 
-def test_tokens_after_a_rejected_one_are_not_looked_at() -> None:
+def test_tokens_after_a_rejected_one_are_ignored() -> None:
     target = rows([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
     assert accept(target, Draft((0, 1)), Scripted(0.5, 0.0)) == Verdict(0, 1)
 
@@ -151,14 +151,14 @@ def test_a_seed_reproduces_and_another_one_differs() -> None:
 
 
 def test_tokens_beyond_the_drawn_ones_were_determined() -> None:
-    """As where look-up goes on after a self-draft."""
+    """As where lookup extends a self-draft."""
     target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), num_looked_up=1)
     assert accept(target, draft, Scripted(0.99, 0.39)) == Verdict(2, 0)
     assert accept(target, draft, Scripted(0.99, 0.41)) == Verdict(1, 1)
     assert draft.drafters == ("none", "lookup")
 
 
-def test_the_source_hears_what_became_of_its_draft() -> None:
+def test_the_drafter_learns_the_outcome_of_its_draft() -> None:
     drafter, session = ScriptedSource([(2, 3, 0), (5,)]), counting_session(1)
     list(decode(session, [0], session.target[0], drafter, GREEDY, 7, lambda _token: None))
     assert drafter.outcomes == [((2, 3, 0), 2), ((5,), 1), ((), 0)]
@@ -168,7 +168,7 @@ def test_the_source_hears_what_became_of_its_draft() -> None:
 
 
 class ScriptedSource:
-    """Drafts what it is told, and notes what it was asked for."""
+    """Drafts given tokens, and notes the limits of the calls."""
 
     def __init__(self, drafts: Sequence[Sequence[int]]) -> None:
         self._drafts = list(drafts)
@@ -195,16 +195,16 @@ def run(
     """The rounds, the context after them, the tokens that the end was asked of, and the session."""
     context = [0]
     session = counting_session(len(context))
-    told: list[int] = []
+    reported: list[int] = []
 
     def ends(token: int) -> FinishReason | None:
-        told.append(token)
+        reported.append(token)
         return FinishReason.EOS if token == end else None
 
     drafter = None if drafts is None else ScriptedSource(drafts)
     first_logits = session.target[0]
     rounds = list(decode(session, context, first_logits, drafter, GREEDY, max_new_tokens, ends))
-    return rounds, context, told, session
+    return rounds, context, reported, session
 
 
 def test_rounds_say_what_was_drafted_and_accepted() -> None:
@@ -215,7 +215,7 @@ def test_rounds_say_what_was_drafted_and_accepted() -> None:
         ((0,), 0, 0, ()),  # nothing drafted
         ((1,), 2, 0, ("script",) * 2),  # the first rejected
         ((2,), 0, 0, ()),
-        ((3,), 0, 0, ()),  # one token left: nobody is asked
+        ((3,), 0, 0, ()),  # one token left: the drafter is not asked
     ]
     assert [r.finish_reason for r in rounds] == [None] * 5 + [FinishReason.LENGTH]
 
@@ -226,13 +226,13 @@ def test_rounds_say_what_was_drafted_and_accepted() -> None:
     max_new_tokens=st.integers(1, 20),
     end=st.none() | st.integers(0, VOCABULARY - 1),
 )
-def test_no_draft_changes_what_is_said_nor_where_it_ends(
+def test_no_draft_changes_the_output_or_where_it_ends(
     drafts: list[list[int]], max_new_tokens: int, end: int | None
 ) -> None:
     plain, plain_context, _, _ = run(None, max_new_tokens, end)
-    rounds, context, told, session = run(drafts, max_new_tokens, end)
+    rounds, context, reported, session = run(drafts, max_new_tokens, end)
     assert context == plain_context
-    assert [token for r in rounds for token in r.tokens] == context[1:] == told
+    assert [token for r in rounds for token in r.tokens] == context[1:] == reported
     assert all(r.tokens for r in rounds)
     assert rounds[-1].finish_reason == plain[-1].finish_reason
     assert all(r.finish_reason is None for r in rounds[:-1])
@@ -241,7 +241,7 @@ def test_no_draft_changes_what_is_said_nor_where_it_ends(
         assert session.length == len(context) - 1, "all but the last token is committed"
 
 
-def test_nobody_drafts_more_than_can_be_emitted() -> None:
+def test_no_more_is_drafted_than_can_be_emitted() -> None:
     drafter = ScriptedSource([(2, 3), (), ()])
     session = counting_session(1)
     context = [0]

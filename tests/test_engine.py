@@ -136,9 +136,9 @@ def test_a_conversation_needs_a_chat_template(engine: Engine) -> None:
 def test_an_option_out_of_its_range_is_refused_with_the_value(
     engine: Engine, options: dict[str, Any], fact: str
 ) -> None:
-    general = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
+    on_transformers = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
     with pytest.raises(UsageError, match=fact):
-        general.generate("hi", **options)
+        on_transformers.generate("hi", **options)
 
 
 def test_stop_strings_need_a_tokenizer(engine: Engine) -> None:
@@ -170,14 +170,14 @@ def test_a_penalty_changes_greedy_output_too(engine: Engine) -> None:
 # --- Plans and routes
 
 
-def test_without_an_atlas_a_general_plan_drafts(engine: Engine) -> None:
-    general = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
-    for each, cheapens in ((engine, Mode.LOW in engine.backend.modes), (general, False)):
+def test_without_an_atlas_the_default_plan_drafts(engine: Engine) -> None:
+    on_transformers = Engine(engine.model, engine.tokenizer, backend=TransformersBackend(engine.model))
+    for each, cheapens in ((engine, Mode.LOW in engine.backend.modes), (on_transformers, False)):
         generation = each.generate("hi", max_new_tokens=6)
         assert generation.route is None
         assert generation.plan.policy.lookup
         assert generation.plan.cheapens == cheapens
-    length = 20 if Mode.LOW in engine.backend.modes else 100  # until something repeats, where look-up alone drafts
+    length = 20 if Mode.LOW in engine.backend.modes else 100  # until something repeats, where only lookup drafts
     assert engine.generate("hi", max_new_tokens=length, adaptive=False).stats.drafted > 0
 
 
@@ -199,12 +199,12 @@ def test_earlier_answers_are_looked_up_where_that_was_asked_for(
     for options in ({"plain": True}, sampling, {"plan": Plan.skipping(engine.backend.num_layers, [1])}, {}):
         found.clear()
         said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
-        assert "memory" not in found, "what is timed or seeded by itself is neither remembered nor reminded"
+        assert "corpus" not in found, "reproducible requests neither add to the corpus nor search it"
         assert options is sampling or said == expected
     for options, reminded in (({}, True), (sampling, False), ({"plain": True}, False)):
         found.clear()
         said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
-        assert ("memory" in found) == reminded
+        assert ("corpus" in found) == reminded
         assert options is sampling or said == expected
     with pytest.raises(UsageError, match="got 3"):
         Engine(engine.model, engine.tokenizer, remember=3)
@@ -218,7 +218,7 @@ def test_a_seeded_output_depends_on_its_request_alone(engine: Engine) -> None:
     used.generate("hello hello hello", temperature=1.5, max_new_tokens=60)
     for _ in range(200):
         for rows in range(2, 17):
-            used.cost_model.record_verification(rows, 1000.0)  # whoever believes that drafts nothing
+            used.cost_model.record_verification(rows, 1000.0)  # at such costs nothing is drafted
     found = used.generate("hello hello hello", **options)
     assert (found.token_ids, found.stats.drafted) == (expected.token_ids, expected.stats.drafted)
     clocked = used.generate("hello hello hello", adaptive=True, **options)
@@ -256,7 +256,7 @@ def test_a_given_domain_or_plan_overrides_the_route_and_plain_both(engine: Engin
 
     def generate(**options: Any) -> Generation:
         generation = routed.generate(DOMAINS["story"], max_new_tokens=4, **options)
-        assert generation.route is not None, "the route is told whatever overrides it"
+        assert generation.route is not None, "the route is reported even if it is overridden"
         assert generation.route.domain == "story"
         return generation
 

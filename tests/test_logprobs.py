@@ -1,4 +1,4 @@
-"""What is told of tokens: the target's own probabilities, and where each token came from; in Python and over HTTP."""
+"""What is reported of tokens: the target's log-probabilities, and the origin of each token; in Python and over HTTP."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def reference(engine: Engine, prompt: list[int], output: tuple[int, ...]) -> tor
         {"stop": ["e"], "plan": keep_everything()},
     ],
 )
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "head_dim": 32}], ids=["general", "lean"])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "head_dim": 32}], ids=["transformers", "native"])
 def test_log_probabilities_are_those_of_transformers_logits(sizes: dict[str, Any], options: dict[str, Any]) -> None:
     engine = Engine(endless(tiny_model(**sizes)), tiny_tokenizer())
     result = engine.generate(PROMPT, max_new_tokens=40, logprobs=3, **options)
@@ -71,7 +71,7 @@ def test_drafts_change_no_log_probability(engine: Engine) -> None:
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def test_log_probabilities_are_told_only_where_asked_for(engine: Engine) -> None:
+def test_log_probabilities_are_reported_only_where_asked_for(engine: Engine) -> None:
     assert engine.generate(PROMPT, max_new_tokens=4).logprobs == ()
     only_own = engine.generate(PROMPT, max_new_tokens=4, logprobs=0).logprobs
     assert [each.top for each in only_own] == [()] * 4
@@ -174,15 +174,15 @@ def test_completions_have_logprobs_in_their_own_format(served: Served, engine: E
     own = engine.generate("fox", max_new_tokens=16, chat=False, logprobs=2)
     answer: Any = served.client.completions.create(model=MODEL, prompt="fox", temperature=0, logprobs=2, stream=stream)
     choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
-    told = [choice.logprobs for choice in choices if choice.logprobs]
-    tokens = [token for each in told for token in each.tokens]
+    reported = [choice.logprobs for choice in choices if choice.logprobs]
+    tokens = [token for each in reported for token in each.tokens]
     assert "".join(tokens) == own.text
-    assert [p for each in told for p in each.token_logprobs] == pytest.approx(
+    assert [p for each in reported for p in each.token_logprobs] == pytest.approx(
         [p.logprob for p in own.logprobs], abs=1e-4
     )
-    offsets = [offset for each in told for offset in each.text_offset]
+    offsets = [offset for each in reported for offset in each.text_offset]
     assert offsets == [len("".join(tokens[:index])) for index in range(16)]
-    tops = [top for each in told for top in each.top_logprobs]
+    tops = [top for each in reported for top in each.top_logprobs]
     for token, top, mine in zip(tokens, tops, own.logprobs, strict=True):
         assert token in top
         assert 2 <= len(top) <= 3
@@ -207,28 +207,28 @@ def test_plain_decoding_can_be_asked_for(served: Served) -> None:
     assert "knn_ssd" not in plain.json()
 
 
-def test_rounds_are_told_of_with_the_text_of_each_token(served: Served) -> None:
+def test_rounds_are_reported_with_the_text_of_each_token(served: Served) -> None:
     answer = chat(served, rounds=True).json()
-    told = answer["knn_ssd"]
-    assert {key: told[key] for key in ("route", "fallback", "anchor", "distance")} == {
+    reported = answer["knn_ssd"]
+    assert {key: reported[key] for key in ("route", "fallback", "anchor", "distance")} == {
         "route": None,
         "fallback": False,
         "anchor": None,
         "distance": None,
     }
-    assert told["prompt_tokens"] == answer["usage"]["prompt_tokens"]
-    tokens = [token for each in told["rounds"] for token in each["tokens"]]
+    assert reported["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    tokens = [token for each in reported["rounds"] for token in each["tokens"]]
     assert "".join(token["text"] for token in tokens) == answer["choices"][0]["message"]["content"]
     assert tokens[0]["source"] == "prefill"
     assert {token["source"] for token in tokens} <= SOURCES
     assert len(tokens) == 20
-    accepted = sum(each["accepted"] for each in told["rounds"])
+    accepted = sum(each["accepted"] for each in reported["rounds"])
     assert accepted == answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
-    assert all(each["sec"] >= 0 and each["index"] == 0 for each in told["rounds"])
+    assert all(each["sec"] >= 0 and each["index"] == 0 for each in reported["rounds"])
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_stream_tells_the_route_first_and_then_its_rounds(served: Served, path: str) -> None:
+def test_a_stream_reports_the_route_first_and_then_its_rounds(served: Served, path: str) -> None:
     asked = body(rounds=True) | {"stream": True}
     if path == "completions":
         asked = {**asked, "prompt": "a fox"}
@@ -243,20 +243,20 @@ def test_a_stream_tells_the_route_first_and_then_its_rounds(served: Served, path
     for event in events:
         choice = event["choices"][0]
         text = choice.get("text") or choice.get("delta", {}).get("content") or ""
-        told = event.get("knn_ssd", {}).get("tokens", [])
-        assert "".join(token["text"] for token in told) == text
-        tokens += len(told)
+        reported = event.get("knn_ssd", {}).get("tokens", [])
+        assert "".join(token["text"] for token in reported) == text
+        tokens += len(reported)
     assert tokens == 20
 
 
-def test_an_atlas_s_route_is_told_with_its_anchor() -> None:
+def test_the_route_is_reported_with_its_anchor() -> None:
     engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True), tiny_atlas())
     for own in serving(ServeSettings(MODEL), engine):
         answer = chat(own, rounds=True)
-        told = answer.json()["knn_ssd"]
-        assert (told["route"], told["fallback"], told["anchor"]) == ("fox", False, 1)
-        assert told["distance"] == pytest.approx(0, abs=1e-5)
-        assert told["plan"] == answer.headers["x-knn-ssd-plan"] == "skip MLP 2; draft up to 4 while p >= 0.00"
+        reported = answer.json()["knn_ssd"]
+        assert (reported["route"], reported["fallback"], reported["anchor"]) == ("fox", False, 1)
+        assert reported["distance"] == pytest.approx(0, abs=1e-5)
+        assert reported["plan"] == answer.headers["x-knn-ssd-plan"] == "skip MLP 2; draft up to 4 while p >= 0.00"
         assert answer.headers["x-knn-ssd-route"] == "fox"
         points = httpx.get(f"{own.url}/atlas").json()["points"]
         assert [point["anchor"] for point in points] == [0, 1]
@@ -281,5 +281,5 @@ def tiny_atlas() -> Atlas:
     )
 
 
-def test_without_an_atlas_there_are_no_places(served: Served) -> None:
+def test_without_an_atlas_the_map_has_no_points(served: Served) -> None:
     assert httpx.get(f"{served.url}/atlas").json() == {"points": []}

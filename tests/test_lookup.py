@@ -20,7 +20,7 @@ from knn_ssd.sampling import Sampler
 from knn_ssd.speculation import lookup, suffix_automaton
 from knn_ssd.speculation.decode import FinishReason, decode
 from knn_ssd.speculation.lookup import LookupCorpus, LookupDraft, Match
-from knn_ssd.speculation.suffix_automaton import SEPARATOR, Follower, SuffixAutomaton
+from knn_ssd.speculation.suffix_automaton import SEPARATOR, SuffixAutomaton, SuffixMatcher
 
 
 def words(alphabet: int, longest: int = 40) -> st.SearchStrategy[list[int]]:
@@ -111,8 +111,8 @@ def test_of_several_occurrences_the_most_recent_is_given() -> None:
 
 def test_an_automaton_of_nothing_matches_nothing() -> None:
     automaton = SuffixAutomaton()
-    assert (len(automaton), automaton.states, automaton.match_length, automaton.match_end) == (0, 1, 0, 0)
-    assert Follower(automaton).continued() == (0, 0)
+    assert (len(automaton), automaton.num_states, automaton.match_length, automaton.match_end) == (0, 1, 0, 0)
+    assert SuffixMatcher(automaton).continued() == (0, 0)
 
 
 @pytest.mark.parametrize("token", [-2, -49_152])
@@ -121,47 +121,47 @@ def test_what_is_no_token_is_refused(token: int) -> None:
         SuffixAutomaton([1, token])
 
 
-# Following
+# Matching
 
 
 @given(repetitive(), words(4))
-def test_a_follower_holds_the_longest_suffix_that_occurs_in_the_text(text: list[int], read: list[int]) -> None:
+def test_a_matcher_finds_the_longest_suffix_that_occurs_in_the_text(text: list[int], read: list[int]) -> None:
     """Token 3 is in no text."""
-    follower = Follower(SuffixAutomaton(text))
+    matcher = SuffixMatcher(SuffixAutomaton(text))
     for index, token in enumerate(read):
-        follower.extend(token)
+        matcher.extend(token)
         length, ends = longest_suffix(read[: index + 1], text)
-        assert follower.length == length
-        assert follower.end in ends
+        assert matcher.length == length
+        assert matcher.end in ends
         length, ends = longest_suffix(read[: index + 1], text, before=len(text))
-        assert follower.continued()[0] == length
-        assert follower.continued()[1] in ends if length else follower.continued() == (0, 0)
+        assert matcher.continued()[0] == length
+        assert matcher.continued()[1] in ends if length else matcher.continued() == (0, 0)
 
 
 @pytest.mark.parametrize("alphabet", [2, 3, 5])
-def test_a_follower_stays_right_while_the_automaton_grows(alphabet: int) -> None:
+def test_a_matcher_stays_right_while_the_automaton_grows(alphabet: int) -> None:
     """What was added is found from the next token on; what it made longer in hindsight is not."""
     for seed in range(1, 60):
         steps = scrambled(120, 2 * alphabet, seed)
         automaton = SuffixAutomaton()
-        follower = Follower(automaton)
+        matcher = SuffixMatcher(automaton)
         held: list[int] = []  # the match
         for grows, token in (divmod(step, alphabet) for step in steps):
             if grows:
                 automaton.extend(token)
             else:
-                follower.extend(token)
+                matcher.extend(token)
                 held = suffix_of_length([*held, token], longest_suffix([*held, token], automaton.tokens)[0])
-            assert follower.length == len(held)
-            assert follower.end in (ends_of(held, automaton.tokens) if held else [0])
+            assert matcher.length == len(held)
+            assert matcher.end in (ends_of(held, automaton.tokens) if held else [0])
 
 
-def test_a_follower_knows_of_later_occurrences() -> None:
-    follower = Follower(SuffixAutomaton([0, 1]))
-    follower.extend(1)
+def test_a_matcher_finds_later_occurrences() -> None:
+    matcher = SuffixMatcher(SuffixAutomaton([0, 1]))
+    matcher.extend(1)
     for token in (2, 1, 3):
-        follower.automaton.extend(token)
-    assert follower.end == 4
+        matcher.automaton.extend(token)
+    assert matcher.end == 4
 
 
 # Drafts from the context
@@ -192,7 +192,7 @@ def test_a_draft_copies_what_followed_the_longest_match(
 
 
 @given(repetitive(), words(3, 8), st.integers(0, 12), st.integers(0, 3))
-def test_tokens_of_another_source_are_matched_and_forgotten(
+def test_tokens_of_another_drafter_are_matched_and_forgotten(
     text: list[int], drafted: list[int], limit: int, others: int
 ) -> None:
     source, fresh = LookupDraft(min_match=1), LookupDraft(min_match=1)
@@ -218,10 +218,10 @@ def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_no_room_is_no_draft(limit: int) -> None:
-    memory = LookupCorpus()
-    memory.add([1, 2, 3, 4, 5])
-    assert LookupDraft(memory).propose([1, 2], limit).tokens == ()
+def test_a_limit_of_zero_gives_no_draft(limit: int) -> None:
+    corpus = LookupCorpus()
+    corpus.add([1, 2, 3, 4, 5])
+    assert LookupDraft(corpus).propose([1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2, 1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2], limit, drafted=[1, 2]).tokens == ()
 
@@ -243,7 +243,7 @@ def test_a_context_that_did_not_grow_from_the_last_one_is_refused(context: list[
         source.propose(context, 4)
 
 
-def test_decoding_by_look_up_says_what_decoding_without_says_in_fewer_rounds() -> None:
+def test_decoding_with_lookup_gives_the_plain_output_in_fewer_rounds() -> None:
     table = torch.roll(torch.eye(6), 1, dims=1)  # row t: certain of t + 1
 
     def decoded(source: LookupDraft | None) -> tuple[list[int], int]:
@@ -261,28 +261,28 @@ def test_decoding_by_look_up_says_what_decoding_without_says_in_fewer_rounds() -
     assert with_lookup[1] < plain[1] / 2
 
 
-# The memory
+# The corpus
 
 
 @pytest.mark.parametrize("hops", [suffix_automaton._HOPS, sys.maxsize])
 @given(texts=st.lists(words(3, 12), max_size=6), context=words(4, 12), limit=st.integers(1, 8))
-def test_the_longer_match_of_context_and_memory_is_copied(
+def test_the_longer_match_of_context_and_corpus_is_copied(
     hops: int, texts: list[list[int]], context: list[int], limit: int
 ) -> None:
     """The longest that goes on, if looking for it is not cut short; else one that goes on."""
-    memory = LookupCorpus()
-    source = LookupDraft(memory, min_match=1)
+    corpus = LookupCorpus()
+    source = LookupDraft(corpus, min_match=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suffix_automaton, "_HOPS", hops)
         for text in texts:
-            memory.add(text)
+            corpus.add(text)
         match, draft = source.match(context), source.propose(context, limit)
     own, _ = longest_suffix(context, context, before=len(context))
     best = max([longest_suffix(context, text, before=len(text))[0] for text in texts], default=0)
     length = match.length if match else 0
     assert own <= length <= max(own, best)
     assert length == max(own, best) or hops != sys.maxsize
-    if match is not None and match.text == "memory":
+    if match is not None and match.text == "corpus":
         assert length > own
         ends = [(text, end) for text in texts for end in ends_of(context[len(context) - length :], text)]
         copies = [tuple(text[end : end + limit]) for text, end in ends if end < len(text)]
@@ -290,131 +290,131 @@ def test_the_longer_match_of_context_and_memory_is_copied(
         assert draft.tokens == copies[-1] or hops != sys.maxsize
 
 
-def test_a_context_as_long_a_match_as_the_memory_has_goes_first() -> None:
-    memory = LookupCorpus()
-    memory.add([1, 2, 8, 8])
-    assert LookupDraft(memory).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
-    assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (8, 8)
-    memory.add([3, 1, 2, 9])
-    assert LookupDraft(memory).propose([4, 1, 2], 9).tokens == (9,)  # the most recent
-    assert LookupDraft(memory).match([1, 2, 5, 3, 1, 2]) == Match(3, "memory", 8)
-    assert LookupDraft(memory).propose([1, 2, 5, 3, 1, 2], 2).tokens == (9,)
+def test_a_context_as_long_a_match_as_the_corpus_has_goes_first() -> None:
+    corpus = LookupCorpus()
+    corpus.add([1, 2, 8, 8])
+    assert LookupDraft(corpus).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
+    assert LookupDraft(corpus).propose([4, 1, 2], 9).tokens == (8, 8)
+    corpus.add([3, 1, 2, 9])
+    assert LookupDraft(corpus).propose([4, 1, 2], 9).tokens == (9,)  # the most recent
+    assert LookupDraft(corpus).match([1, 2, 5, 3, 1, 2]) == Match(3, "corpus", 8)
+    assert LookupDraft(corpus).propose([1, 2, 5, 3, 1, 2], 2).tokens == (9,)
 
 
-def test_tokens_of_another_source_are_matched_in_the_memory_and_forgotten() -> None:
-    memory = LookupCorpus()
-    memory.add([1, 2, 3, 4, 5, 6])
-    source = LookupDraft(memory)
+def test_tokens_of_another_drafter_are_matched_in_the_corpus_and_forgotten() -> None:
+    corpus = LookupCorpus()
+    corpus.add([1, 2, 3, 4, 5, 6])
+    source = LookupDraft(corpus)
     assert source.propose([9, 1, 2], 2, drafted=[3, 4]).tokens == (5, 6)
     assert source.propose([9, 1, 2], 2, drafted=[7]).tokens == ()
     assert source.propose([9, 1, 2], 2).tokens == (3, 4)
 
 
 def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> None:
-    memory = LookupCorpus()
+    corpus = LookupCorpus()
     for text in ([1, 2, 3], [9, 1, 2], [8, 1, 2]):
-        memory.add(text)
-    assert LookupDraft(memory).propose([7, 1, 2], 5).tokens == (3,)
-    assert LookupDraft(memory).propose([8, 1, 2], 5).tokens == (3,)  # of which nothing longer goes on
+        corpus.add(text)
+    assert LookupDraft(corpus).propose([7, 1, 2], 5).tokens == (3,)
+    assert LookupDraft(corpus).propose([8, 1, 2], 5).tokens == (3,)  # of which nothing longer goes on
 
 
 def test_looking_for_an_occurrence_that_goes_on_is_given_up_after_a_few() -> None:
-    memory = LookupCorpus()
-    memory.add([5, 6])
+    corpus = LookupCorpus()
+    corpus.add([5, 6])
     for first in (5, 4, 3, 2, 1, 0):
-        memory.add(range(first, 6))
-    assert LookupDraft(memory, min_match=1).propose([3, 4, 5], 2).tokens == (6,)
-    assert LookupDraft(memory, min_match=1).match([0, 1, 2, 3, 4, 5]) is None
+        corpus.add(range(first, 6))
+    assert LookupDraft(corpus, min_match=1).propose([3, 4, 5], 2).tokens == (6,)
+    assert LookupDraft(corpus, min_match=1).match([0, 1, 2, 3, 4, 5]) is None
 
 
 def test_no_match_crosses_from_text_to_text() -> None:
-    memory = LookupCorpus()
-    memory.add([1, 2])
-    memory.add([3, 4])
-    assert LookupDraft(memory).propose([1, 2], 5).tokens == ()
-    assert LookupDraft(memory, min_match=3).match([2, 3, 4]) is None
+    corpus = LookupCorpus()
+    corpus.add([1, 2])
+    corpus.add([3, 4])
+    assert LookupDraft(corpus).propose([1, 2], 5).tokens == ()
+    assert LookupDraft(corpus, min_match=3).match([2, 3, 4]) is None
 
 
 def test_what_is_added_during_a_request_is_matched_from_then_on() -> None:
-    memory = LookupCorpus()
-    source = LookupDraft(memory)
+    corpus = LookupCorpus()
+    source = LookupDraft(corpus)
     assert source.propose([1, 2], 3).tokens == ()
-    memory.add([1, 2, 3, 4, 5, 6])
+    corpus.add([1, 2, 3, 4, 5, 6])
     assert source.propose([1, 2, 3], 3).tokens == ()  # only the 3 was read since
     assert source.propose([1, 2, 3, 4], 3).tokens == (5, 6)
 
 
 @given(st.integers(4, 40), st.lists(words(3, 30), min_size=1, max_size=20))
-def test_a_memory_keeps_its_bound_and_the_latest_texts(capacity: int, texts: list[list[int]]) -> None:
-    memory = LookupCorpus(capacity)
-    watcher = LookupDraft(memory)
+def test_a_corpus_keeps_its_bound_and_the_latest_texts(capacity: int, texts: list[list[int]]) -> None:
+    corpus = LookupCorpus(capacity)
+    watcher = LookupDraft(corpus)
     for index, text in enumerate(texts):
-        memory.add(text)
+        corpus.add(text)
         watcher.propose([0] * (index + 1), 3)
-        assert len(memory) <= capacity
-        assert sum(len(part) for part in memory._texts) == len(memory)
+        assert len(corpus) <= capacity
+        assert sum(len(part) for part in corpus._texts) == len(corpus)
         newest = text[-(capacity // 2 - 1) :]
-        follower = Follower(memory._texts[0])
+        matcher = SuffixMatcher(corpus._texts[0])
         for token in newest:
-            follower.extend(token)
-        assert follower.length == len(newest)
-    held = [token for part in memory._texts[::-1] for token in part.tokens]
+            matcher.extend(token)
+        assert matcher.length == len(newest)
+    held = [token for part in corpus._texts[::-1] for token in part.tokens]
     everything = [token for text in texts if text for token in (*text[-(capacity // 2 - 1) :], SEPARATOR)]
     assert held == everything[len(everything) - len(held) :]
     assert held == everything or len(held) > capacity // 2
 
 
-def test_half_of_a_memory_stays_when_the_oldest_goes() -> None:
-    memory = LookupCorpus(200)
+def test_half_of_a_corpus_stays_when_the_oldest_goes() -> None:
+    corpus = LookupCorpus(200)
     for first in range(0, 1000, 10):
-        memory.add(range(first, first + 10))
-    assert 100 < len(memory) <= 200
-    assert LookupDraft(memory).propose([990, 991], 3).tokens == (992, 993, 994)
-    assert LookupDraft(memory).propose([920, 921], 3).tokens == (922, 923, 924)
-    memory.add([7, 920, 921, 5])
-    assert LookupDraft(memory).propose([920, 921], 3).tokens == (5,)  # the newer half's, of two equal ones
-    assert LookupDraft(memory).propose([0, 1], 3).tokens == ()
+        corpus.add(range(first, first + 10))
+    assert 100 < len(corpus) <= 200
+    assert LookupDraft(corpus).propose([990, 991], 3).tokens == (992, 993, 994)
+    assert LookupDraft(corpus).propose([920, 921], 3).tokens == (922, 923, 924)
+    corpus.add([7, 920, 921, 5])
+    assert LookupDraft(corpus).propose([920, 921], 3).tokens == (5,)  # the newer half's, of two equal ones
+    assert LookupDraft(corpus).propose([0, 1], 3).tokens == ()
 
 
 def test_a_request_goes_on_through_forgetting() -> None:
-    memory = LookupCorpus(40)
-    memory.add([1, 2, 3, 4, 5, 6])
-    source = LookupDraft(memory)
+    corpus = LookupCorpus(40)
+    corpus.add([1, 2, 3, 4, 5, 6])
+    source = LookupDraft(corpus)
     assert source.propose([1, 2], 2).tokens == (3, 4)
-    memory.add(range(20, 34))  # a new half begins: the match is kept
+    corpus.add(range(20, 34))  # a new half begins: the match is kept
     assert source.propose([1, 2, 3], 2).tokens == (4, 5)
-    memory.add(range(40, 55))  # the half that had it goes
+    corpus.add(range(40, 55))  # the half that had it goes
     assert source.propose([1, 2, 3, 4], 2).tokens == ()
     assert source.propose([1, 2, 3, 4, 40, 41], 2).tokens == (42, 43)
 
 
-def test_a_memory_refuses_what_it_cannot_hold() -> None:
+def test_a_corpus_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
         LookupCorpus(3)
-    memory = LookupCorpus(4)
+    corpus = LookupCorpus(4)
     with pytest.raises(ValueError, match="got -1"):
-        memory.add([SEPARATOR])
-    memory.add([])
-    assert len(memory) == 0
-    memory.add([1, 2, 3])
-    assert memory._texts[0].tokens.tolist() == [3, SEPARATOR]
+        corpus.add([SEPARATOR])
+    corpus.add([])
+    assert len(corpus) == 0
+    corpus.add([1, 2, 3])
+    assert corpus._texts[0].tokens.tolist() == [3, SEPARATOR]
 
 
-def test_threads_share_a_memory() -> None:
+def test_threads_share_a_corpus() -> None:
     """Every text counts upwards from some number, so every copy must count upwards from its context."""
-    memory, wrong, drafts = LookupCorpus(600), list[Any](), list[int]()
+    corpus, wrong, drafts = LookupCorpus(600), list[Any](), list[int]()
 
     def request(seed: int) -> None:
         try:
             for number in range(60):
                 start = (seed * 37 + number * 11) % 150
-                source, context = LookupDraft(memory), [1000 + seed]
+                source, context = LookupDraft(corpus), [1000 + seed]
                 for token in range(start, start + 40, 2):
                     context += [token, token + 1]
                     draft = source.propose(context, 5)
                     drafts.append(len(draft.tokens))
                     wrong.extend(pair for pair in pairwise([token + 1, *draft.tokens]) if pair[0] + 1 != pair[1])
-                memory.add(context[1:])
+                corpus.add(context[1:])
         except Exception as error:
             wrong.append(error)
 
@@ -430,29 +430,29 @@ def test_threads_share_a_memory() -> None:
         sys.setswitchinterval(interval)
     assert not wrong
     assert sum(drafts) > 1000
-    assert len(memory) <= 600
+    assert len(corpus) <= 600
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(SuffixAutomaton, "extend"), (Follower, "extend"), (Follower, "continued")]
+    ("owner", "name"), [(SuffixAutomaton, "extend"), (SuffixMatcher, "extend"), (SuffixMatcher, "continued")]
 )
-def test_a_memory_is_locked_whenever_it_is_read_or_written(
+def test_a_corpus_is_locked_whenever_it_is_read_or_written(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
-    memory, seen = LookupCorpus(), list[bool]()
+    corpus, seen = LookupCorpus(), list[bool]()
     original = getattr(owner, name)
 
     def watched(self: Any, *arguments: int) -> object:
-        if getattr(self, "automaton", self) in memory._texts:
-            seen.append(memory._lock.locked())
+        if getattr(self, "automaton", self) in corpus._texts:
+            seen.append(corpus._lock.locked())
         return original(self, *arguments)
 
     monkeypatch.setattr(owner, name, watched)
-    memory.add([1, 2, 3])
-    LookupDraft(memory).propose([1, 2], 3, drafted=[3])
+    corpus.add([1, 2, 3])
+    LookupDraft(corpus).propose([1, 2], 3, drafted=[3])
     assert seen
     assert all(seen)
-    assert not memory._lock.locked()
+    assert not corpus._lock.locked()
 
 
 # CostModel
@@ -506,27 +506,27 @@ MAX_STEPS = 90  # lines of Python for a token, over a whole text
 @every_text
 def test_reading_a_token_takes_constant_steps_over_a_text(text: list[int]) -> None:
     assert steps(lambda: SuffixAutomaton(text)) < MAX_STEPS * len(text)
-    assert SuffixAutomaton(text).states <= 2 * len(text)
+    assert SuffixAutomaton(text).num_states <= 2 * len(text)
 
 
 @every_text
 @pytest.mark.parametrize("other", ["one token", "fibonacci", "two tokens"])
-def test_following_a_token_takes_constant_steps_over_a_text(text: list[int], other: str) -> None:
-    follower = Follower(SuffixAutomaton(TEXTS[other]))
+def test_matching_a_token_takes_constant_steps_over_a_text(text: list[int], other: str) -> None:
+    matcher = SuffixMatcher(SuffixAutomaton(TEXTS[other]))
 
     def follow() -> None:
         for token in text:
-            follower.extend(token)
-            follower.continued()
+            matcher.extend(token)
+            matcher.continued()
 
     assert steps(follow) < MAX_STEPS * len(text)
 
 
 @every_text
 def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None:
-    memory = LookupCorpus()
-    memory.add(TEXTS["fibonacci"])
-    source = LookupDraft(memory)
+    corpus = LookupCorpus()
+    corpus.add(TEXTS["fibonacci"])
+    source = LookupDraft(corpus)
     rounds = range(10, len(text), 10)
     context: list[int] = []
 
@@ -538,13 +538,13 @@ def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None
     assert steps(propose) < 2 * MAX_STEPS * len(text)
 
 
-def test_reading_beside_a_memory_takes_as_many_steps_with_many_texts_as_with_few() -> None:
+def test_reading_beside_a_corpus_takes_as_many_steps_with_many_texts_as_with_few() -> None:
     context = scrambled(500, 3)
 
     def cost(texts: int) -> int:
-        memory = LookupCorpus()
+        corpus = LookupCorpus()
         for number in range(texts):
-            memory.add(scrambled(4000 // texts + number % 2, 3))
-        return steps(lambda: LookupDraft(memory).propose(context, 4))
+            corpus.add(scrambled(4000 // texts + number % 2, 3))
+        return steps(lambda: LookupDraft(corpus).propose(context, 4))
 
     assert cost(100) < 1.5 * cost(2)

@@ -62,7 +62,7 @@ def brief() -> Iterator[Served]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """An empty page of a browser that knows nothing of earlier tests; what it complains of fails the test."""
+    """A page in a fresh browser context; errors in its console fail the test."""
     complaints: list[str] = []
     with browser.new_context(viewport={"width": 1200, "height": 800}) as context:
         page = context.new_page()
@@ -87,7 +87,7 @@ def answer(page: Page) -> str:
 
 
 def reply(served: Served, text: str) -> dict[str, Any]:
-    """What the server says without a page."""
+    """The server's response without the page."""
     messages = [{"role": "user", "content": text}]
     body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 1024}
     said: dict[str, Any] = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
@@ -103,14 +103,14 @@ def test_a_message_is_answered_and_every_token_has_its_source(page: Page, brief:
     sources = {span.get_attribute("data-source") for span in page.locator(".token").all()}
     assert "prefill" in sources
     assert sources - {"prefill"} <= {"self", "lookup", "corrected", "bonus", "plain"}
-    assert re.match(r"first: ", page.locator(".token").first.get_attribute("title") or "")
+    assert re.match(r"prefill: ", page.locator(".token").first.get_attribute("title") or "")
     assert float(page.locator("#speed").text_content() or "") > 0
     assert float(page.locator("#perround").text_content() or "") >= 1
     counts = [text for text in page.locator("#legend output").all_text_contents() if text]
     assert sum(map(int, counts)) == own["usage"]["completion_tokens"]
     assert "no atlas" in (page.locator("#route").text_content() or "")
     assert page.locator("#map").is_hidden()
-    assert page.get_by_text("Cut where answers may be no longer.").is_visible()
+    assert page.get_by_text("Cut at the length limit.").is_visible()
 
 
 def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, served: Served) -> None:
@@ -166,7 +166,7 @@ def test_an_error_within_an_answer_is_a_sentence_too(page: Page) -> None:
         ended(page)
 
 
-def test_a_server_that_is_gone_is_told_of(page: Page) -> None:
+def test_an_unreachable_server_is_reported(page: Page) -> None:
     for own in serving(ServeSettings(MODEL)):
         page.goto(own.url)
         page.get_by_text(MODEL, exact=True).wait_for()
@@ -226,7 +226,7 @@ def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Serve
     assert {"send", "fast", "colour", "new", "log"} <= set(reached)
 
 
-def test_a_key_is_asked_for_once_the_server_wants_one(page: Page) -> None:
+def test_the_page_asks_for_an_api_key_once_the_server_needs_one(page: Page) -> None:
     for own in serving(ServeSettings(MODEL, api_key="secret")):
         page.goto(own.url)
         page.get_by_role("alert").filter(has_text="The API key is missing or wrong").wait_for()
@@ -269,7 +269,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page: Page, brief: S
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390
 
 
-def test_what_a_model_says_is_text_and_never_markup(page: Page, brief: Served) -> None:
+def test_a_model_s_output_is_shown_as_text_and_never_as_markup(page: Page, brief: Served) -> None:
     page.goto(brief.url)
     say(page, "<b id=bold>bold</b><img src=x onerror=alert(1)>")
     ended(page)
@@ -277,7 +277,7 @@ def test_what_a_model_says_is_text_and_never_markup(page: Page, brief: Served) -
     assert (page.locator(".user .said").text_content() or "").startswith("<b id=bold>")
 
 
-def test_the_page_asks_nobody_else_and_runs_nothing_foreign(brief: Served) -> None:
+def test_the_page_contacts_no_other_server_and_runs_no_foreign_code(brief: Served) -> None:
     page = httpx.get(brief.url)
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")

@@ -1,4 +1,4 @@
-"""The server: OpenAI's own client, many clients at once, everything that clients do wrong."""
+"""The server: OpenAI's official client, many clients at once, and invalid requests of all kinds."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ PROMPTS = ["once upon a time", "3 + 4 = ", "a fox", "SELECT name", "guten Tag"]
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     limits = Limits(running=6, waiting=200)
-    yield from serving(ServeSettings(MODEL, limits=limits, most_body_bytes=20_000, body_sec=1.0))
+    yield from serving(ServeSettings(MODEL, limits=limits, max_body_bytes=20_000, body_sec=1.0))
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Generation]:
-    """What an engine of its own says."""
+    """The generations of a separate engine."""
     engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
     return {prompt: engine.generate(prompt, max_new_tokens=24, plain=True) for prompt in PROMPTS}
 
@@ -52,7 +52,7 @@ def ask(client: openai.OpenAI, prompt: str, **options: Any) -> Any:
     return client.chat.completions.create(model=MODEL, messages=messages, **options)
 
 
-def test_the_official_client_gets_what_the_engine_says(served: Served, expected: dict[str, Generation]) -> None:
+def test_the_official_client_gets_the_engine_s_output(served: Served, expected: dict[str, Generation]) -> None:
     for prompt, own in expected.items():
         answer = ask(served.client, prompt)
         assert answer.choices[0].message.content == own.text
@@ -151,7 +151,7 @@ def test_what_cannot_be_used_is_refused_by_name(
         assert error["param"].startswith(param)
 
 
-def test_of_many_unknown_names_one_is_told() -> None:
+def test_of_many_unknown_names_one_is_reported() -> None:
     names = {f"unknown-{number}": number for number in range(1000)}
     with pytest.raises(ValidationError) as refused:
         ChatRequest.model_validate({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **names})
@@ -185,12 +185,12 @@ def test_bodies_that_are_no_request(served: Served, content: bytes, status: int)
 
 
 def flood(connection: socket.socket) -> None:
-    """Sends a chunked body for as long as somebody reads it, 80 MB at most."""
+    """Sends a chunked body for as long as the server reads it, 80 MB at most."""
     for _ in range(20_000):
         connection.sendall(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
 
 
-def test_a_body_without_end_is_given_up(served: Served) -> None:
+def test_an_endless_body_is_refused(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as slow:
@@ -218,7 +218,7 @@ def metric(served: Served, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
-def test_many_clients_with_cancellations_and_nonsense_each_get_their_own_answer(
+def test_many_clients_with_cancellations_and_invalid_requests_each_get_their_own_answer(
     served: Served, expected: dict[str, Generation]
 ) -> None:
     def one(number: int) -> str | None:
@@ -245,11 +245,11 @@ def test_many_clients_with_cancellations_and_nonsense_each_get_their_own_answer(
     assert set(ways) == {"whole", "stream", "leave", "wrong"}
     deadline = time.monotonic() + 10
     while served.scheduler.running or served.scheduler.waiting:
-        assert time.monotonic() < deadline, "who went away is still being answered"
+        assert time.monotonic() < deadline, "requests of disconnected clients are still running"
         time.sleep(0.01)
 
 
-def test_a_key_that_is_asked_for_must_be_given() -> None:
+def test_a_server_with_an_api_key_refuses_requests_without_it() -> None:
     for own in serving(ServeSettings(MODEL, api_key="secret")):
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             ask(own.client, "a fox")
@@ -257,7 +257,7 @@ def test_a_key_that_is_asked_for_must_be_given() -> None:
         assert ask(own.client.with_options(api_key="secret"), "a fox", max_tokens=2).choices
 
 
-def test_beyond_the_queue_clients_are_told_to_try_again() -> None:
+def test_with_a_full_queue_clients_get_retry_after() -> None:
     for own in serving(ServeSettings(MODEL, limits=Limits(running=1, waiting=1))):
         streams = [ask(own.client, "a fox", stream=True, max_tokens=200)]
         next(iter(streams[0]))  # it runs, and the next one waits
@@ -276,7 +276,7 @@ def test_beyond_the_queue_clients_are_told_to_try_again() -> None:
 
 
 class Listener:
-    """Keeps what it hears."""
+    """Collects the events that it receives."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -297,7 +297,7 @@ def scheduler() -> Iterator[Scheduler]:
     assert not own.waiting
 
 
-def test_a_request_is_heard_from_beginning_to_end(scheduler: Scheduler) -> None:
+def test_a_request_reports_prefill_chunks_and_generation_in_order(scheduler: Scheduler) -> None:
     listener = Listener()
     scheduler.submit("a fox", {"max_new_tokens": 12}, listener)
     assert listener.ended.wait(20)
@@ -309,7 +309,7 @@ def test_a_request_is_heard_from_beginning_to_end(scheduler: Scheduler) -> None:
     assert len(result.token_ids) == 12
 
 
-def test_a_conversation_s_next_turn_is_not_computed_whole() -> None:
+def test_the_next_turn_of_a_conversation_reuses_the_prefix_cache() -> None:
     engine = Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), tiny_tokenizer(), prefix_cache=2**20)
     with TestClient(make_app(engine, ServeSettings("tiny"))) as http:
         body = {"model": "tiny", "prompt": list(range(3, 63)), "max_tokens": 4, "temperature": 0}
@@ -325,13 +325,13 @@ def test_requests_take_turns() -> None:
     done = [threading.Event(), threading.Event()]
 
     def listener(name: str, end: threading.Event) -> Any:
-        def hear(event: Event) -> None:
+        def callback(event: Event) -> None:
             if isinstance(event, Chunk):
                 order.append(name)
             if isinstance(event, Generation):
                 end.set()
 
-        return hear
+        return callback
 
     for name, end in zip("ab", done, strict=True):
         own.submit("a fox", {"max_new_tokens": 40, "plain": True}, listener(name, end))
@@ -342,7 +342,7 @@ def test_requests_take_turns() -> None:
     assert all(first != second for first, second in itertools.pairwise(both))
 
 
-def test_a_bad_prompt_ends_its_own_request_alone(scheduler: Scheduler) -> None:
+def test_a_bad_prompt_ends_only_its_own_request(scheduler: Scheduler) -> None:
     bad, wrong, good = Listener(), Listener(), Listener()
     scheduler.submit("", {}, bad)
     scheduler.submit("a fox", {"max_new_tokens": 0}, wrong)
@@ -353,7 +353,7 @@ def test_a_bad_prompt_ends_its_own_request_alone(scheduler: Scheduler) -> None:
     assert isinstance(good.events[-1], Generation)
 
 
-def test_a_cancelled_request_is_heard_of_no_more(scheduler: Scheduler) -> None:
+def test_a_cancelled_request_reports_nothing_more(scheduler: Scheduler) -> None:
     listener = Listener()
     job = scheduler.submit("a fox", {"max_new_tokens": 200}, listener)
     while len(listener.events) < 3:
@@ -361,14 +361,14 @@ def test_a_cancelled_request_is_heard_of_no_more(scheduler: Scheduler) -> None:
     scheduler.cancel(job)
     while scheduler.running:
         time.sleep(0.001)
-    heard = len(listener.events)
-    assert heard < 150
+    received = len(listener.events)
+    assert received < 150
     time.sleep(0.05)
-    assert len(listener.events) == heard
+    assert len(listener.events) == received
     assert not listener.ended.is_set()
 
 
-def test_a_request_that_takes_too_long_is_ended() -> None:
+def test_a_request_past_its_deadline_is_ended() -> None:
     own = Scheduler(Engine(endless(tiny_model()), tiny_tokenizer()), Limits(deadline_sec=1e-3))
     listener = Listener()
     own.submit("a fox", {"max_new_tokens": 200}, listener)
@@ -377,7 +377,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
     own.close(0)
 
 
-def test_a_closed_scheduler_ends_what_waits_and_takes_nothing_more() -> None:
+def test_a_closed_scheduler_ends_waiting_requests_and_accepts_no_more() -> None:
     own = Scheduler(Engine(endless(tiny_model()), tiny_tokenizer()), Limits(running=1, waiting=9))
     listeners = [Listener() for _ in range(4)]
     for listener in listeners:
@@ -389,7 +389,7 @@ def test_a_closed_scheduler_ends_what_waits_and_takes_nothing_more() -> None:
         own.submit("a fox", {}, Listener())
 
 
-def test_a_closed_scheduler_lets_what_it_took_come_to_its_end() -> None:
+def test_a_closed_scheduler_lets_running_requests_finish() -> None:
     own = Scheduler(Engine(endless(tiny_model()), tiny_tokenizer()))
     listener = Listener()
     own.submit("a fox", {"max_new_tokens": 30}, listener)
@@ -419,7 +419,7 @@ def test_a_full_queue_refuses(scheduler: Scheduler) -> None:
         (["--model", "/nowhere", "--port", "0"], "/nowhere"),
     ],
 )
-def test_a_bad_option_is_told_in_a_sentence(
+def test_a_bad_option_is_reported_in_a_sentence(
     options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", *options]) == 2
@@ -428,7 +428,7 @@ def test_a_bad_option_is_told_in_a_sentence(
     assert "Traceback" not in errors
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     own = listen("127.0.0.1", 0)
     port = own.getsockname()[1]
     assert main(["serve", "--model", "/nowhere", "--port", str(port)]) == 2

@@ -1,4 +1,4 @@
-"""What goes wrong around a server: clients that are broken, slow or gone, bodies that are nonsense, a killed process.
+"""Faults around a server: broken, slow and disconnected clients, nonsense bodies, a killed process.
 
 After each of these the server still gives its normal answer, and no error of its own was the reply.
 """
@@ -62,7 +62,7 @@ def normal(running: ServerProcess) -> str:
 
 @pytest.fixture
 def server(running: ServerProcess, normal: str) -> Iterator[ServerProcess]:
-    """A server that has to be well when the test is over."""
+    """A server that must work normally after the test."""
     yield running
     assert running.complete() == normal
     running.wait_until_idle()
@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_sense_is_refused_in_a_sentence(server: ServerProcess, name: str) -> None:
+def test_an_invalid_request_is_refused_in_a_sentence(server: ServerProcess, name: str) -> None:
     request, status, sentence = REFUSED[name]
     began = time.monotonic()
     reply = server.exchange(request())
@@ -159,7 +159,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(server: ServerProcess, nam
     ],
     ids=["NUL", "NUL in a message", "HTTP/1.0", "HTTP/1.0 stream", "many tokens", "a long end", "a long header"],
 )
-def test_what_is_odd_but_makes_sense_is_answered(server: ServerProcess, request_bytes: bytes) -> None:
+def test_an_unusual_but_valid_request_is_answered(server: ServerProcess, request_bytes: bytes) -> None:
     assert status_of(server.exchange(request_bytes)) == 200
 
 
@@ -174,17 +174,17 @@ def test_what_is_odd_but_makes_sense_is_answered(server: ServerProcess, request_
     ],
     ids=["TLS", "a path of bytes", "a negative length", "two lengths", "a wrong chunk"],
 )
-def test_what_is_no_http_is_refused(server: ServerProcess, raw: bytes) -> None:
+def test_input_that_is_not_http_is_refused(server: ServerProcess, raw: bytes) -> None:
     assert status_of(server.exchange(raw)) == 400
 
 
-def test_a_client_that_sends_too_much_hears_it_through_the_official_library(server: ServerProcess) -> None:
+def test_the_official_client_receives_the_refusal_of_a_body_that_is_too_long(server: ServerProcess) -> None:
     with pytest.raises(openai.APIStatusError, match="the body is longer than 4194304 bytes") as refused:
         server.client.completions.create(model=MODEL, prompt="x" * 10_000_000)
     assert refused.value.status_code == 413
 
 
-def test_a_body_that_trickles_in_is_given_up() -> None:
+def test_a_body_that_arrives_too_slowly_is_refused() -> None:
     for own in serving(ServeSettings(MODEL, body_sec=1.0)):
         host, port = own.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -235,8 +235,8 @@ def test_idle_connections_leave_room_for_others(server: ServerProcess, normal: s
         assert status_of(read_all(connections[1])) == 200
 
 
-def test_a_long_prompt_holds_nobody_up(server: ServerProcess, normal: str) -> None:
-    """Three megabytes are seconds of the tokenizer's time, and a refusal."""
+def test_a_long_prompt_delays_no_other_request(server: ServerProcess, normal: str) -> None:
+    """Three megabytes take the tokenizer seconds, and are refused."""
     with ThreadPoolExecutor(1) as pool:
         began = time.monotonic()
         long = pool.submit(server.exchange, post(body(prompt="x" * 3_000_000)))
@@ -250,7 +250,7 @@ def test_a_long_prompt_holds_nobody_up(server: ServerProcess, normal: str) -> No
     assert longest < max(0.6 * whole, 1.0)
 
 
-def test_a_slow_reader_holds_nobody_up_and_is_not_buffered_for_without_end(server: ServerProcess, normal: str) -> None:
+def test_a_slow_reader_delays_no_other_request_and_its_buffer_is_bounded(server: ServerProcess, normal: str) -> None:
     """Its 16 answers are as long as the context lets them be, which is all that is ever kept for it."""
     before = server.resident_bytes()
     with socket.socket() as slow:

@@ -57,16 +57,18 @@ def test_every_operation_is_tried(api: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "mode"),
+    ("operation", "mode"),
     [
-        *((label, GenerationMode.POSITIVE) for label in OPERATIONS),
-        *((label, GenerationMode.NEGATIVE) for label in OPERATIONS if label.startswith("POST")),  # others take nothing
+        *((operation, GenerationMode.POSITIVE) for operation in OPERATIONS),
+        *(
+            (operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if operation.startswith("POST")
+        ),  # others take nothing
     ],
 )
 def test_no_request_makes_an_error_of_the_server_and_every_reply_is_as_documented(
-    api: Any, label: str, mode: GenerationMode
+    api: Any, operation: str, mode: GenerationMode
 ) -> None:
-    method, path = label.split()
+    method, path = operation.split()
     operation = api[path][method]
 
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -1,4 +1,4 @@
-"""Many clients for a while: every answer is the one that a client alone gets, and nothing of them stays behind."""
+"""Many clients for a while: every response equals that to a single client, and nothing remains of any of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_GROWTH_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Ask:
-    """A request that makes sense.
+    """A valid request.
 
     Args:
         chat: a conversation, or a text to continue.
@@ -126,7 +126,7 @@ class Crowd:
 
 
 def leave(ask: Ask, client: openai.OpenAI, after: int) -> None:
-    """Goes away in mid-stream."""
+    """Disconnects in mid-stream."""
     stream = ask.send(client, stream=True, max_tokens=150)
     for _ in zip(range(after), stream, strict=False):
         pass
@@ -146,12 +146,12 @@ def server(model: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def expected(server: ServerProcess) -> dict[Ask, Any]:
-    """What each request is answered when there is no other."""
+    """The response to each request when it is the only one."""
     with server.client as client:
         return {ask: ask.whole(client) for ask in some_asks()}
 
 
-def test_every_answer_is_the_one_that_a_client_alone_gets_and_nothing_stays_behind(
+def test_every_response_equals_that_to_a_single_client_and_nothing_remains(
     server: ServerProcess, expected: dict[Ask, Any]
 ) -> None:
     assert len(set(expected.values())) > len(expected) * 3 // 4  # an answer that is mixed up is noticed

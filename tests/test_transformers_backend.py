@@ -1,4 +1,4 @@
-"""The target: drafts leave no trace, sessions never see each other, and a model that cannot draft is refused."""
+"""The transformers backend: drafts leave no trace, sessions are isolated, and a model that cannot draft is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LONG = [3 + 11 * i % 120 for i in range(30)]
 
 
 def logits_of(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """(n, V) by a plain pass that knows nothing of this package."""
+    """(n, V) logits of transformers' own forward pass."""
     with torch.no_grad():
         return model(torch.tensor([token_ids]), use_cache=False).logits[0]
 
@@ -54,7 +54,7 @@ def leftovers(model: nn.Module) -> list[str]:
     ]
 
 
-# --- Passes
+# --- Forward passes
 
 
 @every_family
@@ -112,7 +112,7 @@ def test_exactness_is_one_of_the_two_promises() -> None:
     assert tiny_engine().exactness in Exactness
 
 
-# --- The cache and its pointer
+# --- The KV cache and its cursor
 
 
 @every_family
@@ -219,7 +219,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(plan: Plan, fact: str) ->
         session.forward([5], plan)
 
 
-# --- TeacherForcedScorer
+# --- Teacher-forced scoring
 
 
 def drafted_in_runs(backend: TransformersBackend, start: int, plan: Plan, run_length: int) -> torch.Tensor:
@@ -246,14 +246,14 @@ def teacher_forced(backend: TransformersBackend, start: int, plan: Plan, run_len
     rows = session.teacher_forced_logits(LONG[start:], plan, run_length)
     assert session.length == start
     for layer, before in zip(session._cache.layers, keys, strict=True):
-        assert torch.equal(layer.keys, before), "a rehearsal writes nothing"
+        assert torch.equal(layer.keys, before), "teacher-forced scoring writes nothing"
     assert torch.equal(session.forward(LONG[start:]), expected)
     return rows
 
 
 @every_family
 @pytest.mark.parametrize("run_length", [1, 4, 50])
-def test_a_rehearsal_gives_what_drafting_in_runs_gives(family: str, run_length: int) -> None:
+def test_teacher_forced_scoring_gives_what_drafting_in_runs_gives(family: str, run_length: int) -> None:
     backend = transformers_backend(family)
     expected = drafted_in_runs(backend, 14, skip_something(), run_length)
     torch.testing.assert_close(
@@ -263,13 +263,15 @@ def test_a_rehearsal_gives_what_drafting_in_runs_gives(family: str, run_length: 
 
 @settings(max_examples=6)
 @given(plan=plans(), run_length=st.integers(1, 8), start=st.integers(1, 25))
-def test_a_rehearsal_gives_what_drafting_gives_under_any_plan(plan: Plan, run_length: int, start: int) -> None:
+def test_teacher_forced_scoring_gives_what_drafting_gives_under_any_plan(
+    plan: Plan, run_length: int, start: int
+) -> None:
     backend = transformers_backend("gemma2")
     expected = drafted_in_runs(backend, start, plan, run_length)
     torch.testing.assert_close(teacher_forced(backend, start, plan, run_length), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rehearsal_respects_chunked_attention_or_is_refused() -> None:
+def test_teacher_forced_scoring_respects_chunked_attention_or_is_refused() -> None:
     backend = TransformersBackend(tiny_model("llama4_text", attention_chunk_size=8))
     expected = drafted_in_runs(backend, 14, skip_something(), 4)
     try:
@@ -326,7 +328,7 @@ def test_after_an_abandoned_stream_the_model_gives_bit_for_bit_what_it_gave(chun
     assert torch.equal(logits_of(model, LONG), before)
 
 
-def test_making_a_target_leaves_the_model_as_it_is() -> None:
+def test_making_a_backend_leaves_the_model_as_it_is() -> None:
     model = tiny_model()
     before = logits_of(model, LONG)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -336,7 +338,7 @@ def test_making_a_target_leaves_the_model_as_it_is() -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_forward_that_somebody_else_put_on_a_module_stays_there() -> None:
+def test_a_foreign_forward_on_a_module_is_kept() -> None:
     model = tiny_model()
     mlp = model.model.layers[1].mlp
 
@@ -396,7 +398,7 @@ def _pass_beside_a_draft(drafting: TransformersBackend, other: TransformersBacke
     def draft() -> None:
         with drafting.skipping(skip_everything()):
             inside.set()
-            done.wait(timeout=0.5)  # a target that waits for the draft's end is right, and lets this run out
+            done.wait(timeout=0.5)  # a backend that waits for the end of the draft is right, and this times out
 
     thread = threading.Thread(target=draft)
     session = other.open(20)
@@ -408,13 +410,13 @@ def _pass_beside_a_draft(drafting: TransformersBackend, other: TransformersBacke
     return logits
 
 
-def test_a_pass_of_another_thread_does_not_see_a_draft() -> None:
+def test_a_forward_pass_of_another_thread_does_not_see_a_draft() -> None:
     backend = TransformersBackend(tiny_model())
     expected = backend.open(20).prefill(PROMPT).logits
     assert torch.equal(_pass_beside_a_draft(backend, backend), expected)
 
 
-def test_a_pass_of_another_target_of_the_same_model_does_not_see_a_draft() -> None:
+def test_a_forward_pass_of_another_backend_of_the_same_model_does_not_see_a_draft() -> None:
     model = tiny_model()
     expected = TransformersBackend(model).open(20).prefill(PROMPT).logits
     assert torch.equal(_pass_beside_a_draft(TransformersBackend(model), TransformersBackend(model)), expected)
@@ -506,7 +508,7 @@ def test_what_cannot_draft_for_itself_is_refused_with_what_was_looked_for(make: 
 # --- Fingerprints
 
 
-def test_a_fingerprint_tells_models_apart_and_recognises_one() -> None:
+def test_a_fingerprint_distinguishes_models_and_recognises_one() -> None:
     known = fingerprint(tiny_model(), tiny_tokenizer())
     assert fingerprint(tiny_model(), tiny_tokenizer()) == known
     assert known.differences(fingerprint(tiny_model(seed=1), tiny_tokenizer()))

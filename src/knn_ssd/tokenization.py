@@ -25,14 +25,14 @@ def encode(
     *,
     name: str = "",
 ) -> list[int]:
-    """The token ids of a user's message, a conversation of role/content messages, or token ids as they are.
+    """Token ids of a prompt: a user's message, a conversation of role/content messages, or token ids as they are.
 
     Args:
         tokenizer: None if prompts come as token ids.
-        prompt: what to encode.
-        context_length: of the model; there must be room for at least one more token.
-        chat: put text through the chat template if the tokenizer has one.
-        name: of the prompt, for the error messages.
+        prompt: the prompt to encode.
+        context_length: the model's context length; there must be room for at least one more token.
+        chat: whether to apply the chat template to text, if the tokenizer has one.
+        name: the prompt's name in error messages.
 
     Raises:
         PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
@@ -87,23 +87,26 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, *
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end an output, as `transformers.generate` has them."""
+    """The end-of-sequence tokens, as `transformers.generate` determines them."""
     given = getattr(model.generation_config, "eos_token_id", None)
     if given is None:
         return frozenset()
     return frozenset([given] if isinstance(given, int) else given)
 
 
-_UNFINISHED = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all arrived
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names the token of a single byte
+_UNFINISHED = "\ufffd"  # what tokenizers decode an incomplete character to
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte's token
 
 
 class Detokenizer:
-    """The text of one output, token by token.
+    """Decodes one output incrementally, token by token.
 
     Args:
-        tokenizer: decodes; special tokens are left out.
+        tokenizer: decodes tokens; special tokens are left out.
         stop: strings that end the output; the text ends before the first of them.
+
+    Attributes:
+        stopped: whether a stop string is complete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -117,7 +120,7 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token_id: int) -> bool:
-        """Takes a token; whether a stop string is complete with it."""
+        """Adds a token, and returns whether a stop string is complete with it."""
         self._token_ids.append(token_id)
         settled = self._decode(self._window, self._settled)
         extended = self._decode(self._window, len(self._token_ids))
@@ -129,14 +132,14 @@ class Detokenizer:
         return self.stopped
 
     def take(self) -> str:
-        """Text not given before, without what may be the beginning of a stop string."""
+        """Text not returned before, except an end that may be the beginning of a stop string."""
         end = len(self._text) - (0 if self.stopped else self._possible_stop())
         fresh = self._text[self._given : end]
         self._given = max(self._given, end)
         return fresh
 
     def finish(self) -> str:
-        """The rest of the text, once no more tokens come."""
+        """The rest of the text, after the last token."""
         if not self.stopped:
             settled = self._decode(self._window, self._settled)
             self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
@@ -156,7 +159,7 @@ class Detokenizer:
             self.stopped = True
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         return max(
             (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])),
             default=0,
@@ -165,11 +168,11 @@ class Detokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """One token by itself.
+    """The text and bytes of a single token.
 
     Args:
-        text: with a sign for unknown bytes where its own are no whole characters.
-        data: its bytes; None where they cannot be told.
+        text: the token's text, with U+FFFD for bytes that are not whole characters.
+        data: its bytes; None if they are not known.
     """
 
     text: str
@@ -177,7 +180,7 @@ class Spelling:
 
 
 def spell(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> Spelling:
-    """A token as it stands within a text, special tokens too; nothing can be told without a tokenizer."""
+    """The spelling of a token, or a special token, within a text; empty without a tokenizer."""
     if tokenizer is None:
         return Spelling("", None)
     once, twice = (
@@ -191,7 +194,7 @@ def spell(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> Spelling:
 
 
 def _bytes_of(name: str) -> bytes | None:
-    """The bytes of a token by its name in the vocabulary, for SentencePiece's bytes and GPT-2's alphabet of bytes."""
+    """The bytes of a token by its name in the vocabulary, for SentencePiece's bytes and GPT-2's byte alphabet."""
     if match := _BYTE.fullmatch(name):
         return bytes([int(match[1], 16)])
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as they are; the others from 256 on

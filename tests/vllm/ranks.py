@@ -20,15 +20,15 @@ def disturb() -> None:
     import torch
     from vllm.distributed import get_tp_group
 
-    from knn_ssd.vllm_plugin.layers import Stack
+    from knn_ssd.vllm_plugin.layers import DecoderStack
 
-    original = Stack.logits
+    original = DecoderStack.logits
 
-    def logits(stack: Stack, *args: Any) -> torch.Tensor:
+    def logits(stack: DecoderStack, *args: Any) -> torch.Tensor:
         right = original(stack, *args)
         return right + 100 * torch.randn_like(right) if get_tp_group().rank_in_group == 1 else right
 
-    Stack.logits = logits  # type: ignore[method-assign]
+    DecoderStack.logits = logits  # type: ignore[method-assign]
 
 
 def main() -> None:

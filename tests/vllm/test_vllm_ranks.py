@@ -1,4 +1,4 @@
-"""With tensor parallelism the ranks run the same passes, whatever they would have decided alone."""
+"""With tensor parallelism all ranks run the same forward passes, whatever each would have decided alone."""
 
 from __future__ import annotations
 

@@ -74,10 +74,10 @@ class Holding:
         ("decode_context_parallel_size", 2, "context parallelism"),
         ("data_parallel_size", 2, "data parallelism"),
         ("is_hybrid", True, "recurrent state"),
-        ("uses_mrope", True, "positions of pictures"),
+        ("uses_mrope", True, "positions of images"),
     ],
 )
-def test_what_drafts_would_damage(where: str, value: Any, reason: str) -> None:
+def test_features_that_drafts_would_corrupt(where: str, value: Any, reason: str) -> None:
     from knn_ssd.errors import UsageError
     from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
 
@@ -101,7 +101,7 @@ def test_an_unknown_vllm_is_refused(opened: Opener, tiny: Path, monkeypatch: pyt
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.40.1")
-    with pytest.raises(Exception, match=r"reaches into vLLM 0\.32 to 0\.33, and this is vLLM 0\.40\.1"):
+    with pytest.raises(Exception, match=r"supports vLLM 0\.32 to 0\.33, and this is vLLM 0\.40\.1"):
         opened(tiny, {"plan": PLAN})
 
 

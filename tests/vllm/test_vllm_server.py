@@ -89,7 +89,7 @@ def test_64_streams_say_what_they_say_without_drafts(tiny: Path, tmp_path: Path)
     ]
     with serving(tiny, tmp_path / "drafted.log", *options) as address:
         drafted = asyncio.run(ask(address, asked))
-        time.sleep(11)  # the counts by plan are logged every ten seconds, while somebody is served
+        time.sleep(11)  # the counts by plan are logged every ten seconds, while requests run
         asyncio.run(ask(address, asked[:1]))
         with urllib.request.urlopen(address + "/metrics", timeout=10) as answer:
             metrics = answer.read().decode()

@@ -1,4 +1,4 @@
-"""Probes on the loaded weights whether a row's logits depend on the block it is computed in."""
+"""Tests on the loaded weights whether a row's logits depend on the other rows of its forward pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BLOCK_LENGTH = 5
 
 
 def probe(backend: Backend) -> Exactness:
-    """Runs the same tokens one by one and in one block, and compares the bits.
+    """Runs the same tokens one by one and in one block, and compares the bits of their logits.
 
-    Equal bits mean that speculative output is plain decoding's, whatever the plan. Different bits mean that they
-    agree up to rounding, where a near-tie between two tokens may fall either way.
+    With equal bits, speculative output equals that of plain decoding under any plan. With different bits, the logits
+    agree up to rounding, which can decide a near-tie between two tokens either way.
     """
     tokens = [(7 * i + 3) % backend.vocab_size for i in range(_PROMPT_LENGTH + _BLOCK_LENGTH)]
     session = backend.open(len(tokens))

@@ -1,4 +1,4 @@
-"""Which target a model runs on: the lean one where it can, else the general one."""
+"""Selects the backend of a model: the native backend if it supports the model, else the transformers backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from knn_ssd.backends.transformers.backend import TransformersBackend
 
 
 def select_backend(model: PreTrainedModel) -> Backend:
-    """The target of a model.
+    """The backend that executes a model.
 
     Raises:
-        UnsupportedModelError: a model that cannot draft for itself; says what was looked for.
+        UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
     """
     return NativeBackend(model) if native_obstacle(model) is None else TransformersBackend(model)

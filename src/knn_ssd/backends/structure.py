@@ -1,6 +1,6 @@
-"""Finds the sublayers of a transformers decoder by their structure, and refuses what cannot draft for itself.
+"""Finds the sublayers of a transformers decoder by its structure, and refuses models that cannot draft for themselves.
 
-It knows names and shapes of modules, not what they compute; `huggingface.py` checks by running them that a skipped
+It knows names and shapes of modules, not what they compute. The transformers backend runs them to check that a skipped
 sublayer really contributes nothing.
 """
 
@@ -45,11 +45,11 @@ class Structure:
 
 
 def find_structure(model: PreTrainedModel) -> Structure:
-    """The sublayers of a decoder.
+    """Finds the sublayers of a decoder.
 
     Raises:
-        UnsupportedModelError: encoder-decoders, recurrent or hybrid state, keys and values shared between layers, or a
-            structure that is not known; says what was looked for and what was found.
+        UnsupportedModelError: the model is an encoder-decoder, has recurrent or hybrid state, shares keys and values
+            between layers, or has an unknown structure; the message says what was looked for and what was found.
     """
     config = model.config.get_text_config()
     _refuse_unsuitable(model, config)
@@ -88,7 +88,7 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 def _find_layers(model: PreTrainedModel, num_layers: int) -> list[tuple[int, nn.Module]]:
-    """The module list of that length whose members have children: the decoder layers."""
+    """The decoder layers with their indices: the module list of length `num_layers` whose members have children."""
     for module in model.modules():
         if (
             isinstance(module, nn.ModuleList)
@@ -123,7 +123,7 @@ def _child(
 
 
 def context_length(config: Any) -> int:
-    """The most tokens a model was made for, where its rotary embedding does not change on the way."""
+    """The model's context length, or less: as far as its rotary embedding does not change with the length."""
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             model=name,
             api_key=os.environ.get(_KEY) or None,
             limits=Limits(args.running, args.waiting, args.deadline),
-            most_body_bytes=args.max_body,
+            max_body_bytes=args.max_body,
             drain_sec=args.drain,
         )
         app = make_app(engine, settings)

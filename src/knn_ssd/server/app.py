@@ -1,4 +1,4 @@
-"""The HTTP side: paths, errors in OpenAI's format, the key, the limits."""
+"""The HTTP application: its paths, errors in OpenAI's format, the API key and the limits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, PromptError, UsageError
-from knn_ssd.server.completions import Answer, GoneError
-from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, inside
+from knn_ssd.server.completions import ClientDisconnectedError, CompletionHandler
+from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, internal_error_message
 from knn_ssd.server.logprobs import Logprobs
 from knn_ssd.server.metrics import Metrics
 from knn_ssd.server.page import add_page
@@ -31,27 +31,27 @@ _RETRY_SEC = 1
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """How a server is run.
+    """The settings of a server.
 
     Args:
-        model: the name that clients ask for.
-        api_key: that they must give; None asks for none.
-        limits: of requests.
-        most_body_bytes: of a request's body.
-        body_sec: until it must have arrived.
-        drain_sec: how long running answers may go on when the server is shut down.
+        model: the model name that clients send.
+        api_key: the key that clients must send; None needs no key.
+        limits: limits on the number and duration of requests.
+        max_body_bytes: the longest request body.
+        body_sec: seconds within which a body must arrive.
+        drain_sec: seconds that running requests have to finish when the server is shut down.
     """
 
     model: str
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
-    most_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 4 * 2**20
     body_sec: float = 30.0
     drain_sec: float = 30.0
 
 
 def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
-    """The application; its model thread runs until the application is shut down."""
+    """Makes the application. Its model thread runs until the application is shut down."""
     scheduler = Scheduler(engine, settings.limits)
     metrics = Metrics(scheduler)
 
@@ -62,45 +62,45 @@ def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
     app = FastAPI(title="knn-ssd", lifespan=lifespan)
     app.state.scheduler = scheduler
-    app.add_middleware(BodyLimit, most_bytes=settings.most_body_bytes, patience_sec=settings.body_sec)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_sec=settings.body_sec)
     _add_errors(app)
-    _add_watch(app, settings, metrics)
-    _add_answers(app, settings, scheduler, metrics)
+    _add_middleware(app, settings, metrics)
+    _add_completions(app, settings, scheduler, metrics)
     _add_status(app, settings, scheduler, metrics)
     add_page(app, engine.atlas)
     return app
 
 
-def _add_answers(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+def _add_completions(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
     logprobs = Logprobs(scheduler.engine.tokenizer)
 
-    async def answer(request: ChatRequest | CompletionRequest, http: Request) -> Response:
+    async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
         if request.model != settings.model:
             message = f"the model '{request.model}' is not served; '{settings.model}' is"
             return JSONResponse(error_body(message, _INVALID, "model", "model_not_found"), 404)
-        current = Answer(request, scheduler, metrics, logprobs)
-        await current.begin()
-        assert current.begun is not None
-        exactness, plan = scheduler.engine.exactness.value, current.begun.plan.describe()
+        handler = CompletionHandler(request, scheduler, metrics, logprobs)
+        await handler.start()
+        assert handler.prefill is not None
+        exactness, plan = scheduler.engine.exactness.value, handler.prefill.plan.describe()
         headers = {"x-knn-ssd-exactness": exactness, "x-knn-ssd-plan": plan}
-        if current.begun.route is not None:
-            headers["x-knn-ssd-route"] = current.begun.route.plan_name
+        if handler.prefill.route is not None:
+            headers["x-knn-ssd-route"] = handler.prefill.route.plan_name
         if request.stream:
-            return StreamingResponse(current.server_sent(), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(handler.stream_response(), media_type="text/event-stream", headers=headers)
         try:
-            return JSONResponse(await current.whole(http), headers=headers)
-        except GoneError:
+            return JSONResponse(await handler.full_response(http), headers=headers)
+        except ClientDisconnectedError:
             return Response(status_code=CLIENT_GONE)
 
     @app.post("/v1/chat/completions", responses={**STREAMED, **REFUSALS})
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
-        """Answers a conversation."""
-        return await answer(request, http)
+        """Generates the next message of a conversation."""
+        return await respond(request, http)
 
     @app.post("/v1/completions", responses={**STREAMED, **REFUSALS})
     async def completions(request: CompletionRequest, http: Request) -> Response:
         """Continues a text."""
-        return await answer(request, http)
+        return await respond(request, http)
 
 
 def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
@@ -108,29 +108,29 @@ def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, met
 
     @app.get("/v1/models", responses={status: REFUSALS[status] for status in (401, "4XX")})
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
+        """Lists the one model that is served."""
         own = {"id": settings.model, "object": "model", "created": started, "owned_by": "knn-ssd"}
         return {"object": "list", "data": [own]}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the process answers."""
+        """Reports that the process is running."""
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
     async def ready() -> Response:
-        """Whether requests are taken."""
+        """Reports whether requests are accepted."""
         return JSONResponse({"status": "ready" if scheduler.alive else "closing"}, 200 if scheduler.alive else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
-        """For Prometheus."""
+        """The metrics in Prometheus's text format."""
         return PlainTextResponse(metrics.text())
 
 
-def _add_watch(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
     @app.middleware("http")
-    async def watch(http: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def check_key_and_count(http: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
         path = http.url.path
         if settings.api_key is not None and path.startswith("/v1/"):
             given = http.headers.get("authorization", "").removeprefix("Bearer ")
@@ -145,7 +145,7 @@ def _add_watch(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(KnnSsdError)
-    async def ours(_http: Request, error: KnnSsdError) -> Response:
+    async def known_error(_http: Request, error: KnnSsdError) -> Response:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
         kind = _INVALID if status == 400 else "rate_limit_error" if status == 429 else "server_error"
         headers = {"retry-after": str(_RETRY_SEC)} if status in (429, 503) else None
@@ -166,13 +166,13 @@ def _add_errors(app: FastAPI) -> None:
             refusal = error_body(f"'{name}' is not supported", _INVALID, name, "unsupported_parameter")
             return JSONResponse(refusal, 400)
         param = place[0] if place else None
-        said = "; or ".join(dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1]))
-        return JSONResponse(error_body(f"{param}: {said}" if param else said, _INVALID, param), 400)
+        message = "; or ".join(dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1]))
+        return JSONResponse(error_body(f"{param}: {message}" if param else message, _INVALID, param), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(_http: Request, error: HTTPException) -> Response:
         return JSONResponse(error_body(str(error.detail), _INVALID), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def bug(_http: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(inside(error), "server_error"), 500)
+    async def unknown_error(_http: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(internal_error_message(error), "server_error"), 500)

@@ -1,8 +1,8 @@
-"""Continuous batching: several requests on one model, on one thread, whose forward passes run together.
+"""Continuous batching: several requests share the forward passes of one model, on one thread.
 
-Each request's work runs in a greenlet of its own, as if it were alone. Where it asks for a forward pass, it is put
-aside until all the others ask for one, too. Draft passes go first, so that the verifications of all drafting requests
-share one pass; a chunk of one prompt's prefill goes along with each of these.
+Each request's work runs in a greenlet of its own, as if it were alone. Where it asks for a forward pass, it waits until
+all other requests ask for one, too. Draft passes run first, so that the verifications of all drafting requests share
+one pass; each such pass also runs a chunk of one waiting prompt (chunked prefill).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from knn_ssd.speculation.cost_model import CostModel, CostProfile
 
 
 class Cancelled(BaseException):
-    """Raised within a request's work to end it."""
+    """Raised inside a request's work to end it."""
 
 
 class RequestTask:
     """One request's work.
 
     Attributes:
-        busy_sec: seconds for which it kept the machine busy, its share of common passes included.
+        busy_sec: seconds for which it kept the machine busy, including its share of the batch's forward passes.
         waits_for: the forward pass that it waits for.
     """
 
@@ -37,30 +37,30 @@ class RequestTask:
     def ended(self) -> bool:
         return bool(self._work.dead)
 
-    def resume(self, answer: ForwardOutput | BaseException | None) -> None:
-        """Runs the work until it asks for another pass, yields or ends.
+    def resume(self, output: ForwardOutput | BaseException | None) -> None:
+        """Runs the work until it asks for another forward pass, yields or ends.
 
         Args:
-            answer: the output of the pass it waited for, or an error to raise in its place.
+            output: the output of the forward pass it waited for, or an error to raise instead.
         """
         self.waits_for = None
-        if isinstance(answer, BaseException):
-            self._work.throw(answer)
-        elif answer is None:
+        if isinstance(output, BaseException):
+            self._work.throw(output)
+        elif output is None:
             self._work.switch()
         else:
-            self._work.switch(answer)
+            self._work.switch(output)
 
 
 class ContinuousBatcher:
     """Runs the work of several requests; see `request.Batcher`. Used by one thread.
 
     Args:
-        backend: executes the model. Where it cannot share passes, each is run at once.
-        profile: what forward passes cost before any ran.
+        backend: executes the model. If sessions cannot share its forward passes, each pass runs alone and at once.
+        profile: the expected costs of forward passes before any ran.
 
     Attributes:
-        cost_model: corrected by the passes that run here.
+        cost_model: the expected costs, corrected by the forward passes that run here.
     """
 
     def __init__(self, backend: Backend, profile: CostProfile) -> None:
@@ -73,7 +73,7 @@ class ContinuousBatcher:
         self._scheduler = getcurrent()
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
-        """Within a task: waits until the pass has run, perhaps together with others'."""
+        """Runs a forward pass in the batch; called inside a task, which waits for it."""
         if self._sharing is None:
             return self._backend.forward(request)
         assert self._current is not None, "a forward pass outside of a task would wait for ever"
@@ -87,23 +87,23 @@ class ContinuousBatcher:
         return self._current.busy_sec + time.perf_counter() - self._resumed_at
 
     def start(self, work: Callable[[], None]) -> RequestTask:
-        """Begins a task and runs it until it asks for its first pass; errors must not leave `work`."""
+        """Starts a task and runs it until it asks for its first forward pass; `work` must raise no errors."""
         task = RequestTask(work)
         self._tasks.append(task)
         self._resume(task)
         return task
 
     def yield_(self) -> None:
-        """Within a task: lets the others run where passes are not shared, which keeps the tasks fair."""
+        """Lets the other tasks run if passes are not shared, which keeps them fair; called inside a task."""
         if self._sharing is None:
             self._scheduler.switch()
 
     def end(self, task: RequestTask) -> None:
-        """Ends a task where it stands, within a pass that it waits for if need be."""
+        """Ends a task where it stands, even while it waits for a forward pass."""
         self._resume(task, Cancelled())
 
     def step(self) -> None:
-        """Runs one pass for the tasks that wait for one, and resumes every task."""
+        """Runs one forward pass for the tasks that wait for one, and resumes them."""
         for task in [task for task in self._tasks if task.waits_for is None]:
             self._resume(task)
         waiting = [(task, task.waits_for) for task in self._tasks if task.waits_for is not None]
@@ -128,7 +128,7 @@ class ContinuousBatcher:
             self._resume(task, output)
 
     def _record_cost(self, requests: Sequence[ForwardRequest], rows: int, seconds: float) -> None:
-        """Corrects the cost model by a pass of one kind; a mixed one says nothing of either kind."""
+        """Corrects the cost model by a pass of one kind; a mixed pass says nothing of either kind's cost."""
         plans = {request.plan for request in requests}
         plan = plans.pop()
         if plans or any(request.is_prefill or request.run_length for request in requests):
@@ -138,11 +138,11 @@ class ContinuousBatcher:
         else:
             self.cost_model.record_draft_steps(plan, 1, seconds, rows)
 
-    def _resume(self, task: RequestTask, answer: ForwardOutput | BaseException | None = None) -> None:
+    def _resume(self, task: RequestTask, output: ForwardOutput | BaseException | None = None) -> None:
         self._scheduler = getcurrent()
         self._current, self._resumed_at = task, time.perf_counter()
         try:
-            task.resume(answer)
+            task.resume(output)
         finally:
             task.busy_sec += time.perf_counter() - self._resumed_at
             self._current = None
@@ -151,7 +151,7 @@ class ContinuousBatcher:
 
 
 def _choose(waiting: list[tuple[RequestTask, ForwardRequest]]) -> list[tuple[RequestTask, ForwardRequest]]:
-    """The passes to run next: all draft passes; or all verifications, and a chunk of the prompt that came first."""
+    """The requests of the next batch: all draft passes; or all verifications, and a chunk of the earliest prompt."""
     drafts = [each for each in waiting if each[1].plan is not None]
     prefills = [each for each in waiting if each[1].is_prefill]
     return drafts or [each for each in waiting if not each[1].is_prefill] + prefills[:1]

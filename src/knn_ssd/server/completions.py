@@ -1,4 +1,4 @@
-"""From a request to its answer, whole or as a stream of server-sent events: n jobs of the scheduler, listened to."""
+"""Turns a request into a full response or a stream of server-sent events, through n jobs of the scheduler."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from starlette.requests import Request
 
 from knn_ssd.errors import KnnSsdError
 from knn_ssd.outputs import Chunk, Generation
-from knn_ssd.server.limits import error_body, inside
+from knn_ssd.server.limits import error_body, internal_error_message
 from knn_ssd.server.logprobs import Logprobs
 from knn_ssd.server.metrics import Metrics
-from knn_ssd.server.responses import opening, round_told
+from knn_ssd.server.responses import prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, Job, PrefillDone, Scheduler
 from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
 
 DONE = "data: [DONE]\n\n"
 
 
-class GoneError(Exception):
-    """The client went away before its answer was there."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its response was complete."""
 
 
 @dataclass(slots=True)
-class Answer:
-    """One request's answers, all n of them.
+class CompletionHandler:
+    """Produces the n choices of one request.
 
     Args:
-        request: what was asked.
-        scheduler: who advances them.
-        metrics: are told.
-        logprobs: writes them.
+        request: the request.
+        scheduler: runs its n jobs.
+        metrics: counts the finished ones.
+        logprobs: writes their log-probabilities.
+
+    Attributes:
+        id: the response's id.
+        created: the response's Unix time.
+        prefill: what the first job reported after its prefill.
+        results: the finished choices by index.
     """
 
     request: ChatRequest | CompletionRequest
@@ -46,34 +52,34 @@ class Answer:
     logprobs: Logprobs
     id: str = ""
     created: int = 0
-    begun: PrefillDone | None = None
+    prefill: PrefillDone | None = None
     results: dict[int, Generation] = field(default_factory=dict)
     _jobs: list[Job] = field(default_factory=list)
     _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-    _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # only what is needed of them later
-    _offsets: dict[int, int] = field(default_factory=dict)  # how much of each text was sent
-    _opening: dict[str, Any] = field(default_factory=dict)  # goes along with the first event
+    _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # kept for logprobs and rounds
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice's text sent so far
+    _first_fields: dict[str, Any] = field(default_factory=dict)  # sent with the first event
 
-    async def begin(self) -> None:
-        """Submits the jobs and waits until the first one's prompt is read, so that what is wrong is known by then.
+    async def start(self) -> None:
+        """Submits the jobs and waits for the first one's prefill, before which a request can still be refused.
 
         Raises:
-            KnnSsdError: the prompt cannot be used, or nothing more is taken.
+            KnnSsdError: the prompt cannot be used, or no more requests are accepted.
         """
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         options = self.request.options()
         loop = asyncio.get_running_loop()
-        # Not on the model's thread: a prompt of megabytes, refused after seconds, must not hold up the others.
+        # Not on the model's thread: a prompt of megabytes takes seconds to encode, and must not delay other requests.
         encode = self.scheduler.engine.encode
         token_ids = await asyncio.to_thread(encode, self.request.prompt_like, options.get("chat", True))
         try:
             for index in range(self.request.n):
                 seeded = {**options, "seed": self.request.seed_of(index)}
-                listener = _listener(loop, self._events, index)
-                self._jobs.append(self.scheduler.submit(token_ids, seeded, listener))
-            self.begun = await self._first()
-            self._opening = opening(self.begun) if self.request.knn_ssd.rounds else {}
+                callback = _queue_callback(loop, self._events, index)
+                self._jobs.append(self.scheduler.submit(token_ids, seeded, callback))
+            self.prefill = await self._first()
+            self._first_fields = prefill_fields(self.prefill) if self.request.knn_ssd.rounds else {}
         except BaseException:
             self.cancel()
             raise
@@ -83,15 +89,15 @@ class Answer:
         return isinstance(self.request, ChatRequest)
 
     def cancel(self) -> None:
-        """Ends what has not ended."""
+        """Ends the jobs that are still running."""
         for job in self._jobs:
             self.scheduler.cancel(job)
 
     async def events(self) -> AsyncIterator[tuple[int, Chunk | Generation]]:
-        """Chunks and finished answers, each with its number among the n.
+        """The chunks and finished choices as they come, each with its index.
 
         Raises:
-            Exception: whatever ended one of them.
+            Exception: an error that ended one of the jobs.
         """
         try:
             while len(self.results) < self.request.n:
@@ -106,18 +112,18 @@ class Answer:
         finally:
             self.cancel()
 
-    async def whole(self, http: Request) -> dict[str, Any]:
-        """The response of a request that wants no stream.
+    async def full_response(self, http: Request) -> dict[str, Any]:
+        """The response of a request without `stream`.
 
         Raises:
-            GoneError: the client went away meanwhile.
+            ClientDisconnectedError: the client disconnected meanwhile.
         """
         collecting = asyncio.ensure_future(self._collect())
         leaving = asyncio.ensure_future(_disconnect(http))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                raise GoneError
+                raise ClientDisconnectedError
             await collecting
         finally:
             for task in (collecting, leaving):
@@ -130,11 +136,11 @@ class Answer:
             self._choice(index, result.text, self._logprobs_of(index, *self._chunks.get(index, [])), result)
             for index, result in enumerate(results)
         ]
-        told = {"knn_ssd": {**self._opening, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **told}
+        fields = {"knn_ssd": {**self._first_fields, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **fields}
 
-    async def server_sent(self) -> AsyncIterator[str]:
-        """The response as server-sent events; an error after the first of them is an event, too."""
+    async def stream_response(self) -> AsyncIterator[str]:
+        """The response as server-sent events; an error after the first of them is an event too."""
         with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         if self.is_chat:
@@ -145,12 +151,12 @@ class Answer:
                 if isinstance(event, Generation):
                     yield self._event([self._piece(index, None, None, event)], extra)
                 elif event.text or self._is_detailed:
-                    told = round_told(event) if self.request.knn_ssd.rounds else None
+                    fields = round_fields(event) if self.request.knn_ssd.rounds else None
                     logprobs = self._logprobs_of(index, event)
-                    yield self._event([self._piece(index, event.text, logprobs)], extra, told)
+                    yield self._event([self._piece(index, event.text, logprobs)], extra, fields)
         except Exception as error:
-            said = str(error) if isinstance(error, KnnSsdError) else inside(error)
-            yield f"data: {json.dumps(error_body(said, 'server_error'), ensure_ascii=False)}\n\n"
+            message = str(error) if isinstance(error, KnnSsdError) else internal_error_message(error)
+            yield f"data: {json.dumps(error_body(message, 'server_error'), ensure_ascii=False)}\n\n"
             return
         if with_usage:
             yield self._event([], {"usage": self._usage()})
@@ -158,8 +164,8 @@ class Answer:
 
     @property
     def _is_detailed(self) -> bool:
-        """Whether rounds count that bring no text."""
-        return self.request.knn_ssd.rounds or self.request.most_logprobs is not None
+        """Whether rounds without text are sent, too: for their tokens or their log-probabilities."""
+        return self.request.knn_ssd.rounds or self.request.num_logprobs is not None
 
     async def _collect(self) -> None:
         async for index, event in self.events():
@@ -168,11 +174,11 @@ class Answer:
 
     def _rounds(self) -> list[dict[str, Any]]:
         return [
-            {"index": index, **round_told(chunk)} for index in range(self.request.n) for chunk in self._chunks[index]
+            {"index": index, **round_fields(chunk)} for index in range(self.request.n) for chunk in self._chunks[index]
         ]
 
     def _logprobs_of(self, index: int, *chunks: Chunk) -> dict[str, Any] | None:
-        if self.request.most_logprobs is None:
+        if self.request.num_logprobs is None:
             return None
         if self.is_chat:
             return self.logprobs.chat(chunks)
@@ -181,7 +187,7 @@ class Answer:
         return self.logprobs.completion(chunks, offset)
 
     async def _first(self) -> PrefillDone:
-        """Chunks come after it in the queue, but other jobs' events may come before."""
+        """The first `PrefillDone`. Events of other jobs that come before it are put back into the queue."""
         kept = []
         while True:
             index, event = await self._events.get()
@@ -195,18 +201,18 @@ class Answer:
         return event
 
     def _usage(self) -> dict[str, Any]:
-        assert self.begun is not None
-        return usage(self.begun.prompt_tokens, list(self.results.values()))
+        assert self.prefill is not None
+        return usage(self.prefill.prompt_tokens, list(self.results.values()))
 
     def _head(self, streamed: bool) -> dict[str, Any]:
         kind = "text_completion" if not self.is_chat else "chat.completion" + ".chunk" * streamed
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
-    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any], told: dict[str, Any] | None = None) -> str:
+    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any], fields: dict[str, Any] | None = None) -> str:
         data = {**self._head(streamed=True), "choices": choices, **extra}
-        if self._opening or told:
-            data["knn_ssd"] = {**self._opening, **(told or {})}
-            self._opening = {}
+        if self._first_fields or fields:
+            data["knn_ssd"] = {**self._first_fields, **(fields or {})}
+            self._first_fields = {}
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
     def _piece(
@@ -219,8 +225,10 @@ class Answer:
     def _choice(
         self, index: int, text: str, logprobs: dict[str, Any] | None, result: Generation | None
     ) -> dict[str, Any]:
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": _reason(result)}
+        content: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        )
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _reason(result)}
 
 
 def _delta(
@@ -233,12 +241,12 @@ def _reason(result: Generation | None) -> str | None:
     return None if result is None else FINISH_REASONS[result.finish_reason]
 
 
-def _listener(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int) -> Any:
-    def hear(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody listens any more
+def _queue_callback(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int) -> Any:
+    def callback(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop was closed: the event is not needed
             loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-    return hear
+    return callback
 
 
 async def _disconnect(http: Request) -> None:

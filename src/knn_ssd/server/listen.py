@@ -1,4 +1,4 @@
-"""The socket that a server listens at, taken before the model is loaded: a port that is taken is told at once."""
+"""Opens the socket that a server listens on, before the model is loaded: a port in use is reported at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BACKLOG = 2048
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Opens a listening socket.
 
     Raises:
         UsageError: the address cannot be listened at.

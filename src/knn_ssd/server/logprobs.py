@@ -1,4 +1,4 @@
-"""Logarithmic probabilities of tokens in OpenAI's two formats: the chat's, and that of /v1/completions."""
+"""Log-probabilities of tokens in OpenAI's two formats: that of chat completions, and that of /v1/completions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from knn_ssd.tokenization import Spelling, spell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LEAST = -9999.0  # what OpenAI writes for a probability of zero, as JSON has no infinity
+_LEAST = -9999.0  # OpenAI's value for a probability of zero, since JSON has no infinity
 
 
 class Logprobs:
-    """Writes those of one engine's tokens.
+    """Writes the log-probabilities of one engine's tokens.
 
     Args:
-        tokenizer: spells them; None leaves their texts empty.
+        tokenizer: gives the tokens' texts; None leaves them empty.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._spell = lru_cache(4096)(lambda token: spell(tokenizer, token))
 
     def chat(self, chunks: Iterable[Chunk]) -> dict[str, Any]:
-        """`choices[].logprobs` of a chat, one entry for each emitted token, those without text included."""
+        """`choices[].logprobs` of a chat completion: one entry for each emitted token, those without text included."""
         content = [
             {**self._entry(each.token, each.logprob), "top_logprobs": [self._entry(*one) for one in each.top]}
             for chunk in chunks
@@ -35,7 +35,7 @@ class Logprobs:
         return {"content": content, "refusal": None}
 
     def completion(self, chunks: Iterable[Chunk], offset: int = 0) -> dict[str, Any]:
-        """`choices[].logprobs` of a completion; `offset` is how much of its text came before these chunks."""
+        """`choices[].logprobs` of a completion; `offset` is the number of its characters before these chunks."""
         tokens, own, tops, offsets = [], [], [], []
         for chunk in chunks:
             for each, piece in zip(chunk.round.logprobs, chunk.pieces, strict=True):
@@ -52,7 +52,7 @@ class Logprobs:
         return {"token": spelling.text, "logprob": _finite(logprob), "bytes": data}
 
     def _key(self, token: int) -> str:
-        """As OpenAI's: tokens that are no whole characters are told apart by their bytes."""
+        """A token's key as in OpenAI's API: tokens that are not whole characters are written as their bytes."""
         spelling: Spelling = self._spell(token)
         if spelling.data is None or spelling.data == spelling.text.encode():
             return spelling.text

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics that Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from knn_ssd.server.scheduler import Scheduler
 
 
 class Metrics:
-    """Counts of one server.
+    """The metrics of one server.
 
     Args:
-        scheduler: whose requests are counted.
+        scheduler: its running and waiting requests are counted.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -20,17 +20,22 @@ class Metrics:
         self.responses = Counter(
             "knn_ssd_responses", "Responses by path and status.", ("path", "status"), registry=registry
         )
-        self._tokens = Counter("knn_ssd_tokens", "Tokens of finished answers.", registry=registry)
-        self._drafted = Counter("knn_ssd_drafted_tokens", "Tokens drafted for them.", registry=registry)
-        self._accepted = Counter("knn_ssd_accepted_tokens", "Drafted tokens that were kept.", registry=registry)
-        self._routes = Counter("knn_ssd_routes", "Finished answers by route.", ("domain",), registry=registry)
-        self._prefill = Histogram("knn_ssd_prefill_seconds", "Reading a prompt.", registry=registry)
-        self._decode = Histogram("knn_ssd_decode_seconds", "Writing an answer.", registry=registry)
+        self._tokens = Counter("knn_ssd_tokens", "Tokens of finished requests.", registry=registry)
+        self._drafted = Counter("knn_ssd_drafted_tokens", "Drafted tokens of finished requests.", registry=registry)
+        self._accepted = Counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.", registry=registry)
+        self._routes = Counter(
+            "knn_ssd_routes",
+            "Finished requests by the domain that they were routed to.",
+            ("domain",),
+            registry=registry,
+        )
+        self._prefill = Histogram("knn_ssd_prefill_seconds", "Prefill of a request.", registry=registry)
+        self._decode = Histogram("knn_ssd_decode_seconds", "Decoding of a request.", registry=registry)
         for name, read in (("running", lambda: scheduler.running), ("waiting", lambda: scheduler.waiting)):
-            Gauge(f"knn_ssd_{name}_requests", f"Requests that are {name}.", registry=registry).set_function(read)
+            Gauge(f"knn_ssd_{name}_requests", f"Number of {name} requests.", registry=registry).set_function(read)
 
     def finished(self, result: Generation) -> None:
-        """One more answer."""
+        """Counts a finished request."""
         self._tokens.inc(len(result.token_ids))
         self._drafted.inc(result.stats.drafted)
         self._accepted.inc(result.stats.accepted)
@@ -39,5 +44,5 @@ class Metrics:
         self._decode.observe(result.stats.decode_sec)
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

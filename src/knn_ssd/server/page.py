@@ -1,4 +1,4 @@
-"""The page at `/`, and the map of anchors that it shows. The page itself is page.html, whole in one file."""
+"""The chat page at `/` and the map of anchors that it shows. The page itself is the file page.html."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from knn_ssd.atlas import Atlas
 
 
 def add_page(app: FastAPI, atlas: Atlas | None) -> None:
-    """Adds `/` and `/atlas`, for which no key is asked."""
+    """Adds `/` and `/atlas`, which need no API key."""
     page = resources.files("knn_ssd.server").joinpath("page.html").read_text("utf-8")
     headers = {
-        "content-security-policy": policy(page),
+        "content-security-policy": content_security_policy(page),
         "cache-control": "no-cache",
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
@@ -30,21 +30,21 @@ def add_page(app: FastAPI, atlas: Atlas | None) -> None:
     async def show() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
 
-    lock = Lock()  # a cache alone would let several who ask at once each do the work
+    lock = Lock()  # without it, simultaneous requests would each compute the points
 
     @cache
     def points() -> list[dict[str, Any]]:
-        return [] if atlas is None else places(atlas)
+        return [] if atlas is None else map_points(atlas)
 
     @app.get("/atlas")
     def read_atlas() -> dict[str, Any]:
-        """The atlas's prompts and anchors in two dimensions; no points without an atlas."""
-        with lock:  # t-SNE takes seconds: this is not async, so it runs on a thread of its own
+        """The atlas's prompts and anchors as points in two dimensions; none without an atlas."""
+        with lock:  # t-SNE takes seconds; a path that is not async runs on a thread of its own
             return {"points": points()}
 
 
-def places(atlas: Atlas) -> list[dict[str, Any]]:
-    """Places in [0, 1] by domain; `anchor` is which of the atlas's anchors a point is, None for prompts."""
+def map_points(atlas: Atlas) -> list[dict[str, Any]]:
+    """Points with coordinates in [0, 1] and a domain; `anchor` is the index of an anchor, None for a prompt."""
     from knn_ssd.routing.projection import Points
 
     found = Points.of(atlas)
@@ -59,8 +59,8 @@ def places(atlas: Atlas) -> list[dict[str, Any]]:
     ]
 
 
-def policy(page: str) -> str:
-    """A Content-Security-Policy under which the page's own script and style run, and nothing else."""
+def content_security_policy(page: str) -> str:
+    """A Content-Security-Policy that allows the page's own script and style, and nothing else."""
     script, style = (_hashes(page, tag) for tag in ("script", "style"))
     return (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "

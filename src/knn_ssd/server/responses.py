@@ -1,4 +1,4 @@
-"""What is told of drafts to clients that ask for it: the `knn_ssd` objects of responses."""
+"""The `knn_ssd` objects of responses, which report route and rounds to clients that ask for them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from knn_ssd.outputs import Chunk
 from knn_ssd.server.scheduler import PrefillDone
 
 
-def opening(begun: PrefillDone) -> dict[str, Any]:
-    """What is known before the first token; without an atlas there is no route."""
-    route = begun.route
+def prefill_fields(prefill: PrefillDone) -> dict[str, Any]:
+    """The fields that are known after the prefill: the route, which is None without an atlas, and the plan."""
+    route = prefill.route
     return {
         "route": None if route is None else route.domain,
         "fallback": route is not None and route.fallback,
         "anchor": None if route is None else route.anchor,
         "distance": None if route is None else route.distance,
-        "plan": begun.plan.describe(),
-        "prompt_tokens": begun.prompt_tokens,
+        "plan": prefill.plan.describe(),
+        "prompt_tokens": prefill.prompt_tokens,
     }
 
 
-def round_told(chunk: Chunk) -> dict[str, Any]:
-    """One round: its tokens with where they came from, and what it took."""
+def round_fields(chunk: Chunk) -> dict[str, Any]:
+    """The fields of one round: its tokens with their origin, how many were drafted and accepted, and its seconds."""
     current = chunk.round
     tokens = zip(chunk.pieces, current.origins, strict=True)
     return {

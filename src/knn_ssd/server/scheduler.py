@@ -1,7 +1,7 @@
-"""Requests of many clients on one engine: a single thread owns the model and advances them together.
+"""Runs the requests of many clients on one engine: a single thread owns the model and batches them continuously.
 
-A request reports to its listener, which is called on that thread: `PrefillDone`, then a `Chunk` for each round, then a
-`Generation`; or an error in place of any of these. Nothing comes after a `Generation` or an error.
+A request reports to its callback, which is called on that thread: `PrefillDone`, then a `Chunk` for each round, then a
+`Generation`; or an error in place of any of these. Nothing follows a `Generation` or an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ClosingError(KnnSsdError):
 
 
 class DeadlineError(KnnSsdError):
-    """The request took longer than requests may."""
+    """The request passed its deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class PrefillDone:
     """The prompt was prefilled and routed.
 
     Args:
-        route: None without an atlas.
-        plan: what drafts.
+        route: the route of the prompt; None without an atlas.
+        plan: the plan that drafts.
         prompt_tokens: length of the prompt.
     """
 
@@ -59,9 +59,9 @@ class Limits:
     """How many requests are accepted, and for how long.
 
     Args:
-        running: requests that are advanced together.
-        waiting: requests beyond these.
-        deadline_sec: of a request, from its arrival; None is no limit.
+        running: the largest batch.
+        waiting: the longest queue of requests beyond it.
+        deadline_sec: seconds from a request's arrival until it must be done; None is no limit.
     """
 
     running: int = 8
@@ -74,25 +74,25 @@ class Job:
     """One request.
 
     Args:
-        prompt: as `Engine.stream` takes it.
-        options: of `Engine.stream`.
-        listener: receives every event.
-        due: when it must be done, on the monotonic clock.
+        prompt: its prompt, as for `Engine.stream`.
+        options: options of `Engine.stream`.
+        callback: receives every event.
+        due: the time when it must be done, on the monotonic clock.
     """
 
     prompt: PromptLike
     options: Mapping[str, Any]
-    listener: Callable[[Event], None]
+    callback: Callable[[Event], None]
     due: float
     cancelled: bool = False
     task: RequestTask | None = field(default=None, repr=False)
 
 
 class Scheduler:
-    """Advances requests until it is closed.
+    """Runs requests until it is closed.
 
     Args:
-        engine: whose model, atlas and prefix cache the requests use.
+        engine: its model, atlas and prefix cache are used by all requests.
         limits: how many requests are accepted.
     """
 
@@ -110,28 +110,28 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Requests that are being advanced."""
+        """How many requests are running."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their turn to begin."""
+        """How many requests wait in the queue."""
         return len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, prompt: PromptLike, options: Mapping[str, Any], listener: Callable[[Event], None]) -> Job:
-        """Puts a request at the end of those that wait.
+    def submit(self, prompt: PromptLike, options: Mapping[str, Any], callback: Callable[[Event], None]) -> Job:
+        """Puts a request at the end of the queue.
 
         Raises:
-            BusyError: too many wait already.
-            ClosingError: nothing is taken any more.
+            BusyError: the queue is full.
+            ClosingError: no more requests are accepted.
         """
         due = time.monotonic() + (self.limits.deadline_sec or float("inf"))
-        job = Job(prompt, options, listener, due)
+        job = Job(prompt, options, callback, due)
         with self._changed:
             if not self.alive:
                 raise ClosingError("the server is shutting down")
@@ -142,19 +142,19 @@ class Scheduler:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a request before its next round; its listener may still receive the one that runs."""
+        """Ends a request before its next round; its callback may still receive the current one."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
             self._changed.notify()
 
-    def close(self, patience_sec: float = 30.0) -> None:
-        """Accepts no more requests, gives the running ones so long to end, and ends the rest with a `ClosingError`."""
+    def close(self, drain_sec: float = 30.0) -> None:
+        """Accepts no more requests, gives the others `drain_sec` to finish, and ends the rest with a `ClosingError`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(patience_sec)
+        self._thread.join(drain_sec)
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -162,10 +162,10 @@ class Scheduler:
 
     def _work(self) -> None:
         while self._wait():
-            for job in self._due():
+            for job in self._take_waiting():
                 self._begin(job)
             for job in self._running:
-                self._watch(job)
+                self._check(job)
             self._batcher.step()
             self._running = [job for job in self._running if job.task is not None and not job.task.ended]
         for job in (*self._running, *self._waiting):
@@ -174,21 +174,21 @@ class Scheduler:
         self._waiting.clear()
 
     def _wait(self) -> bool:
-        """Until there is something to do; whether there is."""
+        """Waits for requests, and returns False once the scheduler is closed and has none left."""
         with self._changed:
             while not (self._running or self._waiting or self._closing):
                 self._changed.wait()
             return not self._stopping and bool(self._running or self._waiting)
 
-    def _due(self) -> list[Job]:
-        """Requests for which there is room now."""
+    def _take_waiting(self) -> list[Job]:
+        """Moves waiting requests into the batch as far as there is room, and returns them."""
         with self._changed:
             room = min(self.limits.running - len(self._running), len(self._waiting))
-            beginners = [self._waiting.popleft() for _ in range(room)]
-            self._running += beginners
-        return beginners
+            taken = [self._waiting.popleft() for _ in range(room)]
+            self._running += taken
+        return taken
 
-    def _watch(self, job: Job) -> None:
+    def _check(self, job: Job) -> None:
         """Ends a request that was cancelled or has passed its deadline."""
         if job.cancelled:
             self._end(job)
@@ -201,22 +201,22 @@ class Scheduler:
         def work() -> None:
             with suppress(Cancelled):
                 try:
-                    self._answer(job)
-                except Exception as error:  # ends this request alone
-                    job.listener(error)
+                    self._run(job)
+                except Exception as error:  # ends only this request
+                    job.callback(error)
 
         job.task = self._batcher.start(work)
 
-    def _answer(self, job: Job) -> None:
+    def _run(self, job: Job) -> None:
         with closing(self.engine.stream(job.prompt, **job.options)) as stream:
-            job.listener(PrefillDone(stream.route, stream.plan, stream.prompt_tokens))
+            job.callback(PrefillDone(stream.route, stream.plan, stream.prompt_tokens))
             for chunk in stream:
-                job.listener(chunk)
+                job.callback(chunk)
                 self._batcher.yield_()
-            job.listener(stream.result)
+            job.callback(stream.result)
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         if job.task is not None and not job.task.ended:
             self._batcher.end(job.task)
         if error is not None:
-            job.listener(error)
+            job.callback(error)

@@ -1,4 +1,4 @@
-"""What clients send and get: the parts of OpenAI's API that are served. Anything else is refused by its name."""
+"""The parts of OpenAI's API that are served, as pydantic models. Any other parameter is refused by its name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_unknown_name(cls, data: Any) -> Any:
-        """Drops unknown names but the first, which is told: errors for a whole body of them would take seconds."""
+        """Drops all unknown names except the first, which is reported; reporting thousands would take seconds."""
         if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
             return data
         unknown = next(name for name in data if name not in cls.model_fields)
@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    """A part of a message."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -53,19 +53,19 @@ class Message(_Strict):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """As chat templates have it."""
+        """The message as chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class StreamOptions(_Strict):
-    """What a stream has beside its text."""
+    """What a stream contains besides its text."""
 
     include_usage: bool = False
 
 
 class DraftingOptions(_Strict):
-    """What is this server's own: how drafts are used, and what is told of them."""
+    """Extensions of this server: whether to decode plainly, and whether to report every round."""
 
     plain: bool = False
     rounds: bool = False
@@ -84,12 +84,12 @@ class _Request(_Strict):
     knn_ssd: DraftingOptions = DraftingOptions()
 
     def sampling(self) -> dict[str, Any]:
-        """Options of `Engine.stream`."""
+        """The sampling options of `Engine.stream`."""
         stop = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
         return {"temperature": self.temperature, "top_p": self.top_p, "stop": stop, "plain": self.knn_ssd.plain}
 
     def seed_of(self, choice: int) -> int | None:
-        """Of one of the n answers: each has its own."""
+        """The seed of one of the n choices; each has its own."""
         return None if self.seed is None else (self.seed + choice) % 2**63
 
 
@@ -110,8 +110,8 @@ class ChatRequest(_Request):
         return most
 
     @property
-    def most_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told; None if nothing is."""
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report with each log-probability; None reports neither."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property
@@ -119,9 +119,9 @@ class ChatRequest(_Request):
         return [message.plain() for message in self.messages]
 
     def options(self) -> dict[str, Any]:
-        """Of `Engine.stream`."""
+        """The options of `Engine.stream`."""
         limit = self.max_completion_tokens or self.max_tokens
-        return {**self.sampling(), "max_new_tokens": limit, "logprobs": self.most_logprobs}
+        return {**self.sampling(), "max_new_tokens": limit, "logprobs": self.num_logprobs}
 
 
 class CompletionRequest(_Request):
@@ -132,8 +132,8 @@ class CompletionRequest(_Request):
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
-    def most_logprobs(self) -> int | None:
-        """As in `ChatRequest`."""
+    def num_logprobs(self) -> int | None:
+        """The same as in `ChatRequest`."""
         return self.logprobs
 
     @property
@@ -141,12 +141,12 @@ class CompletionRequest(_Request):
         return self.prompt
 
     def options(self) -> dict[str, Any]:
-        """Of `Engine.stream`."""
+        """The options of `Engine.stream`."""
         return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False, "logprobs": self.logprobs}
 
 
 class Problem(BaseModel):
-    """What is wrong, in a sentence."""
+    """An error: its message, its type, and the parameter that it is about."""
 
     message: str
     type: str
@@ -155,13 +155,13 @@ class Problem(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """How every error is answered."""
+    """The body of every error response."""
 
     error: Problem
 
 
 _REFUSALS: dict[int | str, str] = {
-    400: "What was asked cannot be used: an option that is unknown or out of range, a prompt that is too long.",
+    400: "The request cannot be used: an option that is unknown or out of range, a prompt that is too long.",
     401: "The API key is missing or wrong.",
     404: "The model is not served.",
     408: "The body did not arrive in time.",
@@ -169,22 +169,22 @@ _REFUSALS: dict[int | str, str] = {
     429: "Too many requests are waiting; Retry-After says when to try again.",
     500: "An error inside the server.",
     503: "The server is shutting down.",
-    504: "The answer took longer than answers may.",
-    "4XX": "Whatever else cannot be answered.",
+    504: "The request passed its deadline.",
+    "4XX": "Any other error of the client.",
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning} for status, meaning in _REFUSALS.items()
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with `stream`, its chunks as server-sent events that end with `[DONE]`.",
+        "description": "The response; with `stream`, its chunks as server-sent events that end with `[DONE]`.",
         "content": {"text/event-stream": {}},
     }
 }
 
 
 def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:
-    """Counts over all answers; drafted tokens are the API's predicted ones."""
+    """Token counts over all choices. Drafted tokens are reported as the API's predicted tokens."""
     completion = sum(len(result.token_ids) for result in results)
     accepted = sum(result.stats.accepted for result in results)
     drafted = sum(result.stats.drafted for result in results)

@@ -1,1 +1,1 @@
-"""Draft, verify, accept: the rounds of speculative decoding, who drafts, and how far."""
+"""Draft, verify, accept: the rounds of speculative decoding, its drafters, and how far they draft."""

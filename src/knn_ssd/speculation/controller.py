@@ -52,11 +52,6 @@ def best_draft_length(cost_model: CostModel, acceptance_rate: float, longest: in
     return best
 
 
-def is_faster_than_plain(cost_model: CostModel, option: DraftOption) -> bool:
-    """Whether a draft is expected to be faster than plain decoding, by a margin."""
-    return option.sec_per_token < _MIN_GAIN * cost_model.verification_sec(1)
-
-
 @dataclass
 class DraftStopRule:
     """Decides after each token of a self-draft whether drafting another one is worth its time.
@@ -90,6 +85,45 @@ class DraftStopRule:
         return self.survival * self._next_rate * self.sec_per_token > self.step_sec + extra_row
 
 
+class SelfDraftChoice:
+    """Whether a self-draft is worth its time in this round, and where it stops.
+
+    Args:
+        cost_model: expected costs.
+        acceptance: of the request's domain.
+        longest: the most tokens that may be drafted.
+        step_sec: seconds of drafting one token.
+
+    Attributes:
+        sec_per_token: expected seconds of the round over expected tokens, at the best length.
+    """
+
+    def __init__(self, cost_model: CostModel, acceptance: AcceptanceStats, longest: int, step_sec: float) -> None:
+        self._cost_model = cost_model
+        self._acceptance = acceptance
+        self._longest = longest
+        self._step_sec = step_sec
+        self._plain_sec = cost_model.verification_sec(1)
+        self.sec_per_token = best_draft_length(cost_model, acceptance.self_draft.mean, longest, step_sec).sec_per_token
+
+    def is_faster_than_plain(self) -> bool:
+        """Whether it is expected to be faster than plain decoding, by a margin; asked once in a round."""
+        self._acceptance.self_draft_retry.record(self.sec_per_token / self._plain_sec)
+        return self.sec_per_token < _MIN_GAIN * self._plain_sec
+
+    def is_retry_due(self) -> bool:
+        """Whether it is tried although it does not pay; asked once in a round in which it does not."""
+        return self._acceptance.self_draft_retry.is_due(self.sec_per_token / self._plain_sec)
+
+    def allowed_length(self) -> int:
+        """How many tokens may be drafted in this round: as many as asked for, one as a retry, or none."""
+        return self._longest if self.is_faster_than_plain() else int(self.is_retry_due())
+
+    def stop_rule(self) -> DraftStopRule:
+        """The rule that ends the draft."""
+        return DraftStopRule(self._cost_model, self._acceptance, self._step_sec, self.sec_per_token)
+
+
 class Controller:
     """A drafter that chooses among others.
 
@@ -121,20 +155,18 @@ class Controller:
             return Draft()
         plain_sec = self._cost_model.verification_sec(1)
         lookup = self._lookup_option(context, limit)
-        self_draft = self._self_draft_option(limit)
+        self_draft = self._self_draft_choice(limit)
         other_sec = self_draft.sec_per_token if self_draft else plain_sec
         if lookup is not None and lookup.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
             assert self._lookup is not None
             return self._lookup.propose(context, lookup.length)
-        if self_draft is not None:
-            self._acceptance.self_draft_retry.record(self_draft.sec_per_token / plain_sec)
-            if is_faster_than_plain(self._cost_model, self_draft):
-                return self._draft(context, limit, self_draft.sec_per_token)
+        if self_draft is not None and self_draft.is_faster_than_plain():
+            return self._draft(context, limit, self_draft)
         if lookup is not None and self._acceptance.lookup_retry.is_due():
             assert self._lookup is not None
             return self._lookup.propose(context, min(_TRIAL_LOOKUP, limit))
-        if self_draft is not None and self._acceptance.self_draft_retry.is_due(self_draft.sec_per_token / plain_sec):
-            return self._draft(context, 1, plain_sec)
+        if self_draft is not None and self_draft.is_retry_due():
+            return self._draft(context, 1, self_draft)
         return Draft()
 
     def learn(self, outcome: Outcome) -> None:
@@ -146,12 +178,11 @@ class Controller:
                 self._cost_model.record_draft_steps(self._plan, len(draft.confidences), outcome.draft_sec)
         self._acceptance.record(draft, outcome.accepted)
 
-    def _draft(self, context: Sequence[int], limit: int, sec_per_token: float) -> Draft:
+    def _draft(self, context: Sequence[int], limit: int, choice: SelfDraftChoice) -> Draft:
         assert self._self_draft is not None
-        step_sec = self._cost_model.draft_step_sec(self._plan)
-        go_on = DraftStopRule(self._cost_model, self._acceptance, step_sec, sec_per_token)
+        go_on = choice.stop_rule()
         draft = self._self_draft.propose(context, limit, go_on)
-        return self._extend(draft, context, limit, go_on.survival, sec_per_token)
+        return self._extend(draft, context, limit, go_on.survival, choice.sec_per_token)
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
         """Appends what lookup finds after a self-draft, as far as verifying it too is worth the time."""
@@ -169,12 +200,12 @@ class Controller:
         more = self._lookup.propose(context, length, draft.tokens).tokens
         return replace(draft, tokens=draft.tokens + more, num_looked_up=len(more), match_length=match.length)
 
-    def _self_draft_option(self, limit: int) -> DraftOption | None:
-        if self._self_draft is None or limit < 1:
-            return None
+    def _self_draft_choice(self, limit: int) -> SelfDraftChoice | None:
         longest = min(limit, self._plan.policy.max_draft)
+        if self._self_draft is None or longest < 1:
+            return None
         step_sec = self._cost_model.draft_step_sec(self._plan)
-        return best_draft_length(self._cost_model, self._acceptance.self_draft.mean, longest, step_sec)
+        return SelfDraftChoice(self._cost_model, self._acceptance, longest, step_sec)
 
     def _lookup_option(self, context: Sequence[int], limit: int) -> DraftOption | None:
         if self._lookup is None or limit < 1:

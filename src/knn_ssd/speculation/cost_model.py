@@ -6,6 +6,7 @@ knows plans and seconds. It knows nothing of drafts, acceptance or models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from knn_ssd.errors import UsageError
@@ -65,6 +66,36 @@ class CostProfile:
         return known[-1] + (rows - len(known)) * max(known[-1] - known[0], 0.0) / max(len(known) - 1, 1)
 
 
+@dataclass(slots=True)
+class PlainTiming:
+    """When a step without drafts has to be timed again: while every step drafts, the cost of plain decoding is unknown.
+
+    Args:
+        interval: takes how many plain steps were timed so far, and gives how many steps may run until the next one.
+
+    Attributes:
+        timed: plain steps timed so far.
+        waited: steps since the last of them.
+    """
+
+    interval: Callable[[int], int]
+    timed: int = 0
+    waited: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step should be a plain one."""
+        return self.waited >= self.interval(self.timed)
+
+    def count_step(self) -> None:
+        """Counts one step of any kind."""
+        self.waited += 1
+
+    def record_plain(self) -> None:
+        """Counts a plain step that was timed."""
+        self.timed, self.waited = self.timed + 1, 0
+
+
 class CostModel:
     """Expected seconds of forward passes, shared by all requests of an engine.
 
@@ -86,7 +117,8 @@ class CostModel:
         self._by_rows = [1.0] * (_MAX_ROWS + 1)
         self._by_modes: dict[tuple[Mode, ...], list[float]] = {}  # factors of draft passes, by plan and rows
         self._seen: dict[object, tuple[int, int]] = {}  # per kind of pass: times observed in a row, last pass number
-        self._passes = self._plain_passes = 0
+        self._passes = 0
+        self._plain_timing = PlainTiming(_plain_interval)
 
     @property
     def batch_size(self) -> int:
@@ -101,12 +133,17 @@ class CostModel:
         """Seconds attributed to one request for a verification pass in which it has `rows` rows."""
         return self._block_sec(rows * self._batch_size) / self._batch_size
 
-    def draft_step_sec(self, plan: Plan) -> float:
+    def draft_step_sec(self, plan: Plan, drafting: int | None = None) -> float:
         """Seconds attributed to one request for drafting one token.
 
         The whole batch waits for a draft pass, so its cost is attributed to the requests that draft.
+
+        Args:
+            plan: the modes while drafting.
+            drafting: how many requests draft together, at least 1; None is the moving average so far.
         """
-        drafting = max(1, min(self._batch_size, round(self._drafting_requests)))
+        if drafting is None:
+            drafting = max(1, min(self._batch_size, round(self._drafting_requests)))
         return self.draft_pass_sec(plan, drafting) / drafting
 
     def draft_pass_sec(self, plan: Plan, rows: int) -> float:
@@ -119,7 +156,7 @@ class CostModel:
         """Corrects the costs by a verification pass of `rows` rows that took `seconds`."""
         factor = self._correction(rows, seconds / max(self._block_sec(rows), 1e-9))
         if rows == 1:
-            self._plain_passes += 1
+            self._plain_timing.record_plain()
         self._drafting_requests += _EMA_UP * (self._batch_size - self._drafting_requests)
         _correct(self._by_rows, rows, factor)
 
@@ -135,8 +172,7 @@ class CostModel:
         """Whether no plain step ran for so long that the cost of plain decoding has to be measured again."""
         if self._batch_size > 1:
             return False  # no pass would have a single row
-        _, when = self._seen.get(1, (0, 0))
-        return self._passes - when >= min(_FIRST_PLAIN << self._plain_passes, _PLAIN_EVERY)
+        return self._plain_timing.is_due
 
     def _draft_factors(self, plan: Plan) -> list[float]:
         """Correction factors of a plan's draft passes, by rows."""
@@ -157,6 +193,7 @@ class CostModel:
             ratio: observed over expected seconds.
         """
         self._passes += 1
+        self._plain_timing.count_step()
         seen, when = self._seen.get(key, (0, self._passes))
         seen = min(seen, 1) + 1 if self._passes - when > _STALE_PASSES else seen + 1
         self._seen[key] = (seen, self._passes)
@@ -166,6 +203,10 @@ class CostModel:
         ratio = min(max(ratio, 1 / _MAX_ERROR), _MAX_ERROR)
         self._level *= ratio**_LEVEL_RATE
         return float(ratio ** max(_KEY_RATE, 0.5 / seen))
+
+
+def _plain_interval(timed: int) -> int:
+    return min(_FIRST_PLAIN << min(timed, _PLAIN_EVERY), _PLAIN_EVERY)
 
 
 def _correct(factors: list[float], rows: int, factor: float) -> None:

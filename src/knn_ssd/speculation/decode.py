@@ -1,9 +1,9 @@
 """Rounds: draft, verify, accept. Text, streams, the server, the benchmark and calibration all consume these.
 
-Speculative decoding (arXiv 2211.17192): a source drafts k tokens, the target runs them in one pass, and the longest
-prefix that the acceptance rule lets through is kept, with one token of the target's own after it. In a round's
-tokens, the drafted ones that were kept are *accepted*; the last is *corrected* where a drafted token was rejected and
-*bonus* where none was. Without a draft it is *plain*, and the token that the prompt's own pass gave is *prefill*.
+Speculative decoding (arXiv 2211.17192): a drafter proposes k tokens, the target model runs them in one forward pass,
+and the longest prefix that the acceptance rule accepts is kept, followed by one token of the target's own. In a round's
+tokens, the kept draft tokens are *accepted*; the last token is *corrected* if a draft token was rejected, and *bonus*
+if none was. Without a draft it is *plain*. The first token, from the prefill's logits, is *prefill*.
 
 This module knows token ids and nothing of text.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class FinishReason(StrEnum):
-    """Why the output ended."""
+    """The reason why an output ended."""
 
     EOS = "eos"  # an end-of-sequence token, which is part of the output
     STOP = "stop"  # a stop string or stopping criterion
@@ -35,12 +35,12 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """What the target holds of one emitted token: the log-softmax of its raw logits, before temperature and penalties.
+    """Log-probabilities at one emitted token: the log-softmax of the target's logits, before temperature and penalties.
 
     Args:
-        token: the emitted one.
-        logprob: its own.
-        top: the most likely tokens at its place with theirs, likeliest first.
+        token: the emitted token.
+        logprob: its log-probability.
+        top: the most likely tokens at its position with their log-probabilities, likeliest first.
     """
 
     token: int
@@ -53,14 +53,14 @@ class Round:
     """One draft–verify–accept cycle, as it reached the output.
 
     Args:
-        tokens: what was emitted, at least one token. The first round is the prefill's one token.
+        tokens: the emitted tokens, at least one. The first round has the one token after the prompt.
         drafted: how many tokens were drafted.
-        accepted: how many of the drafted ones are among `tokens`.
+        accepted: how many draft tokens are among `tokens`.
         drafters: the name of the drafter of each of the `drafted` tokens.
         draft_sec: seconds spent drafting.
         verify_sec: seconds spent verifying and accepting.
-        finish_reason: why the output ends with this round, None where it goes on.
-        logprobs: of each of `tokens`, where they were asked for.
+        finish_reason: why the output ends with this round; None if it goes on.
+        logprobs: log-probabilities of each of `tokens`, if they were asked for.
         is_prefill: whether this is the first round.
     """
 
@@ -76,7 +76,7 @@ class Round:
 
     @property
     def origins(self) -> tuple[str, ...]:
-        """Where each of `tokens` came from: who drafted it, `corrected`, `bonus`, `plain` or `prefill`."""
+        """The origin of each of `tokens`: its drafter's name, `corrected`, `bonus`, `plain` or `prefill`."""
         if self.is_prefill:
             return ("prefill",)
         own = "corrected" if self.accepted < self.drafted else "bonus" if self.drafted else "plain"
@@ -84,12 +84,12 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
-    """What the target makes of k drafted positions and the one after them.
+class Verification:
+    """The target's predictions at k draft tokens and at the position after them.
 
     Args:
-        logits: (k + 1, V), as the model gave them.
-        probs: (k + 1, V), what tokens are drawn from.
+        logits: (k + 1, V) the target's logits.
+        probs: (k + 1, V) the distributions p that the target's tokens are drawn from.
     """
 
     logits: torch.Tensor
@@ -98,10 +98,10 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the acceptance rule made of a draft.
+    """The acceptance rule's verdict on a draft.
 
     Args:
-        accepted: length of the drafted prefix that is kept.
+        accepted: length of the accepted prefix of the draft.
         token: the target's own token after it.
     """
 
@@ -109,42 +109,43 @@ class Verdict:
     token: int
 
 
-def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Verified:
-    """The target's distributions at the drafted positions and after them, in one pass."""
+def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Verification:
+    """Runs the draft through the target in one forward pass, which gives its distributions at and after the draft."""
     logits = session.forward([context[-1], *draft.tokens])  # (k + 1, V)
-    return Verified(logits, sampler.probs(logits, context, draft.tokens))
+    return Verification(logits, sampler.probs(logits, context, draft.tokens))
 
 
 def accept(target_probs: Probs, draft: Draft, sampler: Sampler) -> Verdict:
-    """The rejection rule of arXiv 2211.17192, algorithm 1: what is emitted is distributed as the target's own.
+    """Accepts a prefix of a draft by rejection sampling (arXiv 2211.17192, algorithm 1).
 
-    A drafted token x is kept with probability min(1, p(x) / q(x)); at the first that is not, the token comes from the
-    normalised max(0, p - q). A determined token has q = 1 on itself. Greedy decoding is the case where p is one on
-    the target's choice: the longest agreeing prefix, then that choice.
+    A draft token x is accepted with probability min(1, p(x) / q(x)). The first rejected token is replaced by one drawn
+    from the residual distribution, the normalised max(0, p - q); after k accepted tokens one is drawn from p. So the
+    emitted tokens are distributed as the target's own. A token that was not drawn has q(x) = 1. In greedy decoding p is
+    1 at the target's choice: the longest agreeing prefix is accepted, and that choice follows.
 
     Args:
-        target_probs: (k + 1, V).
-        draft: k tokens.
-        sampler: draws, and gives the random numbers.
+        target_probs: (k + 1, V) p at each position.
+        draft: k tokens with their q.
+        sampler: draws tokens, and gives the uniform random numbers.
     """
-    chances = sampler.uniform(len(draft.tokens))
+    uniforms = sampler.uniform(len(draft.tokens))
     for index, token in enumerate(draft.tokens):
-        p = target_probs[index]  # (V,)
-        if chances[index] * draft.proposal_probability(index) >= float(p[token]):
+        p, q_of_token = target_probs[index], draft.proposal_probability(index)  # (V,) and q(x)
+        if uniforms[index] * q_of_token >= float(p[token]):
             return Verdict(index, sampler.pick(_residual(p, draft, index)))
     return Verdict(len(draft.tokens), sampler.pick(target_probs[-1]))
 
 
 def _residual(p: Row, draft: Draft, index: int) -> Row:
-    """max(0, p - q), (V,), not normalised; p itself where rounding alone rejected and nothing is left."""
+    """The residual max(0, p - q), (V,), not normalised; p itself if that is zero, after a rejection by rounding."""
     if isinstance(p, CertainRow):
-        return p  # of another token, or it would not have been rejected
+        return p  # certain of another token, since this one was rejected
     if draft.probs is not None and index < len(draft.probs):
-        rest = (p - draft.probs[index]).clamp_(min=0)
+        residual = (p - draft.probs[index]).clamp_(min=0)
     else:
-        rest = p.clone()
-        rest[draft.tokens[index]] = 0
-    return rest if rest.any() else p
+        residual = p.clone()
+        residual[draft.tokens[index]] = 0  # q is 1 at the draft token
+    return residual if residual.any() else p
 
 
 def decode(
@@ -159,19 +160,19 @@ def decode(
     clock: Callable[[], float] | None = None,
     logprobs: int | None = None,
 ) -> Iterator[Round]:
-    """Rounds until the output ends, exactly where decoding token by token would end it.
+    """Yields rounds until the output ends, exactly where decoding token by token would end it.
 
     Args:
         session: holds the prompt.
         context: the prompt's token ids; the output is appended as it is emitted.
-        first_logits: (V,) for the token after the prompt.
-        source: who drafts; None is plain decoding.
+        first_logits: (V,) logits for the token after the prompt.
+        drafter: proposes draft tokens; None is plain decoding.
         sampler: chooses tokens.
         max_new_tokens: the longest output, at least 1; the session has room for it.
-        ends: told every emitted token in order, says whether the output ends with it.
-        at_limit: the reason given where `max_new_tokens` ends it.
-        clock: in seconds; None is the machine's own.
-        logprobs: for each token, tell its logarithmic probability and those of so many likeliest; None is neither.
+        ends: receives every emitted token in order, and says whether the output ends with it, and why.
+        at_limit: the finish reason if `max_new_tokens` ends the output.
+        clock: gives seconds; None is `time.perf_counter`.
+        logprobs: how many of the likeliest tokens to report with each token's log-probability; None reports neither.
     """
     clock = clock or time.perf_counter
     started = clock()
@@ -191,15 +192,15 @@ def decode(
         started = clock()
         draft = drafter.propose(context, left - 1) if drafter is not None and left > 1 else Draft()
         drafted = clock()
-        verified = verify(session, context, draft, sampler)
-        verdict = accept(verified.probs, draft, sampler)
+        verification = verify(session, context, draft, sampler)
+        verdict = accept(verification.probs, draft, sampler)
         session.commit(verdict.accepted + 1)
         if drafter is not None:
             drafter.learn(Outcome(draft, verdict.accepted, drafted - started, clock() - drafted))
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
         shape = Round((), len(draft.tokens), verdict.accepted, draft.drafters, drafted - started)
         current = replace(_emit(context, tokens, left, ending, shape), verify_sec=clock() - drafted)
-        current = _scored(current, verified.logits, logprobs)
+        current = _scored(current, verification.logits, logprobs)
 
 
 def _emit(
@@ -209,7 +210,7 @@ def _emit(
     ending: Callable[[int, int], FinishReason | None],
     shape: Round,
 ) -> Round:
-    """Appends tokens to the context up to where the output ends, and gives the round that they make."""
+    """Appends tokens to the context up to where the output ends, and returns the round with them."""
     emitted: list[int] = []
     reason = None
     for token in tokens:
@@ -223,7 +224,7 @@ def _emit(
 
 
 def _scored(current: Round, logits: torch.Tensor, most: int | None) -> Round:
-    """The round with its tokens' logarithmic probabilities, from logits (n, V) that begin with their rows."""
+    """The round with its tokens' log-probabilities, from logits (m, V) whose first n rows belong to its n tokens."""
     if most is None:
         return current
     logprobs = logits[: len(current.tokens)].float().log_softmax(dim=-1)

@@ -1,17 +1,16 @@
-"""Drafts copied from where the context's last tokens stood before: in the context itself, or in what the same domain
-was asked and answered earlier. They cost no pass of a model.
+"""Lookup drafts: tokens copied from what followed an earlier occurrence of the context's last tokens.
 
-Copying from a reference: arXiv 2304.04487; from the prompt: Saxena's prompt look-up decoding; with a suffix automaton,
-which finds the *longest* suffix that occurred before rather than one of a fixed length: SAM decoding, arXiv 2411.10666.
+The earlier occurrence is in the context itself (prompt lookup decoding, Saxena 2023) or in a corpus of earlier prompts
+and outputs of the same domain (arXiv 2304.04487). A suffix automaton finds the *longest* suffix that occurred before,
+rather than one of a fixed length (SAM decoding, arXiv 2411.10666). No forward pass is needed.
 
-What it costs. Reading a token takes amortised constant time, in the context and in the memory alike, and a proposal
-takes time in proportion to its length. The memory is two automata over many texts each, one growing and one full: a
-context follows two, however many texts there are, a new text costs its own length, nothing is ever rebuilt, and the
-oldest goes when the growing one is full, becomes the full one, and the full one is dropped. (An automaton for each
-text would cost every context as many steps as there are texts; one automaton cannot forget.) Transitions are kept in
-flat arrays of integers, with a dictionary for those few states alone that have more than one.
+Cost: reading a token takes amortised constant time, in the context and in the corpus alike, and a proposal takes time
+proportional to its length. The corpus is two automata over many texts each, one growing and one full. When the growing
+one is full, it replaces the full one, which is dropped with the oldest texts. So a context is matched in two automata
+however many texts there are, adding a text costs its own length, and nothing is ever rebuilt. (With an automaton for
+each text every context would cost as many steps as there are texts; a single automaton cannot forget.)
 
-This module knows token ids, and nothing of models, domains or of whether a draft pays.
+This module knows token ids. It knows nothing of models, domains, or whether a draft is worth its time.
 """
 
 from __future__ import annotations
@@ -22,38 +21,38 @@ from dataclasses import dataclass
 from typing import Literal
 
 from knn_ssd.speculation.drafter import Draft, Outcome
-from knn_ssd.speculation.suffix_automaton import SEPARATOR, Follower, SuffixAutomaton
+from knn_ssd.speculation.suffix_automaton import SEPARATOR, SuffixAutomaton, SuffixMatcher
 
-MIN_CORPUS_TOKENS = 4  # tokens
-_TAIL = 8  # how many tokens of what was read before are compared with a context
+MIN_CORPUS_TOKENS = 4
+_TAIL = 8  # last tokens of the context read before that are compared with the new context
 
 
 class LookupCorpus:
-    """Earlier prompts and outputs of one domain, for all requests and threads; the oldest are forgotten.
+    """Earlier prompts and outputs of one domain, shared by requests and threads; the oldest are forgotten.
 
     A lock is held while a text is added (about as long as a request takes to read as many tokens of its own) and
-    while a request reads its last few.
+    while a request reads its newest tokens.
 
     Args:
-        capacity: the most tokens to hold. Texts are forgotten many at once, so that at least half as many stay. Of a
-            text that is longer than half, the end is kept. A token takes about 130 bytes in code and prose, at
-            most some 220; a request under way holds on to forgotten ones until its next round.
+        capacity: the most tokens to hold. Many texts are forgotten at once, and at least half the capacity stays. Of a
+            text longer than half the capacity, the end is kept. A token takes about 130 bytes in code and prose, and
+            at most some 220; a running request holds on to forgotten texts until its next round.
     """
 
     def __init__(self, capacity: int = 65_536) -> None:
         if capacity < MIN_CORPUS_TOKENS:
-            raise ValueError(f"a memory holds at least {MIN_CORPUS_TOKENS} tokens, got {capacity}")
+            raise ValueError(f"a lookup corpus holds at least {MIN_CORPUS_TOKENS} tokens, got {capacity}")
         self._half = capacity // 2
         self._lock = threading.Lock()
         self._texts = SuffixAutomaton(), SuffixAutomaton()  # the newer, which grows, first
 
     def __len__(self) -> int:
-        """How many tokens are held, with one for each text's end."""
+        """How many tokens are held, including one separator for each text."""
         with self._lock:
             return sum(len(text) for text in self._texts)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Remembers a text: a prompt with its output, or either."""
+        """Adds a text: a prompt with its output, or either."""
         kept = tokens[-(self._half - 1) :]
         if min(kept, default=0) < 0:
             raise ValueError(f"token ids are not negative, got {min(kept)}")
@@ -67,35 +66,35 @@ class LookupCorpus:
             self._texts[0].extend(SEPARATOR)
 
     def reader(self) -> CorpusReader:
-        """A place for one request, which has read nothing yet."""
+        """A new reader for one request, which has read nothing yet."""
         return CorpusReader(self)
 
 
 class CorpusReader:
-    """Where one request's context matches a memory. Several may read one memory at once, each in its own thread."""
+    """Matches one request's context in a corpus. Several readers can share a corpus, each in its own thread."""
 
-    def __init__(self, memory: LookupCorpus) -> None:
-        self._memory = memory
+    def __init__(self, corpus: LookupCorpus) -> None:
+        self._corpus = corpus
         self._texts: tuple[SuffixAutomaton, ...] = ()
-        self._followers: list[Follower] = []
+        self._matchers: list[SuffixMatcher] = []
 
     def read(self, tokens: Sequence[int]) -> None:
-        """The context goes on with these."""
-        with self._memory._lock:
-            self._keep_up()
-            for follower in self._followers:
+        """Reads the next tokens of the context."""
+        with self._corpus._lock:
+            self._sync()
+            for matcher in self._matchers:
                 for token in tokens:
-                    follower.extend(token)
+                    matcher.extend(token)
 
     def find(self, drafted: Sequence[int], limit: int) -> tuple[int, int, list[int]]:
-        """The longest match of what was read and `drafted` after it: its length, its end, and at most `limit` tokens
-        that came after it.
+        """The longest match of the context extended by `drafted`: its length, its end, and at most `limit` tokens
+        that followed it.
         """
         best: tuple[int, int, list[int]] = (0, 0, [])
-        with self._memory._lock:
-            self._keep_up()
-            for follower in self._followers:
-                ahead = follower.copy() if drafted else follower
+        with self._corpus._lock:
+            self._sync()
+            for matcher in self._matchers:
+                ahead = matcher.copy() if drafted else matcher
                 for token in drafted:
                     ahead.extend(token)
                 length, end = ahead.continued()
@@ -104,12 +103,12 @@ class CorpusReader:
                     best = (length, end, tokens[: tokens.index(SEPARATOR)] if SEPARATOR in tokens else tokens)
         return best
 
-    def _keep_up(self) -> None:
-        """Forgets what the memory forgot, and starts on what is new."""
-        if self._texts is not self._memory._texts:
-            self._texts = self._memory._texts
-            known = {id(follower.automaton): follower for follower in self._followers}
-            self._followers = [known.get(id(text)) or Follower(text) for text in self._texts]
+    def _sync(self) -> None:
+        """Follows the corpus where it has dropped an automaton and started a new one."""
+        if self._texts is not self._corpus._texts:
+            self._texts = self._corpus._texts
+            known = {id(matcher.automaton): matcher for matcher in self._matchers}
+            self._matchers = [known.get(id(text)) or SuffixMatcher(text) for text in self._texts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,68 +117,69 @@ class Match:
 
     Args:
         length: how many tokens match.
-        text: where it is: the context itself or the memory.
-        end: index of the token after it, in the context or in the part of the memory that has it.
+        text: the text that contains it: the context itself or the corpus.
+        end: index of the token after it, in the context or in the automaton of the corpus that contains it.
     """
 
     length: int
-    text: Literal["context", "memory"]
+    text: Literal["context", "corpus"]
     end: int
 
 
 class LookupDraft:
-    """Drafts what came after the longest suffix of the context that occurred before, in the context, or in the memory
-    where that has a longer one. A source for one request, whose context only ever grows.
+    """The lookup drafter of one request, whose context only ever grows.
 
-    A copy that reaches the end of the context goes on with its own beginning: after "abcabc" come "abcabc…". It is
-    what the next look-up would say, were each of the tokens accepted. A copy from the memory ends with its text.
+    It drafts what followed the longest suffix of the context that occurred before, in the context or, if that has a
+    longer one, in the corpus. A copy that reaches the end of the context continues with its own beginning: "abcabc" is
+    followed by "abcabc…", as further lookups would give if all its tokens were accepted. A copy from the corpus ends
+    with its text.
 
     Args:
-        memory: what to search besides the context, if anything. The context is not added to it here.
-        min_match: the shortest match worth a draft, in tokens.
+        corpus: texts to search besides the context; None searches the context alone. Nothing is added to it here.
+        min_match: the shortest match that gives a draft, in tokens.
     """
 
-    def __init__(self, memory: LookupCorpus | None = None, min_match: int = 2) -> None:
+    def __init__(self, corpus: LookupCorpus | None = None, min_match: int = 2) -> None:
         if min_match < 1:
             raise ValueError(f"a match has at least 1 token, got min_match={min_match}")
         self._own = SuffixAutomaton()
-        self._remembered = None if memory is None else memory.reader()
+        self._reader = None if corpus is None else corpus.reader()
         self._min_match = min_match
 
     def match(self, context: Sequence[int], drafted: Sequence[int] = ()) -> Match | None:
-        """The longest match with a continuation, None under `min_match`.
+        """The longest match with a continuation; None if it is shorter than `min_match`.
 
         Args:
-            context: what it was at the last call, with any number of tokens after that.
-            drafted: tokens of another source after the context. They are matched, and forgotten again.
+            context: the context of the last call, extended by any number of tokens.
+            drafted: another drafter's tokens after the context; they are matched, but not kept.
         """
         return self._find(context, drafted, 0)[0]
 
     def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
-        """At most `limit` tokens, copied from after the match of `context` and then `drafted`; none without one."""
+        """At most `limit` tokens that followed the match of `context` extended by `drafted`; none without a match."""
         match, tokens = self._find(context, drafted, max(limit, 0))
         if match is None or not tokens:
             return Draft()
         return Draft(tuple(tokens), drafter="lookup", match_length=match.length)
 
     def learn(self, outcome: Outcome) -> None:
-        """There is nothing to learn that the context does not say."""
+        """Does nothing: the next context contains all there is to learn."""
 
     def _find(self, context: Sequence[int], drafted: Sequence[int], limit: int) -> tuple[Match | None, list[int]]:
-        """The match, and at most `limit` tokens after it."""
+        """The match, and at most `limit` tokens that followed it."""
         self._read(context)
-        own = Follower.at_match(self._own)
+        own = SuffixMatcher.at_match(self._own)
         for token in drafted:
             own.extend(token)
-        length, end, copied = self._remembered.find(drafted, limit) if self._remembered is not None else (0, 0, [])
+        length, end, copied = self._reader.find(drafted, limit) if self._reader is not None else (0, 0, [])
         if max(length, own.length) < self._min_match:
             return None, []
         if length > own.length:
-            return Match(length, "memory", end), copied
+            return Match(length, "corpus", end), copied
         return Match(own.length, "context", own.end), self._copy(own.end, drafted, limit)
 
     def _read(self, context: Sequence[int]) -> None:
-        """Reads what is new in the context. What was read is compared in its last few tokens, which costs little."""
+        """Reads the new tokens of the context, after a check that the last few known ones are unchanged."""
         known = len(self._own)
         tail = self._own.tokens[-_TAIL:].tolist()
         assert len(context) >= known, f"the context had {known} tokens and now has {len(context)}"
@@ -187,11 +187,11 @@ class LookupDraft:
         new = context[known:]
         for token in new:
             self._own.extend(token)
-        if self._remembered is not None:
-            self._remembered.read(new)
+        if self._reader is not None:
+            self._reader.read(new)
 
     def _copy(self, end: int, drafted: Sequence[int], limit: int) -> list[int]:
-        """`limit` tokens from index `end` of the context and `drafted` after it, over and over."""
+        """`limit` tokens from index `end` of the context extended by `drafted`, repeated as often as needed."""
         tokens = self._own.tokens[end : end + limit].tolist()
         tokens.extend(drafted)
         while 0 < len(tokens) < limit:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-SEPARATOR = -1  # between texts; no context has it, so no match crosses it, and copies end at it
-_VACANT = -2  # in place of a token: this state has no transition yet
-_NOWHERE = -1  # in place of a state
+SEPARATOR = -1  # between texts; it is in no context, so no match crosses it, and copies end at it
+_VACANT = -2  # instead of a token: the state has no transition yet
+_NOWHERE = -1  # instead of a state
 _ROOT = 0
-_HOPS = 4  # how many links are followed where nothing else bounds the walk
+_HOPS = 4  # the most links that are followed where nothing else bounds the walk
 
 
 class SuffixAutomaton:
@@ -22,53 +22,53 @@ class SuffixAutomaton:
 
     A state stands for all strings that occur at the same set of positions: the suffixes of its longest string that
     are longer than its link's. The link of the state of the whole text is therefore the longest suffix that also ends
-    at an earlier position: the match comes for nothing.
+    at an earlier position: the match needs no search.
 
-    A text of n tokens has at most 2n states and 3n transitions. Transitions are never removed, so what copying them
-    costs, when a state is split, is bounded by their number; each step of the two walks along links shortens the next
+    A text of n tokens has at most 2n states and 3n transitions. Transitions are never removed, so the cost of copying
+    them when a state is split is bounded by their number; each step of the two walks along links shortens the next
     suffix looked at, which each token lengthens by one. `extend` is thus amortised constant, whatever the vocabulary.
 
     Each state knows one position where its strings end: where it was first seen, overwritten whenever it is the
     match or one of the next `_HOPS` links after it. It is always an earlier occurrence, and the most recent one unless
-    all since then were the ends of much longer matches; to be always exact would cost a logarithm for each token.
+    all since then ended much longer matches; always to give the most recent one would cost logarithmic time per token.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self.tokens = array("i")
         self._length = array("i", [0])  # of a state's longest string
-        self._link = array("i", [_NOWHERE])  # to the state of the longest suffix that also occurs elsewhere
+        self._link = array("i", [_NOWHERE])  # state of the longest suffix that also occurs elsewhere
         self._end = array("i", [0])  # index after an occurrence of the state's strings
-        self._token = array("i", [_VACANT])  # a state's first transition: on which token,
-        self._next = array("i", [_NOWHERE])  # and where to
-        self._more: dict[int, dict[int, int]] = {}  # the others, of states that have them
+        self._token = array("i", [_VACANT])  # token of a state's first transition
+        self._next = array("i", [_NOWHERE])  # target of a state's first transition
+        self._more: dict[int, dict[int, int]] = {}  # further transitions, of states that have any
         self._last = _ROOT  # the state of the whole text
         for token in tokens:
             self.extend(token)
 
     def __len__(self) -> int:
-        """How many tokens the text has."""
+        """Length of the text in tokens."""
         return len(self.tokens)
 
     @property
-    def states(self) -> int:
-        """How many states there are: at most twice as many as tokens, and the root."""
+    def num_states(self) -> int:
+        """Number of states: at most two for each token, and the root."""
         return len(self._length)
 
     @property
     def match_length(self) -> int:
-        """Length in tokens of the longest suffix of the text that also occurs ending earlier; it may overlap itself."""
+        """Length in tokens of the longest suffix of the text that also ends earlier in it; the two may overlap."""
         return self._length[self._match_state()]
 
     @property
     def match_end(self) -> int:
-        """Index of the token after an earlier occurrence of that suffix, mostly the most recent one; 0 without one."""
+        """Index of the token after an earlier occurrence of that suffix, usually the most recent; 0 without one."""
         return self._end[self._match_state()]
 
     def extend(self, token: int) -> None:
-        """The text goes on with `token`, which is not negative, or with a separator."""
+        """Appends `token`, which is not negative, or a separator, to the text."""
         assert token >= SEPARATOR, f"token ids are not negative, got {token}"
         if token != SEPARATOR:
-            self._see_again()
+            self._update_ends()
         length, link, token_of, next_of, more = self._length, self._link, self._token, self._next, self._more
         self.tokens.append(token)
         state = self._last
@@ -92,7 +92,7 @@ class SuffixAutomaton:
         link[new] = target
 
     def _split(self, whole: int, state: int, token: int) -> int:
-        """A state of its own for those strings of `whole` that are no longer than `state`'s and a token."""
+        """Splits off a state for those strings of `whole` that are at most one token longer than those of `state`."""
         link, token_of, next_of, more = self._link, self._token, self._next, self._more
         part = self._add(self._length[state] + 1, link[whole], self._end[whole])
         token_of[part], next_of[part] = token_of[whole], next_of[whole]
@@ -122,11 +122,11 @@ class SuffixAutomaton:
     def _match_state(self) -> int:
         return max(self._link[self._last], _ROOT)  # an empty text's state is the root, which has no link
 
-    def _see_again(self) -> None:
-        """The match is now last seen at the end of the text.
+    def _update_ends(self) -> None:
+        """Sets the end of the current match, and of the next links, to the end of the text.
 
-        Noted only as the text goes on, so that a state's end is the text's own end for no strings but those that
-        occur nowhere else; and not before a separator, so that an occurrence with a continuation is preferred.
+        This is done only as the text is extended, so that a state's end is the end of the text only for strings that
+        occur nowhere else, and not before a separator, so that occurrences with a continuation are preferred.
         """
         link, end, now = self._link, self._end, len(self.tokens)
         state = link[self._last]
@@ -137,38 +137,38 @@ class SuffixAutomaton:
             state = link[state]
 
 
-class Follower:
-    """The longest suffix of one text, read token by token, that occurs in another, whose automaton is given.
+class SuffixMatcher:
+    """Finds the longest suffix of one text, read token by token, that occurs in another text.
 
-    Reading is amortised constant: each step along a link shortens the match, which each token lengthens by one. The
-    automaton may grow meanwhile, though not during a call: states that were split are found again along the links.
-    What was added is matched from the next token on; a match that it made longer in hindsight is not looked for.
+    Reading takes amortised constant time: each step along a link shortens the match, which each token lengthens by one.
+    The automaton may grow between calls: states that were split are found again along the links. Tokens added to it are
+    matched from the next token on; a match that they made longer in hindsight is not searched for.
 
     Args:
-        automaton: of the text to search.
+        automaton: the automaton of the text to search.
     """
 
     def __init__(self, automaton: SuffixAutomaton) -> None:
         self.automaton = automaton
-        self.length = 0  # of the match, in tokens
+        self.length = 0  # of the match in tokens
         self._state = _ROOT
 
     @classmethod
-    def at_match(cls, automaton: SuffixAutomaton) -> Follower:
-        """One that has read the automaton's own text, and holds its match with an earlier place."""
-        follower = cls(automaton)
-        follower._state = automaton._match_state()
-        follower.length = automaton.match_length
-        return follower
+    def at_match(cls, automaton: SuffixAutomaton) -> SuffixMatcher:
+        """A matcher that has read the automaton's own text, and matches an earlier occurrence of its suffix."""
+        matcher = cls(automaton)
+        matcher._state = automaton._match_state()
+        matcher.length = automaton.match_length
+        return matcher
 
-    def copy(self) -> Follower:
-        """One that reads on by itself."""
-        other = Follower(self.automaton)
+    def copy(self) -> SuffixMatcher:
+        """An independent copy."""
+        other = SuffixMatcher(self.automaton)
         other._state, other.length = self._state, self.length
         return other
 
     def extend(self, token: int) -> None:
-        """The text read goes on with `token`."""
+        """Reads the next token."""
         self._settle()
         text, state = self.automaton, self._state
         while state != _NOWHERE:
@@ -187,13 +187,13 @@ class Follower:
 
     @property
     def end(self) -> int:
-        """Index in the automaton's text of the token after an occurrence of the match, mostly the most recent one."""
+        """Index in the automaton's text of the token after an occurrence of the match, usually the most recent one."""
         self._settle()
         return self.automaton._end[self._state]
 
     def continued(self) -> tuple[int, int]:
-        """Length and end of the longest match that is known to go on: to stand neither at the end of the text nor
-        before a separator; (0, 0) if none of the first few is.
+        """Length and end of the longest match with a known continuation, one that is neither at the end of the text nor
+        before a separator; (0, 0) if none of the first few has one.
         """
         self._settle()
         text, state, length = self.automaton, self._state, self.length
@@ -208,7 +208,7 @@ class Follower:
         return 0, 0
 
     def _settle(self) -> None:
-        """Moves to the state that now has the match among its strings, if its former one was split."""
+        """Moves to the state that now contains the match, if its former state was split."""
         link, length = self.automaton._link, self.automaton._length
         while self._state != _ROOT and length[link[self._state]] >= self.length:
             self._state = link[self._state]

@@ -1,22 +1,23 @@
-"""Atlas, routing and plans inside vLLM: loaded by vLLM itself through the entry point `vllm.general_plugins`.
+"""Atlas, routing and self-drafts inside vLLM, which loads this package through the entry point `vllm.general_plugins`.
 
-    settings.py   what is asked for, and what is refused
-    hooks.py      the versions of vLLM that are known, and the places where it is reached into
-    mends.py      two faults of its sampler on CPUs
-    stack.py      the sublayers of vLLM's own model, run as a plan has them
-    lowbit.py     4-bit copies of what vLLM loaded
-    passes.py     one drafting pass over rows of a batch, into the target's own cache
-    routing.py    prompt vectors from hidden states, chunk by chunk; whether the atlas is of this model
-    proposer.py   who drafts how far in each step
+    settings.py      reads the settings, and refuses what is unsafe with these drafts
+    hooks.py         the supported versions of vLLM, and the attributes of it that are wrapped
+    patches.py       fixes two bugs of its rejection sampler on CPUs
+    layers.py        runs the sublayers of vLLM's own model under a plan
+    low_bit.py       4-bit copies of the weights that vLLM loaded
+    forward.py       one draft pass over rows of a batch, into the target's own KV cache
+    routing.py       prompt vectors from hidden states, chunk by chunk; checks that the atlas belongs to the model
+    draft_groups.py  groups the requests of a batch that draft together
+    proposer.py      chooses which requests draft, and how far, in each step
 
-Imports vLLM only where it runs inside it.
+vLLM is imported only by functions that run inside it.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes. Does nothing until a server is told to draft with `Proposer`."""
+    """Installs the hooks; vLLM calls this in each of its processes. They do nothing unless a server uses `Proposer`."""
     from knn_ssd.vllm_plugin.hooks import install
 
     install()

@@ -1,7 +1,7 @@
-"""One drafting pass over rows of vLLM's batch: each a token at its request's next position, into the target's cache.
+"""One draft pass over rows of vLLM's batch: one token per request at its next position, into the target's KV cache.
 
-The slots are those behind what the target has computed; its next pass computes these positions anew in every layer
-before it reads them, so nothing of a draft stays.
+The slots are those after the tokens that the target has computed. The verification computes these positions again in
+every layer before it reads them, so nothing of a draft remains.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import numpy as np
 import torch
 
 from knn_ssd.plan import Plan
-from knn_ssd.vllm_plugin.layers import Stack
+from knn_ssd.vllm_plugin.layers import DecoderStack
 
 
-class Passes:
+class DraftForward:
     """Runs the target's layers over rows of the runner's current batch.
 
     Args:
         runner: vLLM's model runner.
-        stack: its model.
+        stack: the runner's model.
     """
 
-    def __init__(self, runner: Any, stack: Stack) -> None:
+    def __init__(self, runner: Any, stack: DecoderStack) -> None:
         self._runner = runner
         self._stack = stack
 
-    def room(self, row: int) -> int:
-        """How many positions of a request have slots, in every group of layers."""
+    def num_slots(self, row: int) -> int:
+        """How many positions of a request have cache slots in every KV cache group."""
         batch = self._runner.input_batch
         tables = [batch.block_table[group] for group in range(len(self._runner.attn_groups))]
         slots = [int(table.num_blocks_per_row[row]) * int(table.block_size) for table in tables]
@@ -41,9 +41,10 @@ class Passes:
         """Logits (n, V) after one token of each of n requests.
 
         Args:
-            rows: the requests' places in the batch.
-            token_ids, positions: of the tokens.
-            plan: how the layers run.
+            rows: the requests' rows in the batch.
+            token_ids: (n,) one token of each.
+            positions: (n,) the tokens' positions.
+            plan: the modes of the sublayers.
         """
         from vllm.forward_context import set_forward_context
 
@@ -56,7 +57,7 @@ class Passes:
             )
 
     def _metadata(self, rows: Sequence[int], positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """For each layer, the attention's metadata and the slots (n,) of the new keys and values."""
+        """The attention metadata of each layer, and the slot mapping (n,) of its new keys and values."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         runner, count = self._runner, len(rows)
@@ -67,9 +68,9 @@ class Passes:
         for index, groups in enumerate(runner.attn_groups):
             table = runner.input_batch.block_table[index]
             size = int(table.block_size)
-            blocks = torch.from_numpy(table.get_numpy_array()[np.asarray(rows)])  # (n, blocks of a request), a copy
+            blocks = torch.from_numpy(table.get_numpy_array()[np.asarray(rows)])  # (n, max_num_blocks), a copy
             block = blocks.gather(1, (positions // size)[:, None])[:, 0]
-            own = (block.to(torch.int64) * size + positions % size).to(runner.device)
+            slot_mapping = (block.to(torch.int64) * size + positions % size).to(runner.device)
             common = CommonAttentionMetadata(
                 query_start_loc=starts.to(runner.device),
                 query_start_loc_cpu=starts,
@@ -79,7 +80,7 @@ class Passes:
                 max_query_len=1,
                 max_seq_len=int(lengths.max()),
                 block_table_tensor=blocks.to(runner.device),
-                slot_mapping=own,
+                slot_mapping=slot_mapping,
                 causal=True,
                 positions=positions.to(runner.device),
                 seq_lens_cpu_upper_bound=lengths,
@@ -87,5 +88,5 @@ class Passes:
             for group in groups:
                 built = group.build_metadata_for_drafting(common, 0)
                 for name in group.layer_names:
-                    metadata[name], slots[name] = built, own
+                    metadata[name], slots[name] = built, slot_mapping
         return metadata, slots

@@ -1,8 +1,8 @@
-"""Where vLLM is reached into, and in which versions of it.
+"""The supported versions of vLLM, and the attributes of it that this plugin wraps.
 
-vLLM calls a proposer of its method `custom_class` with token ids alone and reserves no cache slots for its drafts. Two
-attributes are wrapped, so that ours gets both, and one method is added. Each wrapper hands on to the original unless
-the proposer is ours.
+vLLM calls a proposer of its method `custom_class` with token ids alone, and reserves no lookahead slots for its drafts.
+Two attributes are wrapped to give this plugin's proposer both, and one method is added to workers. Each wrapper calls
+the original unless the proposer is this plugin's.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 from knn_ssd.errors import UsageError
 
 PROPOSER = "knn_ssd.vllm_plugin.proposer.Proposer"
-OLDEST, NEWEST = (0, 32), (0, 33)  # minor versions whose source was read; 0.32 is what the tests run
+OLDEST, NEWEST = (0, 32), (0, 33)  # minor versions whose source was checked; the tests run on 0.32
 COUNTS = "knn_ssd_counts"
 _MARK = "_knn_ssd_original"
 _log = logging.getLogger("vllm.knn_ssd")
 
 
 def why_unsupported(version: str) -> str | None:
-    """What speaks against a version of vLLM; None if nothing does."""
+    """The reason why a version of vLLM is not supported; None if it is."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
         return None
     oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
-    return f"knn-ssd reaches into vLLM {oldest} to {newest}, and this is vLLM {version}"
+    return f"knn-ssd supports vLLM {oldest} to {newest}, and this is vLLM {version}"
 
 
 def install() -> None:
-    """Wraps what must be wrapped, once. On another vLLM it leaves everything as it is, and `check` will say why."""
+    """Installs the wrappers, once. An unsupported vLLM is left as it is, and `check` raises."""
     import vllm
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -38,7 +38,7 @@ def install() -> None:
 
     reason = why_unsupported(vllm.__version__)
     if reason is not None:
-        _log.warning("%s: it does nothing here", reason)
+        _log.warning("%s: the plugin does nothing here", reason)
         return
     if getattr(GPUModelRunner.propose_draft_token_ids, _MARK, None) is not None:
         return
@@ -58,7 +58,7 @@ def install() -> None:
         return int(original_lookahead(config))
 
     def counts(worker: Any) -> dict[str, dict[str, int]]:
-        """What each plan drafted so far; nothing where the proposer is not ours."""
+        """`Proposer.counts`; empty where the proposer is not this plugin's."""
         return getattr(getattr(worker.model_runner, "drafter", None), "counts", {})
 
     setattr(propose_draft_token_ids, _MARK, original_propose)
@@ -68,7 +68,7 @@ def install() -> None:
 
 
 def check() -> None:
-    """Raises a `UsageError` if the wrappers are not there."""
+    """Raises a `UsageError` if the wrappers are not installed."""
     import vllm
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

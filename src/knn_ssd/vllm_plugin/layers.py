@@ -1,7 +1,7 @@
-"""The sublayers of vLLM's own model, run one by one as a plan has them.
+"""Runs the sublayers of vLLM's own model one by one under a plan.
 
-They are called beside the compiled model, on the same weights and the same cache. A skipped sublayer adds nothing to
-the residual stream (arXiv 2309.08168, section 3).
+They run eagerly, outside the compiled model, on the same weights and the same KV cache. A skipped sublayer adds nothing
+to the residual stream (arXiv 2309.08168, section 3).
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.vllm_plugin.low_bit import LinearCopies, low_bit_obstacle
+from knn_ssd.vllm_plugin.low_bit import LinearCopies, find_low_bit_obstacle
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
-class Stack:
-    """A loaded model whose layers can be run one by one.
+class DecoderStack:
+    """The decoder layers of a loaded model, which can be run one by one.
 
     Args:
-        model: of one of `FAMILIES`, as vLLM loaded it.
+        model: a model of one of `FAMILIES`, as vLLM loaded it.
 
     Attributes:
-        device: of the model.
-        why_no_low: what speaks against `low` sublayers here; None if nothing does.
+        device: the model's device.
+        low_bit_obstacle: the reason why `low` sublayers cannot run here; None if they can.
 
     Raises:
-        UnsupportedModelError: another one, or one whose layers are not built as they were.
+        UnsupportedModelError: a model of another family, or one whose layers lack an expected sublayer.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,25 +44,26 @@ class Stack:
         if not layers or missing:
             raise UnsupportedModelError(
                 f"the layers of vLLM's {name} have no {missing[0] if missing else 'list'}",
-                "See which versions of vLLM knn-ssd is made for.",
+                "See which versions of vLLM knn-ssd supports.",
             )
         self._model = model
         self._layers = layers
         norm = model.model.norm.weight
         self.device: torch.device = norm.device
-        self.why_no_low = low_bit_obstacle(norm.device)
-        self._low = LinearCopies(norm.device, norm.dtype)
+        self.low_bit_obstacle = find_low_bit_obstacle(norm.device)
+        self._copies = LinearCopies(norm.device, norm.dtype)
 
     def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Logits (n, V) after each of n tokens, for which the forward context has the attention's metadata.
+        """Logits (n, V) after each of n tokens, whose attention metadata is in vLLM's forward context.
 
         Args:
-            token_ids, positions: (n,)
-            plan: how each sublayer runs; none is `low` where `why_no_low` says that they cannot be.
+            token_ids: (n,)
+            positions: (n,)
+            plan: the mode of each sublayer; none is `low` where there is a `low_bit_obstacle`.
         """
-        with self._lowered(plan):
+        with self._on_copies(plan):
             residual = self._model.model.embed_input_ids(token_ids)  # (n, D)
-            added: torch.Tensor | None = None  # by the last sublayer that ran, not in `residual` yet
+            added: torch.Tensor | None = None  # output of the last sublayer that ran, not in `residual` yet
             for layer, attention, mlp in zip(self._layers, plan.attention, plan.mlp, strict=True):
                 if attention is not Mode.SKIP:
                     normed, residual = _normed(layer.input_layernorm, added, residual)
@@ -74,8 +75,8 @@ class Stack:
             logits: torch.Tensor = self._model.compute_logits(hidden)
         return logits
 
-    def _lowered(self, plan: Plan) -> AbstractContextManager[None]:
-        """Within, the linears of `low` sublayers run on 4-bit copies."""
+    def _on_copies(self, plan: Plan) -> AbstractContextManager[None]:
+        """Runs the linears of `low` sublayers on 4-bit copies for the length of a `with` block."""
         if not plan.uses_low:
             return nullcontext()
         linears: list[Any] = []
@@ -86,11 +87,11 @@ class Stack:
                 linears += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
         if plan.head is Mode.LOW:
             linears.append(self._model.lm_head)
-        return self._low.within(linears)
+        return self._copies.replacing(linears)
 
 
 def _normed(norm: Any, added: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed stream, and the stream with what was added to it."""
+    """The normalised residual stream, and the stream itself after the addition."""
     if added is None:
         return norm(residual), residual
     normed, residual = norm(added, residual)

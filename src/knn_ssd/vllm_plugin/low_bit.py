@@ -1,9 +1,9 @@
-"""4-bit copies of the weights that vLLM has loaded, run in their place while a draft wants them so.
+"""4-bit copies of the weights that vLLM has loaded, which replace them while a plan drafts in mode `low`.
 
-They are made at first use, of what each matrix gives for unit vectors: vLLM packs weights in many ways and drops the
-originals, and this asks for none of them. The kernels are PyTorch's own for CPUs; elsewhere `low` sublayers run as they
-are. Groups of 64 columns share a scale and a zero, as in `target/linear.py`, which tells why not 32; rounding is to the
-nearest.
+Each copy is made at first use, from the matrix's products with unit vectors: vLLM packs weights in many formats and
+drops the originals, and this works with any of them. The kernels are PyTorch's own for CPUs; on other devices `low`
+sublayers run in full precision. Groups of 64 columns share a scale and a zero point; weights are rounded to the nearest
+level.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 import torch
 
 GROUP = 64
-_ROWS = 16  # that the kernel takes together
-_UNIT_VECTORS = 512  # at a time
+_ROWS = 16  # the kernel takes multiples of this many rows
+_UNIT_VECTORS = 512  # in one product
 
 
-def low_bit_obstacle(device: torch.device) -> str | None:
-    """What speaks against low-bit copies on a device; None if nothing does."""
+def find_low_bit_obstacle(device: torch.device) -> str | None:
+    """The reason why low-bit copies cannot be used on a device; None if they can."""
     if device.type != "cpu":
-        return f"low-bit drafts were made for CPUs, and the model is on {device.type}"
+        return f"low-bit drafts run on CPUs only, and the model is on {device.type}"
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return "this PyTorch has no 4-bit kernels for CPUs"
     return None
 
 
 class LowBitWeight:
-    """A matrix (rows, cols) in 4 bits; `apply` stands in for the method by which vLLM runs its linears.
+    """A matrix (rows, cols) in 4 bits; `apply` takes the place of `apply` of vLLM's quantisation methods.
 
     Args:
-        weight: the matrix; its columns a multiple of `GROUP`.
+        weight: (rows, cols) the matrix; cols is a multiple of `GROUP`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ class LowBitWeight:
         self._scales = pairs.transpose(0, 1).contiguous().to(weight.dtype)  # (groups, rows, 2)
 
     def apply(self, _layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x (…, cols) through the matrix, (…, rows)."""
+        """The product (…, rows) of x (…, cols) with the matrix, plus the bias (rows,)."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self._packed, GROUP, self._scales)
         out = out[:, : self._rows].reshape(*x.shape[:-1], self._rows)
@@ -55,10 +55,11 @@ class LowBitWeight:
 
 
 class LinearCopies:
-    """The copies of a model's linears, each made once and shared by all plans.
+    """The 4-bit copies of a model's linears, each made once and shared by all plans.
 
     Args:
-        device, dtype: of the model's activations.
+        device: device of the model's activations.
+        dtype: their dtype.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -66,8 +67,8 @@ class LinearCopies:
         self._made: dict[int, LowBitWeight | None] = {}
 
     @contextmanager
-    def within(self, linears: Sequence[Any]) -> Iterator[None]:
-        """Within, these linears run on their copies, as far as such can be made."""
+    def replacing(self, linears: Sequence[Any]) -> Iterator[None]:
+        """Runs these linears on their copies, where they can be copied, for the length of a `with` block."""
         originals = [linear.quant_method for linear in linears]
         copies = [self._copy(linear) for linear in linears]
         try:
@@ -86,7 +87,7 @@ class LinearCopies:
         return self._made[key]
 
     def _weight(self, linear: Any, cols: int) -> torch.Tensor:
-        """The matrix (rows, cols) that this rank has of a linear."""
+        """This rank's shard (rows, cols) of a linear's matrix."""
         parts = []
         for first in range(0, cols, _UNIT_VECTORS):
             last = min(first + _UNIT_VECTORS, cols)

@@ -1,7 +1,7 @@
-"""Who drafts how far in each step of vLLM: the proposer that it loads by its method `custom_class`.
+"""The proposer that vLLM loads by its method `custom_class`: which requests draft, and how far, in each step.
 
-One rank decides and tells the others what to run: ranks that decided by their own clocks and roundings could run
-different passes, and wait for each other for ever.
+The first rank of the tensor-parallel group decides and broadcasts what to run. Ranks that decided by their own clocks
+and rounding could run different forward passes, and would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,38 +22,39 @@ from knn_ssd.plan import Plan
 from knn_ssd.routing.router import Router
 from knn_ssd.sampling import most_likely
 from knn_ssd.speculation.acceptance import AcceptanceStats, initial_acceptance
-from knn_ssd.speculation.controller import DraftStopRule, best_draft_length, is_faster_than_plain
-from knn_ssd.speculation.cost_model import CostModel, typical_profile
+from knn_ssd.speculation.controller import SelfDraftChoice
+from knn_ssd.speculation.cost_model import CostModel, PlainTiming, typical_profile
 from knn_ssd.speculation.drafter import Draft
 from knn_ssd.speculation.self_draft import top_probability
 from knn_ssd.vllm_plugin import hooks
-from knn_ssd.vllm_plugin.draft_groups import Group, group
-from knn_ssd.vllm_plugin.forward import Passes
-from knn_ssd.vllm_plugin.layers import Stack
-from knn_ssd.vllm_plugin.patches import mend
+from knn_ssd.vllm_plugin.draft_groups import DraftGroup, group_drafts
+from knn_ssd.vllm_plugin.forward import DraftForward
+from knn_ssd.vllm_plugin.layers import DecoderStack
+from knn_ssd.vllm_plugin.patches import patch_cpu_sampler
 from knn_ssd.vllm_plugin.routing import PromptVector, check_model
 from knn_ssd.vllm_plugin.settings import read_settings, refuse_unsuitable
 
 _log = logging.getLogger("vllm.knn_ssd")
 _LOG_SEC = 10.0
-_PLAIN_STEPS = 3  # without drafts, that are timed before any draft, and then one
-_PLAIN_EVERY = 128  # steps
+_FIRST_PLAIN = 3  # plain steps that are timed for a batch size before its first draft
+_PLAIN_EVERY = 128  # steps between two plain ones after that
 
 
 @dataclass
 class RequestState:
-    """What is known of a request.
+    """The state of one request.
 
     Args:
-        vector: of its prompt, as far as that was read; None once it has its domain, or where all have one plan.
-        domain: whose plan drafts for it; None is the fallback, or the plan for all.
-        drafted: its last draft.
-        sure: how likely the draft held each of these tokens to be right.
+        vector: collects the prompt vector during prefill; None once the request is routed, or without an atlas.
+        domain: its plan drafts for the request; None is the fallback plan, or the one plan of a server without an
+            atlas.
+        draft_token_ids: the last draft.
+        confidences: the draft's own top-1 probability of each of these tokens.
     """
 
     vector: PromptVector | None
     domain: str | None = None
-    drafted: tuple[int, ...] = ()
+    draft_token_ids: tuple[int, ...] = ()
     confidences: tuple[float, ...] = ()
 
 
@@ -61,11 +63,11 @@ class Decision:
     """What all ranks run in a step.
 
     Args:
-        groups: of rows that draft together.
+        groups: rows that draft together.
         limits: the longest draft of each row.
     """
 
-    groups: tuple[Group, ...] = ()
+    groups: tuple[DraftGroup, ...] = ()
     limits: dict[int, int] = field(default_factory=dict)
 
 
@@ -76,20 +78,21 @@ class Proposer:
         config: vLLM's `VllmConfig`.
 
     Attributes:
-        counts: by domain, how many requests were routed there, and tokens drafted and accepted.
+        counts: for each domain, the number of routed requests and of drafted and accepted tokens.
 
     Raises:
-        UsageError: settings that cannot be used, a vLLM that is not known, or a feature of it that drafts would damage.
-        AtlasError: the atlas cannot be read, or is of another model.
+        UsageError: settings that cannot be used, an unsupported version of vLLM, or a feature of it that is unsafe
+            with these drafts.
+        AtlasError: the atlas cannot be read, or belongs to another model.
     """
 
     def __init__(self, config: Any) -> None:
         hooks.check()
         self._settings = read_settings(config.additional_config)
         refuse_unsuitable(config, self._settings)
-        mend()
+        patch_cpu_sampler()
         self._config = config
-        self._longest = int(config.num_speculative_tokens)
+        self._max_draft = int(config.num_speculative_tokens)
         self._plans = self._settings.plans
         atlas = self._settings.atlas
         layers = self._plans[None].num_layers
@@ -99,31 +102,30 @@ class Proposer:
             for domain, plan in self._plans.items()
         }
         self._requests: dict[str, RequestState] = {}
-        self._finished_at: float | None = None  # the last step's drafting
-        self._last_rows: set[str] = set()
-        self._until_plain: dict[int, int] = {}  # by the batch's size, in powers of two: steps that may still draft
-        self._plain_steps: dict[int, int] = {}  # and how many without drafts were timed
+        self._finished_at: float | None = None  # when the last step's drafting ended
+        self._decoding: set[str] = set()  # requests that got tokens in the last step
+        self._plain_timing: defaultdict[int, PlainTiming] = defaultdict(lambda: PlainTiming(_plain_interval))
         self._logged_at = time.perf_counter()
         self.counts: dict[str, dict[str, int]] = {}
 
     def load_model(self, model: Any) -> None:
-        """Takes the loaded target, whose layers will draft."""
+        """Takes the loaded target model, whose layers will draft."""
         from vllm.distributed import get_tp_group
 
-        self._stack = Stack(model)
-        if self._stack.why_no_low is not None and any(plan.uses_low for plan in self._plans.values()):
-            _log.warning("%s: sublayers that plans have low run as they are", self._stack.why_no_low)
+        self._stack = DecoderStack(model)
+        if self._stack.low_bit_obstacle is not None and any(plan.uses_low for plan in self._plans.values()):
+            _log.warning("%s: sublayers of mode low run in full precision", self._stack.low_bit_obstacle)
             self._plans = {domain: _without_low(plan) for domain, plan in self._plans.items()}
         self._ranks = get_tp_group()
         atlas = self._settings.atlas
         self._router: Router | None = None
-        self._passes: Passes | None = None
+        self._forward: DraftForward | None = None
         if atlas is not None:
             check_model(atlas, self._config.model_config)
             self._router = Router.of(atlas, self._settings.neighbours, self._stack.device)
 
     def propose(self, *_args: Any, **_kwargs: Any) -> list[list[int]]:
-        """What vLLM calls where the hook is not in place, which `hooks.check` has refused already."""
+        """Raises a `UsageError`: vLLM calls this only without the plugin's hook, which `hooks.check` has refused."""
         raise UsageError("vLLM called knn-ssd's proposer without the plugin's hook", "Load the plugin 'knn_ssd'.")
 
     @torch.inference_mode()
@@ -137,50 +139,49 @@ class Proposer:
         *_others: Any,
         **_named: Any,
     ) -> list[list[int]]:
-        """Drafts for each row of the batch; the arguments are those of vLLM's own method.
+        """Draft token ids for each row of the batch; the arguments are those of vLLM's `propose_draft_token_ids`.
 
         Args:
             runner: vLLM's model runner.
-            scheduler_output: of this step.
-            sampled_token_ids: what this step added to each row; nothing in mid-prompt.
-            hidden_states: (n, D) after the final norm, of all tokens of the step.
+            scheduler_output: this step's `SchedulerOutput`.
+            sampled_token_ids: the tokens that this step added to each row; none in the middle of a prompt.
+            hidden_states: (n, D) after the final norm, of all scheduled tokens.
         """
         started = time.perf_counter()
-        self._passes = self._passes or Passes(runner, self._stack)
-        self._read_prompts(runner, scheduler_output, hidden_states)
+        self._forward = self._forward or DraftForward(runner, self._stack)
+        self._route_requests(runner, scheduler_output, hidden_states)
         decision = Decision()
-        if self._leads:
+        if self._is_first_rank:
             self._learn(runner, scheduler_output, sampled_token_ids, started)
             decision = self._decide(runner, sampled_token_ids)
-        decision = self._told(decision)
+        decision = self._broadcast(decision)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         for each in decision.groups:
             self._draft(runner, each, decision.limits, drafts)
         self._finished_at = time.perf_counter()
-        self._last_rows = {
-            name for name, new in zip(runner.input_batch.req_ids, sampled_token_ids, strict=False) if new
-        }
+        sampled = zip(runner.input_batch.req_ids, sampled_token_ids, strict=False)
+        self._decoding = {req_id for req_id, token_ids in sampled if token_ids}
         self._log()
         return drafts
 
     @property
-    def _leads(self) -> bool:
+    def _is_first_rank(self) -> bool:
         return bool(self._ranks.rank_in_group == 0)
 
-    def _told(self, value: Any) -> Any:
-        """The leading rank's value, on all ranks."""
+    def _broadcast(self, value: Any) -> Any:
+        """The first rank's value, on all ranks."""
         return self._ranks.broadcast_object(value, src=0) if self._ranks.world_size > 1 else value
 
-    def _read_prompts(self, runner: Any, scheduler_output: Any, hidden_states: torch.Tensor) -> None:
-        """Routes the requests whose prompts end in this step."""
-        for name in scheduler_output.finished_req_ids:
-            self._requests.pop(name, None)
+    def _route_requests(self, runner: Any, scheduler_output: Any, hidden_states: torch.Tensor) -> None:
+        """Routes the requests whose prefill ends in this step, and forgets the finished ones."""
+        for req_id in scheduler_output.finished_req_ids:
+            self._requests.pop(req_id, None)
         batch, first = runner.input_batch, 0
-        for row, name in enumerate(batch.req_ids):
-            count = scheduler_output.num_scheduled_tokens[name]
-            request = self._requests.get(name)
+        for row, req_id in enumerate(batch.req_ids):
+            count = scheduler_output.num_scheduled_tokens[req_id]
+            request = self._requests.get(req_id)
             if request is None:
-                request = self._requests[name] = RequestState(self._new_vector(int(batch.num_prompt_tokens[row])))
+                request = self._requests[req_id] = RequestState(self._new_vector(int(batch.num_prompt_tokens[row])))
                 if request.vector is None:
                     self._count(None, "requests", 1)
             if request.vector is not None:
@@ -188,7 +189,8 @@ class Proposer:
                 start = int(batch.num_computed_tokens_cpu[row])
                 pooled = request.vector.add(hidden_states[first : first + count], start)
                 if pooled is not None:
-                    request.domain = self._told(self._router.predict(pooled).plan_domain if self._leads else None)
+                    domain = self._router.predict(pooled).plan_domain if self._is_first_rank else None
+                    request.domain = self._broadcast(domain)
                     request.vector = None
                     self._count(request.domain, "requests", 1)
             first += count
@@ -198,136 +200,123 @@ class Proposer:
         return PromptVector(atlas.pooling, prompt_length) if atlas is not None else None
 
     def _learn(self, runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], started: float) -> None:
-        """What became of the last drafts, and what their verification took."""
-        names = runner.input_batch.req_ids
-        for name, new in zip(names, sampled_token_ids, strict=False):
-            request = self._requests[name]
-            verified = [t for t in scheduler_output.scheduled_spec_decode_tokens.get(name, ()) if t >= 0]
-            if new and verified and tuple(verified) == request.drafted[: len(verified)]:
-                accepted = len(new) - 1
-                acceptance = self._acceptance[request.domain]
-                acceptance.record(Draft(tuple(verified), confidences=request.confidences[: len(verified)]), accepted)
+        """Records what was accepted of the last drafts, and how long their verification took."""
+        req_ids = runner.input_batch.req_ids
+        for req_id, sampled in zip(req_ids, sampled_token_ids, strict=False):
+            request = self._requests[req_id]
+            scheduled = scheduler_output.scheduled_spec_decode_tokens.get(req_id, ())
+            verified = tuple(token for token in scheduled if token >= 0)
+            if sampled and verified and verified == request.draft_token_ids[: len(verified)]:
+                accepted = len(sampled) - 1
+                draft = Draft(verified, confidences=request.confidences[: len(verified)])
+                self._acceptance[request.domain].record(draft, accepted)
                 self._count(request.domain, "drafted", len(verified))
                 self._count(request.domain, "accepted", accepted)
-            request.drafted, request.confidences = (), ()
+            request.draft_token_ids, request.confidences = (), ()
         rows = int(scheduler_output.total_num_scheduled_tokens)
-        decoding = all(new for new in sampled_token_ids) and self._last_rows.issuperset(names)
-        if decoding and self._finished_at is not None:
+        only_decode = all(sampled_token_ids) and self._decoding.issuperset(req_ids)
+        if only_decode and self._finished_at is not None:
             self._cost_model.record_verification(rows, started - self._finished_at)
-            if rows == len(names):
-                size = rows.bit_length()
-                self._plain_steps[size] = self._plain_steps.get(size, 0) + 1
-                if self._plain_steps[size] >= _PLAIN_STEPS:
-                    self._until_plain[size] = _PLAIN_EVERY
+            if rows == len(req_ids):
+                self._plain_timing[rows.bit_length()].record_plain()
 
     def _decide(self, runner: Any, sampled_token_ids: list[list[int]]) -> Decision:
-        """Groups of rows, and how far each may draft."""
-        names = runner.input_batch.req_ids
-        if self._settings.adaptive and not self._knows_plain(len(names)):
+        """Groups rows for drafting, and says how far each may draft."""
+        req_ids = runner.input_batch.req_ids
+        if self._settings.adaptive and self._needs_plain_step(len(req_ids)):
             return Decision()
         room = {
-            row: self._room(runner, row, name)
-            for row, (name, new) in enumerate(zip(names, sampled_token_ids, strict=False))
-            if new and self._requests[name].vector is None
+            row: self._room(runner, row, req_id)
+            for row, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=False))
+            if sampled and self._requests[req_id].vector is None
         }
         by_domain: dict[str | None, list[int]] = {}
         for row in room:
-            by_domain.setdefault(self._requests[names[row]].domain, []).append(row)
+            by_domain.setdefault(self._requests[req_ids[row]].domain, []).append(row)
         self._cost_model.observe_batch(max(len(room), 1))
         limits: dict[int, int] = {}
         for domain, rows in by_domain.items():
-            length = self._length(domain, len(rows))
+            length = self._allowed_length(domain, len(rows))
             limits |= {row: min(length, room[row]) for row in rows}
-        wanted = [(row, self._plans[self._requests[names[row]].domain], limit) for row, limit in limits.items()]
-        return Decision(tuple(group(wanted, self._cost_model)), limits)
+        wanted = [(row, self._plans[self._requests[req_ids[row]].domain], limit) for row, limit in limits.items()]
+        return Decision(tuple(group_drafts(wanted, self._cost_model)), limits)
 
-    def _knows_plain(self, rows: int) -> bool:
-        """Whether it was timed, not long ago, what steps of such batches take without drafts.
+    def _needs_plain_step(self, batch_size: int) -> bool:
+        """Whether this step must not draft, so that plain decoding is timed at such batch sizes."""
+        timing = self._plain_timing[batch_size.bit_length()]
+        if timing.is_due:
+            return True
+        timing.count_step()
+        return False
 
-        They are what drafting must be faster than, and while every step drafts, nothing tells of them.
-        """
-        size = rows.bit_length()
-        self._until_plain[size] = self._until_plain.get(size, 0) - 1
-        return self._until_plain[size] >= 0
+    def _room(self, runner: Any, row: int, req_id: str) -> int:
+        """How many draft tokens a request could use, and has slots for."""
+        assert self._forward is not None
+        length = int(runner.input_batch.num_tokens_no_spec[row])
+        max_tokens = getattr(runner.requests[req_id].sampling_params, "max_tokens", None)
+        left = self._max_draft
+        if max_tokens is not None:
+            left = max_tokens - (length - int(runner.input_batch.num_prompt_tokens[row])) - 1
+        return max(min(self._max_draft, left, self._forward.num_slots(row) - length), 0)
 
-    def _room(self, runner: Any, row: int, name: str) -> int:
-        """How many drafted tokens a request could use, and has slots for."""
-        assert self._passes is not None
-        known = int(runner.input_batch.num_tokens_no_spec[row])
-        params = runner.requests[name].sampling_params
-        most = getattr(params, "max_tokens", None)
-        left = self._longest if most is None else most - (known - int(runner.input_batch.num_prompt_tokens[row])) - 1
-        return max(min(self._longest, left, self._passes.room(row) - known), 0)
-
-    def _length(self, domain: str | None, rows: int) -> int:
-        """How far requests of a domain may draft, so many of them in the batch."""
+    def _allowed_length(self, domain: str | None, num_requests: int) -> int:
+        """How far requests of a domain may draft in this step, if `num_requests` of them draft together."""
         plan = self._plans[domain]
-        longest = min(plan.policy.max_draft, self._longest)
+        longest = min(plan.policy.max_draft, self._max_draft)
         if not self._settings.adaptive or not longest:
             return longest
         if not plan.cheapens:
             return 0
-        acceptance, step = self._acceptance[domain], self._step(plan, rows)
-        option = best_draft_length(self._cost_model, acceptance.self_draft.mean, longest, step)
-        if is_faster_than_plain(self._cost_model, option):
-            return longest
-        return int(acceptance.self_draft_retry.is_due())
+        step_sec = self._cost_model.draft_step_sec(plan, num_requests)
+        return SelfDraftChoice(self._cost_model, self._acceptance[domain], longest, step_sec).allowed_length()
 
-    def _step(self, plan: Plan, rows: int) -> float:
-        """What one row bears of a pass that drafts a token for so many."""
-        return self._cost_model.draft_pass_sec(plan, rows) / max(rows, 1)
-
-    def _stops(self, runner: Any, rows: Sequence[int], plan: Plan) -> dict[int, Callable[[float], bool]]:
-        """For each row, whether it goes on after a token of so much top probability."""
-        requests = {row: self._requests[runner.input_batch.req_ids[row]] for row in rows}
+    def _stop_rules(self, runner: Any, group: DraftGroup) -> dict[int, Callable[[float], bool]]:
+        """For each row, a function that takes the newest token's confidence and says whether to draft another one."""
+        domains = {row: self._requests[runner.input_batch.req_ids[row]].domain for row in group.rows}
         if not self._settings.adaptive:
-            thresholds = {row: self._plans[request.domain].policy.threshold for row, request in requests.items()}
-            return {row: partial(operator.le, least) for row, least in thresholds.items()}
-        step = self._step(plan, len(rows))
-        going: dict[int, Callable[[float], bool]] = {}
-        for row, request in requests.items():
-            acceptance = self._acceptance[request.domain]
-            option = best_draft_length(self._cost_model, acceptance.self_draft.mean, self._longest, step)
-            going[row] = DraftStopRule(self._cost_model, acceptance, step, option.sec_per_token)
-        return going
+            return {row: partial(operator.le, self._plans[each].policy.threshold) for row, each in domains.items()}
+        step_sec = self._cost_model.draft_step_sec(group.plan, len(group.rows))
+        return {
+            row: SelfDraftChoice(self._cost_model, self._acceptance[each], self._max_draft, step_sec).stop_rule()
+            for row, each in domains.items()
+        }
 
-    def _draft(self, runner: Any, own: Group, limits: dict[int, int], drafts: list[list[int]]) -> None:
+    def _draft(self, runner: Any, group: DraftGroup, limits: dict[int, int], drafts: list[list[int]]) -> None:
         """Drafts for the rows of a group, into `drafts`."""
-        assert self._passes is not None
         started, passes = time.perf_counter(), 0
         batch = runner.input_batch
-        known = {row: int(batch.num_tokens_no_spec[row]) for row in own.rows}
-        stops = self._stops(runner, own.rows, own.plan) if self._leads else {}
-        confidences: dict[int, list[float]] = {row: [] for row in own.rows}
-        active = [row for row in own.rows if limits[row]]
+        stop_rules = self._stop_rules(runner, group) if self._is_first_rank else {}
+        confidences: dict[int, list[float]] = {row: [] for row in group.rows}
+        active = [row for row in group.rows if limits[row]]
         while active:
-            tokens = [
-                drafts[row][-1] if drafts[row] else int(batch.token_ids_cpu[row, known[row] - 1]) for row in active
-            ]
-            positions = [known[row] - 1 + len(drafts[row]) for row in active]
-            logits = self._passes.logits(active, tokens, positions, own.plan)
+            logits = self._draft_logits(batch, active, group.plan, drafts)
             passes += 1
             chosen: list[tuple[int, bool]] = []
-            if self._leads:
+            if self._is_first_rank:
                 tops = top_probability(logits).tolist()
-                chosen = [
-                    (token, stops[row](top)) for row, token, top in zip(active, most_likely(logits), tops, strict=True)
-                ]
+                tokens = most_likely(logits)
+                chosen = [(token, stop_rules[row](top)) for row, token, top in zip(active, tokens, tops, strict=True)]
                 for row, top in zip(active, tops, strict=True):
                     confidences[row].append(top)
-            chosen = self._told(chosen)
+            chosen = self._broadcast(chosen)
             for row, (token, _) in zip(active, chosen, strict=True):
                 drafts[row].append(token)
-            active = [
-                row
-                for row, (_, goes_on) in zip(active, chosen, strict=True)
-                if goes_on and len(drafts[row]) < limits[row]
-            ]
-        for row in own.rows:
+            going_on = (row for row, (_, goes_on) in zip(active, chosen, strict=True) if goes_on)
+            active = [row for row in going_on if len(drafts[row]) < limits[row]]
+        for row in group.rows:
             request = self._requests[batch.req_ids[row]]
-            request.drafted, request.confidences = tuple(drafts[row]), tuple(confidences[row])
+            request.draft_token_ids, request.confidences = tuple(drafts[row]), tuple(confidences[row])
         if passes:
-            self._cost_model.record_draft_steps(own.plan, passes, time.perf_counter() - started, len(own.rows))
+            seconds = time.perf_counter() - started
+            self._cost_model.record_draft_steps(group.plan, passes, seconds, len(group.rows))
+
+    def _draft_logits(self, batch: Any, rows: Sequence[int], plan: Plan, drafts: list[list[int]]) -> torch.Tensor:
+        """Logits (n, V) after the newest token, drafted or sampled, of each of n rows."""
+        assert self._forward is not None
+        last = {row: int(batch.num_tokens_no_spec[row]) - 1 for row in rows}  # position of the last sampled token
+        tokens = [drafts[row][-1] if drafts[row] else int(batch.token_ids_cpu[row, last[row]]) for row in rows]
+        positions = [last[row] + len(drafts[row]) for row in rows]
+        return self._forward.logits(rows, tokens, positions, plan)
 
     def _count(self, domain: str | None, what: str, number: int) -> None:
         name = domain or ("fallback" if self._settings.atlas is not None else "plan")
@@ -336,11 +325,15 @@ class Proposer:
 
     def _log(self) -> None:
         now = time.perf_counter()
-        if not self._leads or now - self._logged_at < _LOG_SEC:
+        if not self._is_first_rank or now - self._logged_at < _LOG_SEC:
             return
         self._logged_at = now
-        told = (f"{name} {c['accepted']}/{c['drafted']} in {c['requests']}" for name, c in sorted(self.counts.items()))
-        _log.info("Accepted of drafted tokens by plan, and requests: %s", ", ".join(told))
+        parts = (f"{name} {c['accepted']}/{c['drafted']} in {c['requests']}" for name, c in sorted(self.counts.items()))
+        _log.info("Accepted of drafted tokens by plan, and requests: %s", ", ".join(parts))
+
+
+def _plain_interval(timed: int) -> int:
+    return _PLAIN_EVERY if timed >= _FIRST_PLAIN else 0
 
 
 def _without_low(plan: Plan) -> Plan:

@@ -1,4 +1,4 @@
-"""What routing needs of vLLM: prompt vectors from hidden states shown chunk by chunk, and the model's identity."""
+"""Prompt vectors from hidden states that arrive chunk by chunk, and the check that the atlas belongs to the model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _log = logging.getLogger("vllm.knn_ssd")
 
 @dataclass
 class PromptVector:
-    """The prompt vector of one request, as far as its prompt has been read.
+    """Collects the prompt vector of one request over a chunked prefill.
 
     Args:
-        pooling: as the atlas was made.
-        length: of the prompt in tokens.
+        pooling: the atlas's pooling.
+        length: length of the prompt in tokens.
     """
 
     pooling: Pooling
@@ -31,11 +31,11 @@ class PromptVector:
     _seen: int = 0
 
     def add(self, hidden: torch.Tensor, start: int) -> torch.Tensor | None:
-        """The vector (D,), once the prompt's last token was read.
+        """Adds a chunk, and returns the prompt vector (D,) once the prompt is complete; None before.
 
         Args:
-            hidden: (n, D) after the final norm, of consecutive tokens, some perhaps behind the prompt.
-            start: the position of the first of them. A request that was preempted begins again at 0.
+            hidden: (n, D) hidden states after the final norm, of consecutive tokens; some may follow the prompt.
+            start: the position of the first of them. A preempted request starts again at 0.
         """
         own = hidden[: max(self.length - start, 0)].float()
         complete = start + len(own) == self.length and len(own) > 0
@@ -52,7 +52,7 @@ class PromptVector:
 def check_model(atlas: Atlas, model_config: Any) -> None:
     """Raises an `AtlasMismatchError` if the atlas belongs to another model than vLLM runs.
 
-    Weights that are not on this machine's disk as safetensors cannot be compared; that is logged.
+    Weights that are not on this machine's disk as safetensors cannot be compared; a warning is logged then.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What a server is asked for, under `knn_ssd` in vLLM's `additional_config`, and what is refused before it starts."""
+"""Reads the settings under `knn_ssd` in vLLM's `additional_config`, and refuses unsafe configurations at startup."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _EXAMPLE = 'Give --additional-config \'{"knn_ssd": {"atlas": "FOLDER"}}\'.'
 
 @dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """How to draft.
+    """The plugin's settings; either an atlas or a plan is given.
 
     Args:
-        atlas: chooses a plan by prompt; or
-        plan: one for all.
-        adaptive: choose each step's lengths by expected tokens per second, down to none; else the policy to the letter.
-        neighbours: how many anchors vote.
+        atlas: holds a plan for each domain, chosen by prompt.
+        plan: the plan for all prompts.
+        adaptive: whether draft lengths are chosen in each step by expected tokens per second, none included; otherwise
+            every draft follows the plan's policy.
+        neighbours: how many nearest anchors vote for the domain.
     """
 
     atlas: Atlas | None
@@ -33,7 +34,7 @@ class PluginSettings:
 
     @property
     def plans(self) -> dict[str | None, Plan]:
-        """By domain; None is the fallback, or the plan for all."""
+        """The plans by domain; under None the fallback plan, or the one plan without an atlas."""
         if self.atlas is None:
             assert self.plan is not None
             return {None: self.plan}
@@ -44,7 +45,7 @@ def read_settings(additional_config: Any) -> PluginSettings:
     """The settings in vLLM's `additional_config`.
 
     Raises:
-        UsageError: none, or ones that cannot be used.
+        UsageError: there are none, or they cannot be used.
         AtlasError: the atlas cannot be read.
     """
     asked = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
@@ -71,23 +72,23 @@ def read_settings(additional_config: Any) -> PluginSettings:
 
 
 def refuse_unsuitable(config: Any, settings: PluginSettings) -> None:
-    """Raises a `UsageError` for what a draft would damage, or has not been made for, in a `VllmConfig`."""
+    """Raises a `UsageError` for features in a `VllmConfig` that drafts would corrupt or do not support."""
     model, parallel = config.model_config, config.parallel_config
     reasons = {
-        "a KV connector would pass on the keys and values of drafts": config.kv_transfer_config is not None,
+        "a KV connector would transfer the keys and values of drafts": config.kv_transfer_config is not None,
         "with pipeline parallelism no rank has all layers": parallel.pipeline_parallel_size > 1,
         "context parallelism spreads a request's cache over ranks": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
-        "data parallelism needs the ranks to run the same passes": parallel.data_parallel_size > 1,
-        "LoRA adapters are laid out for the rows of the target's pass": config.lora_config is not None,
+        "data parallelism needs all ranks to run the same forward passes": parallel.data_parallel_size > 1,
+        "LoRA adapters are mapped to the rows of the target's forward pass": config.lora_config is not None,
         "recurrent state cannot be rewound after a draft": model.is_hybrid or model.is_attention_free,
-        "positions of pictures are not known to drafts": model.uses_mrope,
+        "drafts do not support the positions of images (M-RoPE)": model.uses_mrope,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UsageError(f"knn-ssd cannot draft here: {reason}", "Leave that out, or knn-ssd.")
+            raise UsageError(f"knn-ssd cannot draft here: {reason}", "Turn that feature off, or run without knn-ssd.")
     atlas = settings.atlas
     if atlas is not None and atlas.pooling is Pooling.MEAN and config.cache_config.enable_prefix_caching:
         raise UsageError(

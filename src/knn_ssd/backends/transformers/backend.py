@@ -1,10 +1,9 @@
-"""The general target: any decoder in transformers, adapted from outside.
+"""The transformers backend: executes any decoder of transformers, adapted from outside.
 
 A skipped sublayer contributes zero to the residual stream, which is right for pre-norm, post-norm and parallel
-residuals alike. Its module's `forward` is replaced on the instance for the length of one pass and put back in
-`finally`; plan, cache and pointer live on the session, so sessions of one model never see each other and an abandoned
-one leaves nothing.
-Passes over one model exclude each other by a lock.
+residuals alike. Its module's `forward` is replaced on the instance for one forward pass and restored in `finally`.
+Plan, KV cache and cursor belong to the session, so sessions of one model never see each other, and an abandoned one
+leaves nothing behind. A lock keeps forward passes of one model apart.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
 
-# Targets of one model exclude each other too: a pass of one must not see what another has skipped.
+# Shared by all backends of one model: a forward pass of one must not see what another has skipped.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class TransformersBackend:
-    """A decoder of transformers as a target.
+    """Executes a decoder of transformers.
 
     Args:
         model: a causal language model; it is put into eval mode and otherwise left as it is.
 
     Raises:
-        UnsupportedModelError: a model that cannot draft for itself; says what was looked for.
+        UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
     """
 
     modes = frozenset({Mode.KEEP, Mode.SKIP})
@@ -58,11 +57,11 @@ class TransformersBackend:
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._exactness: Exactness | None = None
-        self._silent = _silent_forwards(self)
+        self._silent = _zero_forwards(self)
 
     @property
     def exactness(self) -> Exactness:
-        """Never `bitwise` in 16 bits: rounding hides most differences of a sum there, and equal bits show little."""
+        """What was found on the loaded weights; never `bitwise` in 16 bits, where rounding hides most differences."""
         if self._exactness is None:
             half = self.model.dtype.itemsize < torch.float32.itemsize
             self._exactness = Exactness.NUMERICAL if half else probe(self)
@@ -70,16 +69,16 @@ class TransformersBackend:
 
     @property
     def low_bit_bytes(self) -> int:
-        """None are made."""
+        """Always 0: this backend has no 4-bit copies."""
         return 0
 
     def prepare(self, plan: Plan) -> None:
-        """Nothing: a plan needs no more than the model has."""
+        """Does nothing: a plan needs no more than the model has."""
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> TransformersSession:
-        """Opens a session. It leaves the prefix cache alone: a row's bits may depend here on where a block begins."""
+        """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
         return TransformersSession(self.num_layers, capacity, forward or self.forward)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
@@ -93,8 +92,8 @@ class TransformersBackend:
 
     @contextmanager
     def skipping(self, plan: Plan | None) -> Iterator[None]:
-        """For the length of a `with` block, the sublayers that the plan skips contribute nothing."""
-        with self.lock, _replaced(self._silenced(plan)):
+        """Skips the plan's sublayers for the length of a `with` block."""
+        with self.lock, _replaced(self._skipped_forwards(plan)):
             yield
 
     def _run(
@@ -104,7 +103,7 @@ class TransformersBackend:
         logits_to_keep: int,
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Logits (n, V), or those of the last rows only, of tokens at the cache's cursor."""
+        """Logits (n, V) of tokens at the cache's cursor, or only those of the last `logits_to_keep` rows."""
         start, count = cache.cursor.length, len(token_ids)
         options: dict[str, Any] = {
             "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
@@ -121,7 +120,7 @@ class TransformersBackend:
         return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
 
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask of teacher-forced scoring; for models with several kinds of attention layers, one of each kind."""
+        """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         chunk = getattr(config, "attention_chunk_size", None)
@@ -137,7 +136,7 @@ class TransformersBackend:
             }
         return mask(window=window)
 
-    def _silenced(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _skipped_forwards(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
         if plan is None:
             return []
         if plan.num_layers != self.num_layers:
@@ -149,7 +148,7 @@ class TransformersBackend:
 
 
 def _scoring_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
-    """Additive mask (1, 1, n, length + 2n): keys of the full model first, then the draft's own."""
+    """Additive attention mask (1, 1, n, length + 2n): the full model's keys first, then the draft's own."""
     row = torch.arange(count)[:, None]
     run_start = row - row % run_length
     full = torch.arange(length + count)[None]  # the key's position in the text
@@ -165,7 +164,7 @@ def _scoring_mask(length: int, count: int, run_length: int, window: int | None, 
 
 @contextmanager
 def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Within, collects what the decoder stack gives after its final norm, (1, n, D) a pass."""
+    """Collects the hidden states (1, n, D) after the final norm of each forward pass in a `with` block."""
     captured: list[torch.Tensor] = []
     handle = model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0]))
     try:
@@ -176,7 +175,7 @@ def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within, each module's `forward` is the given one. What stood on the instance before comes back after."""
+    """Replaces each module's `forward` for the length of a `with` block; then what the instance had is restored."""
     before = [module.__dict__.get("forward") for module, _ in forwards]
     try:
         for module, forward in forwards:
@@ -190,8 +189,8 @@ def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
                 module.__dict__["forward"] = forward_before
 
 
-def _silent_forwards(backend: TransformersBackend) -> Any:
-    """For each sublayer, a forward that contributes zero in the shape its own output has; proven by running it."""
+def _zero_forwards(backend: TransformersBackend) -> Any:
+    """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it."""
     structure = backend.structure
     shapes = _output_shapes(backend)
     silent = tuple(
@@ -203,7 +202,7 @@ def _silent_forwards(backend: TransformersBackend) -> Any:
 
 
 def _zero_forward(shape: int | None) -> Callable[..., Any]:
-    """`shape` is the length of the tuple the module gives, whose first item is the hidden states; None for a tensor."""
+    """A `forward` that returns zeros: a tuple of `shape` items, the hidden states first, or a tensor if it is None."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -214,7 +213,7 @@ def _zero_forward(shape: int | None) -> Callable[..., Any]:
 
 
 def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
-    """What each sublayer gives, seen in one pass over two tokens."""
+    """The length of each sublayer's output tuple, None for a tensor, found in one forward pass over two tokens."""
     shapes: dict[nn.Module, int | None] = {}
     modules = backend.structure.attention + backend.structure.mlp
 
@@ -223,7 +222,7 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
 
     handles = [module.register_forward_hook(note) for module in modules]
     try:
-        _try_pass(backend)
+        _try_forward(backend)
     finally:
         for handle in handles:
             handle.remove()
@@ -239,7 +238,7 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
 def _check_identity(
     backend: TransformersBackend, structure: Structure, silent: list[tuple[nn.Module, Callable[..., Any]]]
 ) -> None:
-    """With both sublayers skipped a layer must hand its input through unchanged."""
+    """Checks that each layer returns its input unchanged while both its sublayers are skipped."""
     changed: list[int] = []
 
     def compare(index: int) -> Callable[..., None]:
@@ -254,7 +253,7 @@ def _check_identity(
     handles = [layer.register_forward_hook(compare(i), with_kwargs=True) for i, layer in enumerate(structure.layers)]
     try:
         with _replaced(silent):
-            _try_pass(backend)
+            _try_forward(backend)
     finally:
         for handle in handles:
             handle.remove()
@@ -266,7 +265,7 @@ def _check_identity(
         )
 
 
-def _try_pass(backend: TransformersBackend) -> None:
+def _try_forward(backend: TransformersBackend) -> None:
     try:
         backend._run([0, 0], StaticCache(backend.num_layers, Cursor(2)), logits_to_keep=1)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""One static key/value cache with one pointer, in the shape that transformers' models expect of a cache.
+"""A static KV cache with one cursor, behind the cache interface of transformers' models.
 
-It knows nothing of plans: a skipped attention simply never calls `update`, and what it would have written is
-overwritten by the verification. Sliding windows are left to the attention mask, so rewinding is exact in every layer.
+It knows nothing of plans: a skipped attention never calls `update`, and the verification writes its keys and values.
+Sliding windows are left to the attention mask, so rewinding is exact in every layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from knn_ssd.backends.cursor import Cursor
 
 
 class StaticCache(Cache):
-    """Keys and values for each of `num_layers` layers, of as many tokens as the pointer has room for."""
+    """Keys and values of `num_layers` layers, for as many tokens as the cursor's capacity."""
 
     def __init__(self, num_layers: int, cursor: Cursor) -> None:
         self.cursor = cursor
@@ -25,8 +25,8 @@ class StaticCache(Cache):
 
     @contextmanager
     def scoring(self, teacher_forced: bool) -> Iterator[None]:
-        """For the length of a `with` block, whether keys and values of a pass are seen beside the cache's, and not
-        written to it.
+        """For teacher-forced scoring, appends new keys and values to the cached ones without writing them to the cache,
+        for the length of a `with` block.
         """
         self.teacher_forcing = teacher_forced
         try:
@@ -40,7 +40,7 @@ class StaticCache(Cache):
 
 
 class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, allocated when the first of them arrive."""
+    """One layer's keys and values, allocated at the first update."""
 
     is_sliding = False
 
@@ -64,7 +64,7 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        if self._cache.teacher_forcing:  # the full model's tokens as they are, then the draft's: (1, H, end + n, D)
+        if self._cache.teacher_forcing:  # the full model's, then the draft's: (1, H, end + n, D)
             return (
                 torch.cat([self.keys[:, :, :end], key_states], dim=-2),
                 torch.cat([self.values[:, :, :end], value_states], dim=-2),

@@ -1,4 +1,4 @@
-"""One request on the transformers backend: its KV cache, its cursor, and the forward passes that it asks for."""
+"""A session of the transformers backend: one request's KV cache and cursor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from knn_ssd.plan import Plan
 
 
 class TransformersSession(CursorSession):
-    """One request on a `TransformersBackend`; see `base.Session`.
+    """A session of a `TransformersBackend`; see `base.Session`.
 
     Args:
-        num_layers: L.
+        num_layers: number of decoder layers.
         capacity: the most tokens it can hold.
         forward: runs its forward passes.
     """
