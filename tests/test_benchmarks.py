@@ -14,7 +14,7 @@ import torch
 from knn_ssd import Engine
 from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
-from knn_ssd.calibrate.objective import Clock, Timing
+from knn_ssd.calibrate.objective import PairedTimer, Timing
 from knn_ssd.kernels import binding
 from knn_ssd.outputs import Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.syspath_prepend(str(FOLDER))
-        monkeypatch.setattr(cost, "_ENOUGH_SEC", 0.0)  # nobody goes by these costs
+        monkeypatch.setattr(cost, "_MIN_TOTAL_SEC", 0.0)  # precise costs do not matter here
 
     def __call__(self, script: str, *options: str, code: int = 0) -> str:
         """What a script printed, which ended with this code."""
@@ -171,7 +171,7 @@ def test_conversations_say_the_same_whoever_drafts_and_whatever_is_kept(run: Run
 
 def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its methods skip what the search found, whatever the clock makes of it, so the clock's minute is saved here."""
-    monkeypatch.setattr(Clock, "compare", lambda clock, plans, agreements: [Timing() for _ in plans])
+    monkeypatch.setattr(PairedTimer, "compare", lambda timer, plans, agreements: [Timing() for _ in plans])
     options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]
     shown = run("planted.py", *options, "--ratios", "0", "1")
     assert shown.count("3 prompts, different from plain: []") == 2
