@@ -17,7 +17,7 @@ from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
 from knn_ssd.bench.peers import read_run
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
-from knn_ssd.bench.summary import shown, shown_interval
+from knn_ssd.bench.summary import formatted, formatted_interval
 from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import CalibrationSettings
@@ -97,11 +97,11 @@ def print_table(summary: dict[str, Any]) -> None:
     print("| method | " + " | ".join(domains) + " | all | 95 % | accepted |")
     print("|---|" + "--:|" * (len(domains) + 3))
     for name, own in summary["methods"].items():
-        cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
-        accepted = shown(own["acceptance_rate"], "{:.2f}")
-        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {shown_interval(own)} | {accepted} |")
+        cells = [formatted(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
+        accepted = formatted(own["acceptance_rate"], "{:.2f}")
+        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {formatted_interval(own)} | {accepted} |")
 
 
 def with_interval(own: dict[str, Any]) -> str:
     """The end-to-end speed-up of a method, with its interval."""
-    return f"{own['speedup']:.2f} ({shown_interval(own)})"
+    return f"{own['speedup']:.2f} ({formatted_interval(own)})"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from knn_ssd import Atlas, Engine
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
 
 QUESTIONS = ("Say that again in one sentence.", "Why is that so?", "What else is there to say about it?")
@@ -78,7 +78,7 @@ def main() -> None:
         plain = by_way["plain"]
         for name in ways:
             own = by_way[name]
-            accepted = shown(own["accepted"] / own["drafted"] if own["drafted"] else None, "{:.2f}")
+            accepted = formatted(own["accepted"] / own["drafted"] if own["drafted"] else None, "{:.2f}")
             decoding = own["after"] / own["decoding"] * plain["decoding"] / plain["after"]
             total = own["tokens"] / own["total"] * plain["total"] / plain["tokens"]
             cells = [own["reused"] / own["history"], own["first"] / plain["first"], decoding, total]

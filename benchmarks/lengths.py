@@ -14,7 +14,7 @@ from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Engine
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, lengthened, limit_each, read_workloads, stream
 from knn_ssd.errors import PromptError
 from knn_ssd.loading.resolve import load_model
@@ -48,8 +48,8 @@ def main() -> None:
         methods = measured(engine, ordered, args.methods, out, asked, loaded.name)["methods"]
         for method, own in methods.items():
             first, plain = own["first_token_sec_mean"], methods["plain"]["first_token_sec_mean"]
-            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
-            times = [shown(first, "{:.3f}"), shown(first and first / plain, "{:.2f}")]
+            figures = [formatted(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
+            times = [formatted(first, "{:.3f}"), formatted(first and first / plain, "{:.2f}")]
             cells = [name, f"`{method}`", *figures, with_interval(own), *times, f"{own['identical_to_plain']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 

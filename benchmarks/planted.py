@@ -18,7 +18,7 @@ import torch
 from _recipes import calibrated, measured, with_interval
 
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import limit_each, stream
 from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.loading.resolve import LoadedModel
@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|" + "--:|--:|" * len(streams))
     for name in METHODS:
         cells = [
-            f"{with_interval(methods[name])} | {shown(methods[name]['acceptance_rate'], '{:.2f}')}"
+            f"{with_interval(methods[name])} | {formatted(methods[name]['acceptance_rate'], '{:.2f}')}"
             for methods in streams.values()
         ]
         print(f"| `{name}` | {' | '.join(cells)} |")

@@ -15,7 +15,7 @@ from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Atlas, Engine
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.loading.resolve import load_model
 
@@ -37,8 +37,10 @@ def main() -> None:
         out = args.out / f"temperature-{temperature:g}"
         summary = measured(engine, ordered, args.methods, out, asked, loaded.name, ("auto",))
         for name, own in summary["methods"].items():
-            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")]
-            same = shown(own["identical_to_plain"], "{:.2f}")
+            figures = [
+                formatted(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")
+            ]
+            same = formatted(own["identical_to_plain"], "{:.2f}")
             rows.append([f"{temperature:g}", f"`{name}`", *figures, with_interval(own), same])
     print("| temperature | method | accepted | tokens per round | decoding | end to end, 95 % | same as plain |")
     print("|--:|---|--:|--:|--:|--:|--:|")

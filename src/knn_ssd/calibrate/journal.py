@@ -1,4 +1,4 @@
-"""The working folder of a calibration: settings, observations, cost profile and trials, from which a killed run resumes.
+"""The working folder of a calibration: settings, observations, cost profile and trials. A killed run resumes from it.
 
 Every file is appended to or written whole. The folder lies beside the future atlas and is removed once that is written.
 """
