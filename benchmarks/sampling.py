@@ -1,10 +1,10 @@
-"""What sampling does to drafts: acceptance and speed at several temperatures, on the same prompts.
+"""Acceptance rate and speed at several sampling temperatures, on the same prompts.
 
     python benchmarks/sampling.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--limit N]
 
-At each temperature the methods take turns with plain decoding at that temperature, on `--limit` of the second half of
-every domain's prompts, for an atlas is made of the first. `FOLDER` keeps records, summary and page of each; what is
-there already is not done again. Draws differ from method to method, so lengths may: speeds are tokens over seconds.
+At each temperature the methods alternate with plain decoding at that temperature, on `--limit` prompts of the second
+half of every domain, since atlases are calibrated on the first. `FOLDER` keeps records, summary and report of each, and
+is continued if it exists. Sampled outputs, and so their lengths, differ by method: speeds are tokens over seconds.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def test_a_script_says_how_it_is_run(run: Run, script: str) -> None:
 @pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 def test_kernels_are_called_as_they_are_now(run: Run) -> None:
     shown = run("kernels.py", "--rows", "64", "--cols", "128")
-    assert "lean, bfloat16" in shown
-    assert "lean, 4 bits" in shown
+    assert "native, bfloat16" in shown
+    assert "native, 4 bits" in shown
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple
     assert ["signs, foreign", "1"] in [row[:2] for row in rows(shown)]
     assert (tmp_path / "run" / "report.html").is_file()
     head, *found = rows(run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0"))
-    assert head == ["way", "letters", "signs", "all"]
+    assert head == ["method", "letters", "signs", "all"]
     assert [row[0] for row in found][3:] == ["atlas atlas"]
     run("never_slower.py", *options, "--least", "1000", code=1)
 
@@ -123,7 +123,7 @@ def test_outputs_are_compared_in_company_and_alone(
     options = ["--model", model, "--prompts", prompts, "--limit", "4", "--clients", "3", "--max-new-tokens", "12"]
     shown = run("identity.py", *options)
     assert "all            8 of 8 outputs the same" in shown
-    assert "plain decoding alone: 1 of 1 the same as together" in shown
+    assert "plain decoding alone: 1 of 1 the same as batched" in shown
     right = Engine.stream
 
     def wrong(engine: Engine, prompt: PromptLike, **asked: Any) -> Stream:

@@ -185,7 +185,7 @@ def _as_published(
 
 
 def _skipping(atlas: Atlas, domain: str | None) -> Plan:
-    """The best skipping plan of a domain reduced to its skips, even if timing did not choose it; None is the mixture."""
+    """The skips of a domain's best skipping plan, even if timing did not choose it; None is the mixture."""
     found = atlas.evidence_of(domain).get("best_skipping")
     if not found:
         raise BenchError(

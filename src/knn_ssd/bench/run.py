@@ -182,7 +182,7 @@ def _check_identity(
     settings: BenchSettings,
     eos: frozenset[int],
 ) -> None:
-    """Checks that the folder is new or belongs to the same run; a new one gets `run.json`, which other programs read."""
+    """Checks that the folder is new or of the same run; writes `run.json` for the former, which other programs read."""
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
     weights = fingerprint(engine.model, engine.tokenizer).weights_hash
     identity = {"prompts": digest, "weights": weights, "methods": sorted(methods), **asdict(settings)}
