@@ -3,7 +3,8 @@
     python benchmarks/budget.py [--prompts FILE.jsonl…] [--model M] [--domain D] [--trials N] [--skip-only]
 
 Every plan, those of the published strategy included, is scored by its predicted speed-up (teacher-forced scoring and
-the cost profile of this machine), so that strategies differ only in the plans they try. For real decoding see `paper.py`.
+the cost profile of this machine), so that strategies differ only in the plans they try. See `paper.py` for real
+decoding.
 """
 
 from __future__ import annotations

@@ -56,9 +56,8 @@ def main() -> None:
     emitted = [token for _, output in outputs for token in output]
     for share in (4, 2, 1.5):
         size = int(backend.vocab_size / share)
-        print(
-            f"a head cut to the first {size} tokens has {sum(t < size for t in emitted) / len(emitted):.3f} of all output tokens"
-        )
+        covered = sum(token < size for token in emitted) / len(emitted)
+        print(f"an LM head of the first {size} tokens has {covered:.3f} of all output tokens")
     weighted = LowBitCopies._important
 
     def uniform(self: LowBitCopies, layer: int, name: str) -> torch.Tensor:

@@ -4,8 +4,8 @@
 
 Each measurement starts its own `knn-ssd serve` with default settings, so that no prompt is in its prefix cache yet. In
 each turn, one client sends all prompts one after the other; then `--clients` concurrent clients send the same prompts
-to another server. Prints total tokens over wall-clock time of both, the median of their ratio over the turns, the time to
-the first text, and how many answers were the same. `--prefix-cache 0` keeps prompts from sharing common beginnings.
+to another server. Prints total tokens over wall-clock time of both, the median of their ratio over the turns, the time
+to the first text, and how many answers were the same. `--prefix-cache 0` keeps prompts from sharing their beginnings.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def main() -> None:
         print(f"one client {one:.1f} tokens/s, {args.clients} clients {many:.1f}: {many / one:.2f}x, ", end="")
         print(f"{same} of {len(measured)} answers the same", flush=True)
     waits = [f"{statistics.median(w):.2f} s (worst {max(w):.2f})" for w in (alone, concurrent)]
-    print(
-        f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} with one client, {waits[1]} with all"
-    )
+    print(f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} alone, {waits[1]} with all")
 
 
 if __name__ == "__main__":

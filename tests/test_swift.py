@@ -66,7 +66,7 @@ def test_a_search_without_improvement_ends() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_output_is_the_model_s_own_while_the_search_goes_on(temperature: float) -> None:
+def test_the_output_is_that_of_plain_decoding_during_the_search(temperature: float) -> None:
     engine = Engine(endless(tiny_model(num_hidden_layers=6)), tiny_tokenizer())
     methods = make_methods(["plain", "swift"], engine, temperature=temperature, seed=5)
     drafted = 0
