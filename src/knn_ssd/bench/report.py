@@ -15,6 +15,7 @@ from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE, display_name, formatted, running_speedup
 from knn_ssd.routing.projection import Points
 
+_PARTS = {"prompt": "prefill", "drafting": "drafting", "verifying": "verification", "rest": "rest"}
 _MIN_ROUNDS = 5  # draft lengths with fewer rounds are not shown
 
 _STYLE = """
@@ -138,13 +139,13 @@ def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
 def _times(summary: Mapping[str, Any]) -> str:
     rows = {
-        name: {part: 1e3 * sec / own["tokens"] for part, sec in own["seconds"].items()}
+        name: {_PARTS[part]: 1e3 * sec / own["tokens"] for part, sec in own["seconds"].items()}
         for name, own in summary["methods"].items()
         if own["seconds"]
     }
     if not rows:
         return ""
-    colours = {"prompt": "var(--c7)", "drafting": "var(--c1)", "verifying": "var(--c0)", "rest": "var(--c4)"}
+    colours = {"prefill": "var(--c7)", "drafting": "var(--c1)", "verification": "var(--c0)", "rest": "var(--c4)"}
     return (
         "<h2>Where the time goes</h2>"
         "<p class=quiet>Milliseconds per output token. The floor is the time to read the weights from memory once, at "
@@ -196,8 +197,8 @@ def _peers(summary: Mapping[str, Any]) -> str:
 def _table(methods: Mapping[str, Any]) -> str:
     best = max((m for m in methods if methods[m]["lossless"]), key=lambda m: methods[m]["speedup"] or 0, default=None)
     head = (
-        "method", "speed-up", "decode speed-up", "tokens/s", "acceptance rate", "tokens/round", "same as plain",
-        "time to first token",
+        "method", "speed-up", "decode speed-up", "tokens/s", "acceptance", "tokens/round", "same as plain",
+        "first token",
     )  # fmt: skip
     rows = []
     for name, own in methods.items():
