@@ -1,4 +1,4 @@
-"""What the recipes share: an atlas made once and kept, continuations, a stream measured and shown as a table."""
+"""Shared by the scripts: an atlas made once and kept, continuations, a stream measured and printed as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from knn_ssd.bench.methods import NEEDS_ATLAS, make_methods
 from knn_ssd.bench.peers import read_run
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
-from knn_ssd.bench.summary import shown, shown_interval
+from knn_ssd.bench.summary import formatted, formatted_interval
 from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import CalibrationSettings
@@ -30,24 +30,24 @@ from knn_ssd.tokenization import eos_token_ids
 
 
 def stream_options(doc: str, methods: Sequence[str], limit: int) -> argparse.ArgumentParser:
-    """What is asked of every recipe that measures a stream.
+    """The options of every script that measures a stream.
 
     Args:
-        doc: of the recipe.
-        methods, limit: by default.
+        doc: the script's docstring.
+        methods, limit: defaults of `--methods` and `--limit`.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
     parser.add_argument("--model")
-    parser.add_argument("--limit", type=int, default=limit, help="prompts of each domain that are measured")
+    parser.add_argument("--limit", type=int, default=limit, help="prompts measured per domain")
     parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     return parser
 
 
 def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, settings: CalibrationSettings) -> Engine:
-    """An engine with the atlas in a folder, which is made if it is not there."""
+    """An engine with the atlas in a folder, which is calibrated first if it does not exist."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
         with ProgressBars() as progress:
@@ -64,9 +64,9 @@ def measured(
     name: str,
     with_atlas: Sequence[str] = NEEDS_ATLAS,
 ) -> dict[str, Any]:
-    """The summary of a stream under methods, with its records and page in a folder; what is there is not done again.
+    """Measures a stream under methods and returns the summary; the folder keeps records and report, and is continued.
 
-    Only the methods in `with_atlas` are given the engine's atlas; the others have the general plan.
+    Only the methods in `with_atlas` use the engine's atlas; the others use the general plan.
     """
     first, temperature, seed = ordered[0].domain, asked.temperature, asked.seed
     bare = Engine(engine.model, engine.tokenizer, backend=engine.backend)
@@ -82,7 +82,7 @@ def measured(
 
 
 def observed(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list[Observation]:
-    """The target's own continuations of prompts, on which plans are scored."""
+    """Decodes the target's own continuations of prompts, on which plans are scored."""
     ends = eos_token_ids(engine.model)
     return [
         observe(engine.backend, p.domain or "none", p.id, engine.encode(p.prompt), new_tokens, Pooling.MEAN, ends)
@@ -91,17 +91,17 @@ def observed(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Speed-ups by method and domain, in Markdown."""
+    """Prints speed-ups by method and domain, in Markdown."""
     print(f"different from plain: {json.dumps(summary['differing'])}\n")
     domains = sorted(summary["methods"]["plain"]["per_domain"])
     print("| method | " + " | ".join(domains) + " | all | 95 % | accepted |")
     print("|---|" + "--:|" * (len(domains) + 3))
     for name, own in summary["methods"].items():
-        cells = [shown(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
-        accepted = shown(own["acceptance_rate"], "{:.2f}")
-        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {shown_interval(own)} | {accepted} |")
+        cells = [formatted(own["per_domain"][domain]["speedup"], "{:.2f}") for domain in domains]
+        accepted = formatted(own["acceptance_rate"], "{:.2f}")
+        print(f"| `{name}` | {' | '.join(cells)} | {own['speedup']:.2f} | {formatted_interval(own)} | {accepted} |")
 
 
 def with_interval(own: dict[str, Any]) -> str:
     """The end-to-end speed-up of a method, with its interval."""
-    return f"{own['speedup']:.2f} ({shown_interval(own)})"
+    return f"{own['speedup']:.2f} ({formatted_interval(own)})"

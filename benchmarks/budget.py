@@ -1,9 +1,10 @@
-"""What a search finds by the number of plans it tries: strategies side by side on the same continuations.
+"""The best plan by the number of plans that a search tries: strategies side by side on the same continuations.
 
     python benchmarks/budget.py [--prompts FILE.jsonl…] [--model M] [--domain D] [--trials N] [--skip-only]
 
-Every plan is scored in the same way, by the speed-up that its agreement and the costs of this machine foretell, the
-published strategy's too, so that what differs is what is tried. No plan is decoded with: see `paper.py` for that.
+Every plan, those of the published strategy included, is scored by its predicted speed-up (teacher-forced scoring and
+the cost profile of this machine), so that strategies differ only in the plans they try. See `paper.py` for real
+decoding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4, help="prompts that plans are scored on")
     parser.add_argument("--trials", type=int, default=256)
     parser.add_argument("--strategies", nargs="+", default=[strategy.value for strategy in Strategy])
-    parser.add_argument("--skip-only", action="store_true", help="no low-bit weights, for any strategy")
+    parser.add_argument("--skip-only", action="store_true", help="no 4-bit weights, for any strategy")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Short chats: conversations of several turns, drafted and plain, with a prefix cache and without.
+"""Conversations of several turns, with and without drafts, with and without a prefix cache.
 
     python benchmarks/chats.py [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--limit N] [--turns 3]
 
-Each prompt, of the second half of its domain's, opens a conversation that goes on with questions about the answer. At
-each turn all ways answer the same history, in which plain decoding has spoken; each time another way begins. Prints by
-turn, over plain decoding without the cache: the time to the first token, and the speed after it and from end to end.
+Each prompt, from the second half of its domain's, opens a conversation that continues with questions about the answer.
+In each turn all methods answer the same history, which has the answers of plain decoding; each time another method is
+the first. Prints by turn, over plain decoding without the cache: the time to the first token, the decode speed, and the
+end-to-end speed.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from knn_ssd import Atlas, Engine
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
 
 QUESTIONS = ("Say that again in one sentence.", "Why is that so?", "What else is there to say about it?")
-Sums = dict[str, dict[str, Counter[str]]]  # by turn and way
+Sums = dict[str, dict[str, Counter[str]]]  # by turn and method
 
 
-def converse(ways: Mapping[str, Engine], prompt: str, turns: int, count: int, begins: int, sums: Sums) -> None:
-    """Holds one conversation, and adds up what every way's answers took."""
+def converse(methods: Mapping[str, Engine], prompt: str, turns: int, count: int, first_method: int, sums: Sums) -> None:
+    """Runs one conversation, and adds up times and counts of every method."""
     history = [{"role": "user", "content": prompt}]
     for turn in range(turns):
-        first = (begins + turn) % len(ways)
+        first = (first_method + turn) % len(methods)
         results = {
-            name: ways[name].generate(history, max_new_tokens=count, plain=name.startswith("plain"))
-            for name in [*ways, *ways][first : first + len(ways)]
+            name: methods[name].generate(history, max_new_tokens=count, plain=name.startswith("plain"))
+            for name in [*methods, *methods][first : first + len(methods)]
         }
         for name, result in results.items():
             stats = result.stats
@@ -42,7 +43,7 @@ def converse(ways: Mapping[str, Engine], prompt: str, turns: int, count: int, be
                     tokens=stats.tokens,
                     drafted=stats.drafted,
                     accepted=stats.accepted,
-                    history=len(ways[name].encode(history)),
+                    history=len(methods[name].encode(history)),
                     reused=stats.reused,
                     differing=result.token_ids != results["plain"].token_ids,
                 )
@@ -54,31 +55,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", nargs="+", default=[], help="default: the built-in ones")
     parser.add_argument("--model")
-    parser.add_argument("--atlas", type=Path, help="without it, the general plan drafts")
-    parser.add_argument("--limit", type=int, default=2, help="conversations of each domain")
+    parser.add_argument("--atlas", type=Path, help="without it, drafts are made under the general plan")
+    parser.add_argument("--limit", type=int, default=2, help="conversations per domain")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prefix-cache", type=int, default=512, help="in MiB")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     args = parser.parse_args()
     bare = Engine.from_pretrained(args.model, device="cpu")
     atlas = Atlas.load(args.atlas) if args.atlas else None
-    ways = {
-        way + suffix: Engine(bare.model, bare.tokenizer, atlas, prefix_cache=size, backend=bare.backend)
+    methods = {
+        method + suffix: Engine(bare.model, bare.tokenizer, atlas, prefix_cache=size, backend=bare.backend)
         for suffix, size in (("", 0), (", cache", args.prefix_cache * 2**20))
-        for way in ("plain", "auto")
+        for method in ("plain", "auto")
     }
-    for name, engine in ways.items():  # the warm-up, which makes the low-bit copies
+    for name, engine in methods.items():  # the warm-up, which makes the 4-bit copies
         engine.generate("Hello", max_new_tokens=8, plain=name.startswith("plain"))
     sums: Sums = defaultdict(lambda: defaultdict(Counter))
-    for begins, prompt in enumerate(limit_each(halves(read_workloads(args.prompts))[1], args.limit)):
-        converse(ways, prompt.prompt, args.turns, args.max_new_tokens, begins, sums)
-    print("| turn | way | history reused | accepted | first token | decoding | end to end | different from plain |")
+    for number, prompt in enumerate(limit_each(halves(read_workloads(args.prompts))[1], args.limit)):
+        converse(methods, prompt.prompt, args.turns, args.max_new_tokens, number, sums)
+    print("| turn | method | history reused | accepted | first token | decoding | end to end | different from plain |")
     print("|--:|---|" + "--:|" * 6)
-    for turn, by_way in sorted(sums.items()):
-        plain = by_way["plain"]
-        for name in ways:
-            own = by_way[name]
-            accepted = shown(own["accepted"] / own["drafted"] if own["drafted"] else None, "{:.2f}")
+    for turn, by_method in sorted(sums.items()):
+        plain = by_method["plain"]
+        for name in methods:
+            own = by_method[name]
+            accepted = formatted(own["accepted"] / own["drafted"] if own["drafted"] else None, "{:.2f}")
             decoding = own["after"] / own["decoding"] * plain["decoding"] / plain["after"]
             total = own["tokens"] / own["total"] * plain["total"] / plain["tokens"]
             cells = [own["reused"] / own["history"], own["first"] / plain["first"], decoding, total]

@@ -2,9 +2,9 @@
 
     python benchmarks/decoding.py --prompts FILE.jsonl… [--model M] [--limit N] [--max-new-tokens N] [--hf float32]
 
-The ways run prompt by prompt in turn, in rotating order, in one process; text after the end token is not counted.
-Prints total tokens over total decoding time per domain, and on how many prompts the output was plain decoding's.
-`--hf` also times transformers, whose seconds include its pass over the prompt; so then do ours in that column.
+The methods run prompt by prompt in turn, in rotating order, in one process; text after the end-of-sequence token is not
+counted. Prints total tokens over total decode time per domain, and on how many prompts the output was that of plain
+decoding. `--hf` also times transformers, prefill included; in that column so do our times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from knn_ssd.prompts import read_prompts
 
 
 def transformers_seconds(model: torch.nn.Module, token_ids: list[int], count: int) -> float:
-    """Time of its own greedy decoding of so many tokens, the prompt's pass included."""
+    """Seconds of `model.generate` for `count` greedy tokens, prefill included."""
     prompt = torch.tensor([token_ids])
     started = time.perf_counter()
     model.generate(  # type: ignore[operator]
@@ -47,19 +47,23 @@ def main() -> None:
     files = [read_prompts(path) for path in args.prompts]
     chosen = [chooser.sample(prompts, min(args.limit, len(prompts))) for prompts in files]
     order = [prompts[i] for i in range(args.limit) for prompts in chosen if i < len(prompts)]
-    engine.generate("Hello", max_new_tokens=8)  # the warm-up, which makes the low-bit copies
+    engine.generate("Hello", max_new_tokens=8)  # the warm-up, which makes the 4-bit copies
     sums: dict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for turn, prompt in enumerate(order):
         results = {}
-        for way in ("plain", "auto") if turn % 2 else ("auto", "plain"):
-            options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "plain": way == "plain"}
-            results[way] = engine.generate(prompt.prompt, **options)
+        for method in ("plain", "auto") if turn % 2 else ("auto", "plain"):
+            options = {
+                "max_new_tokens": args.max_new_tokens,
+                "temperature": args.temperature,
+                "plain": method == "plain",
+            }
+            results[method] = engine.generate(prompt.prompt, **options)
         for domain in (prompt.domain or "none", "all"):
             total = sums[domain]
-            for way, result in results.items():
-                total[f"{way} tokens"] += len(result.token_ids)
-                total[f"{way} sec"] += result.stats.decode_sec
-                total[f"{way} prefill"] += result.stats.prefill_sec
+            for method, result in results.items():
+                total[f"{method} tokens"] += len(result.token_ids)
+                total[f"{method} sec"] += result.stats.decode_sec
+                total[f"{method} prefill"] += result.stats.prefill_sec
             total["prompts"] += 1
             total["same"] += results["plain"].token_ids == results["auto"].token_ids
             total["drafted"] += results["auto"].stats.drafted
@@ -75,7 +79,7 @@ def main() -> None:
     )
     print("  end to end over transformers" if args.hf else "")
     for domain, t in sorted(sums.items(), key=lambda item: item[0] == "all"):
-        plain, auto = (1e3 * t[f"{way} sec"] / t[f"{way} tokens"] for way in ("plain", "auto"))
+        plain, auto = (1e3 * t[f"{method} sec"] / t[f"{method} tokens"] for method in ("plain", "auto"))
         print(
             f"{domain:15} {plain:14.2f} {auto:14.2f} {plain / auto:9.2f} {t['accepted'] / max(t['drafted'], 1):9.2f} "
             f"{t['auto tokens'] / t['rounds']:13.2f} {t['auto prefill'] / t['plain prefill']:8.3f} "

@@ -1,10 +1,10 @@
-"""Prompts of domains that an atlas was not made of: where they go, and what its plans do to them.
+"""Prompts of domains that an atlas does not have: how they are routed, and how fast the atlas's plans are on them.
 
     python benchmarks/foreign.py --out FOLDER [--prompts FILE.jsonl…] [--known math story …] [--limit N]
 
-The first half of the known domains' prompts calibrates, over the whole plan space; `--limit` of the second half of
-every other domain are measured, and of the known ones as well. Prints the share that fell back and how far the prompts
-lay from their nearest anchor, over its radius, and speed-ups over plain decoding.
+The first half of the known domains' prompts is for calibration, over the whole plan space; `--limit` prompts of the
+second half of every domain, known or not, are measured. Prints the share of prompts that got the fallback plan, their
+distance from the nearest anchor over its radius, and speed-ups over plain decoding.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ METHODS = ("plain", "knn-ssd", "auto")
 def main() -> None:
     parser = stream_options(__doc__, METHODS, limit=4)
     parser.add_argument("--known", nargs="+", default=["math", "story"], help="the atlas's domains")
-    parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
-    parser.add_argument("--minutes", type=float, default=2.0, help="of searching")
+    parser.add_argument("--calibrating", type=int, default=16, help="calibration prompts per domain, at most")
+    parser.add_argument("--minutes", type=float, default=2.0, help="time limit of the searches")
     args = parser.parse_args()
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")
@@ -33,7 +33,7 @@ def main() -> None:
     engine = calibrated(loaded, own, args.out / "atlas", CalibrationSettings(minutes=args.minutes))
     assert engine.atlas is not None
     ordered = stream(limit_each(second, args.limit), 1.0)
-    print("\n| domain | prompts | fell back | distance over radius, median |\n|---|--:|--:|--:|")
+    print("\n| domain | prompts | fallback | distance over radius, median |\n|---|--:|--:|--:|")
     for domain in sorted({str(prompt.domain) for prompt in ordered}):
         routes = [engine.generate(p.prompt, max_new_tokens=1).route for p in ordered if p.domain == domain]
         far = [r.distance / engine.atlas.domains[r.domain].radius for r in routes if r is not None]

@@ -1,11 +1,11 @@
-"""Whether default settings say what plain decoding says, on many prompts and in less time than timing them takes.
+"""Checks on many prompts whether the output with default settings is that of plain decoding. Nothing is timed.
 
     python benchmarks/identity.py --prompts FILE.jsonl… [--model M] [--atlas A] [--limit N] [--max-new-tokens N]
 
-Prompts run several at a time, as a server runs them: a row's bits do not depend on its neighbours. They run plainly
-first, then with default settings, which take over the keys and values of the prompts. Every eighth prompt is decoded
-plainly once more, alone and from its first token on, to show that company changes nothing. Nothing is timed. Prints
-how many outputs were the same, by domain, and ends with 1 if one was not.
+Prompts run several at a time with continuous batching, as in the server: the bits of a row do not depend on its batch.
+They run with plain decoding first, then with default settings, which reuse the prompts' KV cache. Every eighth prompt
+is decoded plainly once more, alone and without the prefix cache, to show that neither batch nor cache changes anything.
+Prints by domain how many outputs were the same, and ends with exit code 1 if one was not.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ALONE_EVERY = 8
 
 
 def outputs(engine: Engine, prompts: Sequence[Prompt], clients: int, what: str, **options: Any) -> list[list[int]]:
-    """Token ids of every prompt's output, in their order."""
+    """The token ids of every prompt's output, in the order of the prompts."""
     scheduler = Scheduler(engine, Limits(running=clients, waiting=len(prompts), deadline_sec=None))
     found: dict[int, Generation] = {}
     ended = threading.Semaphore(0)
     failed: list[Exception] = []
 
-    def listen(index: int, event: Event) -> None:
+    def receive(index: int, event: Event) -> None:
         if isinstance(event, Generation):
             found[index] = event
         elif isinstance(event, Exception):
@@ -45,7 +45,7 @@ def outputs(engine: Engine, prompts: Sequence[Prompt], clients: int, what: str, 
 
     try:
         for index, prompt in enumerate(prompts):
-            scheduler.submit(prompt.prompt, options, lambda event, index=index: listen(index, event))
+            scheduler.submit(prompt.prompt, options, lambda event, index=index: receive(index, event))
         for _ in track(prompts, what):
             ended.acquire()
             if failed:
@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--atlas")
     parser.add_argument("--limit", type=int, default=40, help="prompts per domain")
-    parser.add_argument("--clients", type=int, default=8, help="prompts that run together")
+    parser.add_argument("--clients", type=int, default=8, help="prompts that run at the same time")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--cache", type=int, default=6 * 2**30, help="bytes for the prompts' keys and values")
+    parser.add_argument("--cache", type=int, default=6 * 2**30, help="size of the prefix cache in bytes")
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, atlas=args.atlas, device="cpu", prefix_cache=args.cache)
     prompts = limit_each(read_workloads(args.prompts), args.limit)
@@ -84,7 +84,7 @@ def main() -> None:
     for domain in sorted(same, key=lambda domain: (domain == "all", domain)):
         print(f"{domain:14} {sum(same[domain])} of {len(same[domain])} outputs the same")
     agree = sum(plain[index] == ids for index, ids in alone.items())
-    print(f"plain decoding alone: {agree} of {len(alone)} the same as together")
+    print(f"plain decoding alone: {agree} of {len(alone)} the same as batched")
     sys.exit(not all(same["all"]) or agree < len(alone))
 
 

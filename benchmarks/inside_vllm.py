@@ -1,10 +1,10 @@
-"""Tokens per second of vLLM with the plugin over vLLM without it, by how many requests run at once.
+"""Tokens per second of vLLM with the plugin over vLLM without it, by batch size.
 
-    python benchmarks/inside_vllm.py [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--together 1 8] [--limit N]
+    python benchmarks/inside_vllm.py [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--batch-sizes 1 8]
 
-Run it where vLLM is installed. Both are loaded in one process and take each batch in turn; without an atlas all
-sublayers draft on 4-bit copies. Prints total tokens over total time, whose time includes the prompts', how many outputs
-are the same, and what was drafted and accepted.
+Run it where vLLM is installed. Both are loaded in one process and run each batch in turn; without an atlas, drafts use
+4-bit copies of all sublayers. Prints total tokens over total time, prefill included, how many outputs are the same, and
+how many tokens were drafted and accepted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--atlas", type=Path, help="made with --pooling last")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--together", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--limit", type=int, default=2, help="prompts of each domain")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--limit", type=int, default=2, help="prompts per domain")
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--longest", type=int, default=6, help="drafted tokens, at most")
+    parser.add_argument("--longest", type=int, default=6, help="draft tokens, at most")
     args = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -50,11 +50,11 @@ def main() -> None:
         "dtype": args.dtype,
         "enforce_eager": True,
         "max_model_len": longest + 8,
-        "max_num_seqs": max(args.together),
+        "max_num_seqs": max(args.batch_sizes),
         "kv_cache_memory_bytes": 2 << 30,
         "enable_prefix_caching": False,
     }
-    ways = {
+    engines = {
         "plain": LLM(**settings),
         "ours": LLM(
             **settings,
@@ -63,23 +63,23 @@ def main() -> None:
         ),
     }
     params = SamplingParams(temperature=0.0, max_tokens=args.max_new_tokens)
-    for llm in ways.values():
-        llm.generate(prompts[:2], params, use_tqdm=False)  # the warm-up, which makes the low-bit copies
-    print("| together | ours over plain | same outputs |\n|--:|--:|--:|")
-    for together in args.together:
-        tokens, seconds = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
-        said: dict[str, list[list[int]]] = {way: [] for way in ways}
-        for turn, first in enumerate(range(0, len(prompts), together)):
-            for way in ways if turn % 2 else reversed(ways):
+    for llm in engines.values():
+        llm.generate(prompts[:2], params, use_tqdm=False)  # the warm-up, which makes the 4-bit copies
+    print("| batch size | ours over plain | same outputs |\n|--:|--:|--:|")
+    for batch_size in args.batch_sizes:
+        tokens, seconds = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0.0)
+        outputs: dict[str, list[list[int]]] = {name: [] for name in engines}
+        for turn, first in enumerate(range(0, len(prompts), batch_size)):
+            for name in engines if turn % 2 else reversed(engines):
                 started = time.perf_counter()
-                done = ways[way].generate(prompts[first : first + together], params, use_tqdm=False)
-                seconds[way] += time.perf_counter() - started
-                tokens[way] += sum(len(each.outputs[0].token_ids) for each in done)
-                said[way] += [list(each.outputs[0].token_ids) for each in done]
+                done = engines[name].generate(prompts[first : first + batch_size], params, use_tqdm=False)
+                seconds[name] += time.perf_counter() - started
+                tokens[name] += sum(len(each.outputs[0].token_ids) for each in done)
+                outputs[name] += [list(each.outputs[0].token_ids) for each in done]
         ratio = tokens["ours"] / seconds["ours"] / (tokens["plain"] / seconds["plain"])
-        same = sum(ours == plain for ours, plain in zip(said["ours"], said["plain"], strict=True))
-        print(f"| {together} | {ratio:.2f} | {same} of {len(prompts)} |", flush=True)
-    print(ways["ours"].collective_rpc("knn_ssd_counts")[0])
+        same = sum(ours == plain for ours, plain in zip(outputs["ours"], outputs["plain"], strict=True))
+        print(f"| {batch_size} | {ratio:.2f} | {same} of {len(prompts)} |", flush=True)
+    print(engines["ours"].collective_rpc("knn_ssd_counts")[0])
 
 
 if __name__ == "__main__":

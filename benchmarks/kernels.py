@@ -1,8 +1,8 @@
-"""One matrix, many kernels: PyTorch's for float32, bfloat16, 8 and 4 bits beside those of the lean target.
+"""Times kernels on one matrix: PyTorch's for float32, bfloat16, 8 and 4 bits, and those of the native backend.
 
     python benchmarks/kernels.py [--rows N] [--cols K]
 
-Medians in milliseconds by rows of input, over copies of the matrix that do not fit the cache together. Where torchao is
+Medians in milliseconds by number of input rows, over copies of the matrix that exceed the cache. Where torchao is
 installed, its 4-bit weights with 8-bit inputs are timed too.
 """
 
@@ -23,12 +23,12 @@ from knn_ssd.backends.native.low_bit import LowBitCopies, TensorKeeper, matrix_o
 from knn_ssd.kernels.binding import Matrix, address, kernels
 
 BLOCKS = (1, 2, 4, 8)
-KEPT: list[object] = []  # holds the tensors whose addresses the kernels have
+KEPT_ALIVE: list[object] = []  # the tensors whose addresses the kernels have
 COPIES, REPEATS = 8, 7
 
 
 def ours(matrices: list[Matrix], x: torch.Tensor) -> Callable[[int], object]:
-    """The lean target's linear, called through its head, whose norm is a thousandth of it."""
+    """The native backend's linear, called through its LM head; the norm there adds about a thousandth of the time."""
     count, cols = x.shape
     norm, hidden, out = torch.ones(cols), torch.empty(count, cols), torch.empty(count, matrices[0].rows)
     every = (ctypes.c_int64 * count)(*range(count))
@@ -40,8 +40,8 @@ def ours(matrices: list[Matrix], x: torch.Tensor) -> Callable[[int], object]:
     return run
 
 
-def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[int], object]]]:
-    """By name: for an input, what to run on a copy of the matrix."""
+def kernels_by_name(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[int], object]]]:
+    """The kernels by name; each takes an input and returns a function that runs it on one copy of the matrix."""
     linears = [nn.Linear(cols, rows, bias=False) for _ in range(COPIES)]
     wide = [linear.weight.detach() for linear in linears]
     halves = [nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16) for _ in range(COPIES)]
@@ -50,12 +50,12 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
     full = [matrix_of(linear, keeper) for linear in halves]
     low = LowBitCopies([], [], full[0], lambda *_: None)
     copies = [low._round(matrix, torch.ones(cols)) for matrix in full]
-    KEPT.extend((keeper, low, halves))
+    KEPT_ALIVE.extend((keeper, low, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),
         "F.linear, bfloat16": lambda x: lambda i: nn.functional.linear(x.bfloat16(), narrow[i]),
-        "lean, bfloat16": lambda x: ours(full, x),
-        "lean, 4 bits": lambda x: ours(copies, x),
+        "native, bfloat16": lambda x: ours(full, x),
+        "native, 4 bits": lambda x: ours(copies, x),
     }
     core, onednn = torch.ops.aten, torch.ops.mkldnn
     if hasattr(onednn, "_reorder_linear_weight"):
@@ -82,7 +82,7 @@ def ways(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], Callable[[i
 def eight_bits(weight: torch.Tensor) -> object:
     """A matrix packed for PyTorch's own kernel of 8-bit weights and inputs, with a scale for each row."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantised tensors are to be replaced by torchao's
+        warnings.simplefilter("ignore")  # PyTorch deprecates its quantised tensors in favour of torchao
         scales, zeros = (weight.abs().amax(dim=1) / 127).double(), torch.zeros(len(weight), dtype=torch.long)
         return torch.ops.quantized.linear_prepack(
             torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
@@ -90,7 +90,7 @@ def eight_bits(weight: torch.Tensor) -> object:
 
 
 def torchao_linear(weight: torch.Tensor) -> nn.Module:
-    """As its documentation has it for processors; it falls back to widening where its wheel has no kernel."""
+    """A linear as in torchao's documentation for CPUs; it dequantises first where its wheel has no kernel."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--cols", type=int, default=1536)
     args = parser.parse_args()
     torch.manual_seed(0)
-    found = ways(args.rows, args.cols)
+    found = kernels_by_name(args.rows, args.cols)
     print(f"{args.rows} x {args.cols:27} " + " ".join(f"{block:7} rows" for block in BLOCKS))
     taken: dict[tuple[str, int], list[float]] = {}
     for repeat in range(REPEATS + 1):

@@ -1,11 +1,11 @@
-"""What the length of prompts does to drafts: short ones as they are, and the same with context before them.
+"""Speed-ups by prompt length: the prompts as they are, and the same ones lengthened by other prompts before them.
 
     python benchmarks/lengths.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--limit N] [--lengths 1024 2048 …]
 
-`--limit` of the second half of every domain's prompts are measured, as they are and brought to each length with other
-prompts of the files before them, as `knn-ssd bench --prompt-tokens` does. A length is left out, and told, where the
-model's context or the files are too short for it. `FOLDER` keeps records, summary and page of each; what is there
-already is not done again. Prints what the methods come to over plain decoding, and the time to the first token.
+`--limit` prompts of the second half of every domain are measured, as they are and lengthened with other prompts of the
+files, as `knn-ssd bench --prompt-tokens` does. A length for which the model's context or the files are too short is
+left out, with a message. `FOLDER` keeps records, summary and report of each length, and is continued if it exists.
+Prints speed-ups over plain decoding and the time to the first token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Engine
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, lengthened, limit_each, read_workloads, stream
 from knn_ssd.errors import PromptError
 from knn_ssd.loading.resolve import load_model
@@ -48,8 +48,8 @@ def main() -> None:
         methods = measured(engine, ordered, args.methods, out, asked, loaded.name)["methods"]
         for method, own in methods.items():
             first, plain = own["first_token_sec_mean"], methods["plain"]["first_token_sec_mean"]
-            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
-            times = [shown(first, "{:.3f}"), shown(first and first / plain, "{:.2f}")]
+            figures = [formatted(own[key], "{:.2f}") for key in ("acceptance_rate", "decode_speedup")]
+            times = [formatted(first, "{:.3f}"), formatted(first and first / plain, "{:.2f}")]
             cells = [name, f"`{method}`", *figures, with_interval(own), *times, f"{own['identical_to_plain']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -1,10 +1,10 @@
-"""The main table of arXiv 2505.16162: methods that skip, by domain and by mix ratio, beside what this package adds.
+"""The main table of arXiv 2505.16162: skipping methods by domain and mix ratio, beside the methods of this package.
 
     python benchmarks/paper.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--limit N] [--ratios 0 0.5 1]
 
-Of the first half of every domain's prompts `--calibrating` calibrate, skip only, the search as chosen; `--limit` of the
-second half are measured. `FOLDER` keeps the atlas, and records, summary and page of every stream; what is there already
-is not done again. Where the atlas says nothing of a method, as of `low` and `auto`, the method has the general plan.
+`--calibrating` prompts of the first half of every domain are for calibration, with plans that only skip; `--limit` of
+the second half are measured. `FOLDER` keeps the atlas, and records, summary and report of every stream, and is
+continued if it exists. Methods that need no atlas, such as `low` and `auto`, use the general plan.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ METHODS = ("plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "swift", "clasp", "
 
 def main() -> None:
     parser = stream_options(__doc__, METHODS, limit=4)
-    parser.add_argument("--calibrating", type=int, default=16, help="prompts of each domain that calibrate, at most")
+    parser.add_argument("--calibrating", type=int, default=16, help="calibration prompts per domain, at most")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--search", choices=[strategy.value for strategy in Strategy], default="bayes")
     parser.add_argument("--trials", type=int)

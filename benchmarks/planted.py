@@ -1,11 +1,11 @@
-"""The paper's effect where skipping pays: a tiny model in which other sublayers are redundant in each domain.
+"""The paper's effect where skipping pays: a tiny model in which different sublayers are redundant in each domain.
 
     python benchmarks/planted.py --out FOLDER [--limit N] [--ratios 0 0.5 1] [--trials N]
 
-Sublayers of a random model are made to do nothing on one domain's tokens, others for each domain
-(`knn_ssd.testing.planted_tiny_model`). `--calibrating` prompts of each domain calibrate, skip only; `--limit` others
-are measured, in streams of each mix ratio. `FOLDER` keeps the atlas, and records, summary and page of every stream;
-what is there already is not done again. Prints end-to-end speed over plain decoding, and what was accepted.
+In a random model, sublayers are made to do nothing on the tokens of one domain, different ones for each domain
+(`knn_ssd.testing.planted_tiny_model`). `--calibrating` prompts of each domain are for calibration, with plans that only
+skip; `--limit` others are measured, in streams of each mix ratio. `FOLDER` keeps the atlas, and records, summary and
+report of every stream, and is continued if it exists. Prints end-to-end speed-ups and acceptance rates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from _recipes import calibrated, measured, with_interval
 
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import limit_each, stream
 from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.loading.resolve import LoadedModel
@@ -33,13 +33,13 @@ PROMPT_TOKENS = 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each domain that are measured")
-    parser.add_argument("--calibrating", type=int, default=8, help="other prompts of each domain, which calibrate")
+    parser.add_argument("--limit", type=int, default=8, help="prompts measured per domain")
+    parser.add_argument("--calibrating", type=int, default=8, help="calibration prompts per domain")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--trials", type=int, default=50, help="plans that are tried for each domain")
+    parser.add_argument("--trials", type=int, default=50, help="plans tried per domain")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # more of them only wait for each other in so small a model
+    torch.set_num_threads(1)  # with more, threads of so small a model mostly wait for each other
     planted = planted_tiny_model(REDUNDANT, seed=3)
     prompts = [
         Prompt(planted.prompt(name, PROMPT_TOKENS, seed), name, f"{name}-{seed}")
@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|" + "--:|--:|" * len(streams))
     for name in METHODS:
         cells = [
-            f"{with_interval(methods[name])} | {shown(methods[name]['acceptance_rate'], '{:.2f}')}"
+            f"{with_interval(methods[name])} | {formatted(methods[name]['acceptance_rate'], '{:.2f}')}"
             for methods in streams.values()
         ]
         print(f"| `{name}` | {' | '.join(cells)} |")

@@ -1,9 +1,9 @@
-"""How well drafts on 4-bit weights agree with the model, by how they were rounded; and what a cut head would miss.
+"""Agreement of 4-bit drafts with the model by rounding method; and how many tokens a smaller LM head would miss.
 
     python benchmarks/rounding.py --prompts FILE.jsonl… [--model M] [--limit N] [--max-new-tokens N]
 
-Agreement is the share of the positions of the model's own outputs at which a draft, in runs of 8 tokens, would choose
-the token that the model chose; divergence is that of the draft's distribution from the model's, in nats.
+Agreement is the share of positions of the model's own outputs at which a draft, in runs of 8 tokens, would choose the
+token that the model chose; divergence is the Kullback-Leibler divergence of the draft's distribution, in nats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from knn_ssd.prompts import read_prompts
 
 
 def measure(backend: NativeBackend, outputs: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
-    """Agreement and divergence of drafts with everything low-bit."""
+    """Agreement and divergence of drafts with all weights in 4 bits."""
     plan = Plan.low(backend.num_layers)
     agreed = divergence = count = 0.0
     for prompt, output in outputs:
@@ -46,32 +46,33 @@ def main() -> None:
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu")
     backend = engine.backend
-    assert isinstance(backend, NativeBackend), "low-bit drafts are the lean target's"
+    assert isinstance(backend, NativeBackend), "the rounding of the native backend is measured"
     outputs = []
     for path in args.prompts:
         for prompt in read_prompts(path)[: args.limit]:
             token_ids = engine.encode(prompt.prompt)
             output = engine.generate(token_ids, plain=True, max_new_tokens=args.max_new_tokens).token_ids
             outputs.append((token_ids, list(output)))
-    said = [token for _, output in outputs for token in output]
+    emitted = [token for _, output in outputs for token in output]
     for share in (4, 2, 1.5):
         size = int(backend.vocab_size / share)
-        print(f"a head cut to the first {size} tokens has {sum(t < size for t in said) / len(said):.3f} of all said")
-    weighed = LowBitCopies._important
+        covered = sum(token < size for token in emitted) / len(emitted)
+        print(f"an LM head of the first {size} tokens has {covered:.3f} of all output tokens")
+    weighted = LowBitCopies._important
 
-    def alike(self: LowBitCopies, layer: int, name: str) -> torch.Tensor:
-        return torch.ones_like(weighed(self, layer, name))
+    def uniform(self: LowBitCopies, layer: int, name: str) -> torch.Tensor:
+        return torch.ones_like(weighted(self, layer, name))
 
-    for tries, is_weighed in ((1, False), (3, False), (8, False), (1, True), (3, True), (8, True)):
+    for tries, is_weighted in ((1, False), (3, False), (8, False), (1, True), (3, True), (8, True)):
         low_bit._TRIES = tries
-        LowBitCopies._important = weighed if is_weighed else alike  # type: ignore[method-assign]
+        LowBitCopies._important = weighted if is_weighted else uniform  # type: ignore[method-assign]
         backend.low = LowBitCopies(backend.attentions, backend.mlps, backend.head, backend._run_tokens)
         backend._ways.clear()
         started = time.perf_counter()
         backend.prepare(Plan.low(backend.num_layers))
         taken = time.perf_counter() - started
         agreement, divergence = measure(backend, outputs)
-        name = "weighed by inputs" if is_weighed else "all columns alike"
+        name = "weighted by inputs" if is_weighted else "uniform weights"
         print(
             f"{name}, {tries} ranges: {taken:6.2f} s, agreement {agreement:.4f}, divergence {divergence:.4f}",
             flush=True,

@@ -1,8 +1,8 @@
-"""Where the time of a round goes: passes by rows, the draft step and its parts, choosing tokens, Python around them.
+"""Where the time of a round goes: forward passes by rows, the draft step and its parts, sampling, lookup.
 
     python benchmarks/rounds.py [--model M] [--context N]
 
-Medians of interleaved passes on the lean target, in milliseconds, and as a share of one plain step.
+Medians of interleaved runs on the native backend, in milliseconds and as a share of one plain decode step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ REPEATS = 15
 
 
 def parts(engine: Engine, context: int) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
+    """The parts that are timed, by name."""
     backend, layers = engine.backend, engine.backend.num_layers
     keep, low, skip = ((mode,) * layers for mode in (Mode.KEEP, Mode.LOW, Mode.SKIP))
     plans = {
-        "draft step, all low-bit": Plan.low(layers, Policy(4, 0.0)),
+        "draft step, all in 4 bits": Plan.low(layers, Policy(4, 0.0)),
         "its attention and head": Plan(low, skip, Mode.LOW),
         "its MLP and head": Plan(skip, low, Mode.LOW),
         "its head": Plan(skip, skip, Mode.LOW),
@@ -39,7 +39,7 @@ def parts(engine: Engine, context: int) -> dict[str, Callable[[], object]]:
     sampler = Sampler.from_params(SamplingParams(), backend.device)
     logits = session.forward([7] * 5)
     tokens = [5 + i % 100 for i in range(context)]
-    lookup, draft = LookupDraft(), SelfDraft(session, plans["draft step, all low-bit"], sampler)
+    lookup, draft = LookupDraft(), SelfDraft(session, plans["draft step, all in 4 bits"], sampler)
     measured: dict[str, Callable[[], object]] = {
         f"full model, {rows} rows": lambda rows=rows: session.forward([7] * rows) for rows in (1, 2, 3, 5, 9, 17)
     }
@@ -48,7 +48,7 @@ def parts(engine: Engine, context: int) -> dict[str, Callable[[], object]]:
         "self-draft of 4 tokens": lambda: draft.propose(tokens, 4),
         "choosing 5 tokens, greedy": lambda: sampler.probs(logits, tokens, [7] * 4),
         "a draft's top probability": lambda: top_probability(logits[:1]),
-        "look-up": lambda: lookup.propose(tokens, 8),
+        "lookup": lambda: lookup.propose(tokens, 8),
     }
     return measured
 

@@ -1,9 +1,9 @@
-"""How well prompts find their domain, by the number of anchors, the anchors that vote, and the pooling.
+"""Routing accuracy by pooling, number of anchors per domain, and number k of nearest anchors that vote.
 
     python benchmarks/routing.py --prompts FILE.jsonl… [--model M] [--limit N] [--anchors 1 2 …] [--k 1 3 …]
 
-The first half of every domain's prompts makes the anchors, the second half is routed by them. Prints the share that
-found its own domain. Radii play no part: nothing falls back.
+Anchors are fitted on the first half of every domain's prompts, and route the second half. Prints the share that is
+routed to its own domain. Radii are not used, so no prompt gets the fallback plan.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from knn_ssd.backends.base import Pooling
 from knn_ssd.bench.workload import halves, limit_each, read_workloads
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.prompts import Prompt
+from knn_ssd.request import Request, end_at
 from knn_ssd.routing.router import Router
+from knn_ssd.sampling import Sampler, SamplingParams
 
 
 def vectors_of(engine: Engine, prompts: list[Prompt]) -> dict[Pooling, np.ndarray]:
-    """Prompt vectors (N, D) under every pooling."""
+    """Prompt vectors (N, D) by pooling."""
     vectors: dict[Pooling, list[np.ndarray]] = {pooling: [] for pooling in Pooling}
+    sampler = Sampler.from_params(SamplingParams(), engine.backend.device)
     for prompt in prompts:
         token_ids = engine.encode(prompt.prompt)
-        session = engine.backend.open(len(token_ids))
-        prefill = session.prefill(token_ids)
-        session.close()
-        for pooling, known in vectors.items():
-            known.append(prefill.vector(pooling).numpy())
+        with Request(engine.backend, token_ids, 1, sampler, end_at(frozenset())) as request:
+            for pooling, known in vectors.items():
+                known.append(request.prefill.vector(pooling).numpy())
     return {pooling: np.stack(known) for pooling, known in vectors.items()}
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     first, second = halves(limit_each(read_workloads(args.prompts), args.limit))
     own, others = (np.array([prompt.domain or "none" for prompt in half]) for half in (first, second))
     ours, theirs = vectors_of(engine, first), vectors_of(engine, second)
-    print(f"{len(own)} prompts make the anchors, {len(others)} are routed")
+    print(f"{len(own)} prompts are for the anchors, {len(others)} are routed")
     print("pooling  anchors per domain  " + "  ".join(f"k = {k}".rjust(7) for k in args.k))
     for pooling in Pooling:
         for count in args.anchors:

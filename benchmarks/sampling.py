@@ -1,10 +1,10 @@
-"""What sampling does to drafts: acceptance and speed at several temperatures, on the same prompts.
+"""Acceptance rate and speed at several sampling temperatures, on the same prompts.
 
     python benchmarks/sampling.py --out FOLDER [--prompts FILE.jsonl…] [--model M] [--atlas FOLDER] [--limit N]
 
-At each temperature the methods take turns with plain decoding at that temperature, on `--limit` of the second half of
-every domain's prompts, for an atlas is made of the first. `FOLDER` keeps records, summary and page of each; what is
-there already is not done again. Draws differ from method to method, so lengths may: speeds are tokens over seconds.
+At each temperature the methods alternate with plain decoding at that temperature, on `--limit` prompts of the second
+half of every domain, since atlases are calibrated on the first. `FOLDER` keeps records, summary and report of each, and
+is continued if it exists. Sampled outputs, and so their lengths, differ by method: speeds are tokens over seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from _recipes import measured, stream_options, with_interval
 
 from knn_ssd import Atlas, Engine
 from knn_ssd.bench.run import BenchSettings
-from knn_ssd.bench.summary import shown
+from knn_ssd.bench.summary import formatted
 from knn_ssd.bench.workload import halves, limit_each, read_workloads, stream
 from knn_ssd.loading.resolve import load_model
 
@@ -37,8 +37,10 @@ def main() -> None:
         out = args.out / f"temperature-{temperature:g}"
         summary = measured(engine, ordered, args.methods, out, asked, loaded.name, ("auto",))
         for name, own in summary["methods"].items():
-            figures = [shown(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")]
-            same = shown(own["identical_to_plain"], "{:.2f}")
+            figures = [
+                formatted(own[key], "{:.2f}") for key in ("acceptance_rate", "tokens_per_round", "decode_speedup")
+            ]
+            same = formatted(own["identical_to_plain"], "{:.2f}")
             rows.append([f"{temperature:g}", f"`{name}`", *figures, with_interval(own), same])
     print("| temperature | method | accepted | tokens per round | decoding | end to end, 95 % | same as plain |")
     print("|--:|---|--:|--:|--:|--:|--:|")

@@ -1,11 +1,11 @@
-"""What many clients of one server get together, against one client alone.
+"""Throughput of a server with many concurrent clients, against a single client.
 
     python benchmarks/serving.py [--prompts FILE.jsonl…] [--model M] [--clients 8] [--limit N] [--max-new-tokens N]
 
-Each measurement has a `knn-ssd serve` of its own, as it comes, so that no prompt is known from before. In each turn,
-one client asks for all prompts one after the other, then so many clients ask another server for the same ones
-together. Prints total tokens over wall time of both, the ratio's median over turns, the time to the first text, and
-whether every answer was the same. With `--prefix-cache 0` no prompt gains by what it has in common with earlier ones.
+Each measurement starts its own `knn-ssd serve` with default settings, so that no prompt is in its prefix cache yet. In
+each turn, one client sends all prompts one after the other; then `--clients` concurrent clients send the same prompts
+to another server. Prints total tokens over wall-clock time of both, the median of their ratio over the turns, the time
+to the first text, and how many answers were the same. `--prefix-cache 0` keeps prompts from sharing their beginnings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from knn_ssd.bench.workload import read_workloads, stream
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, and how long its client waited."""
+    """One answer, and the seconds until its first text."""
 
     text: str
     tokens: int
@@ -55,10 +55,10 @@ def ask(client: httpx.Client, model: str, prompt: object, count: int) -> Reply:
     return Reply(text, tokens, first)
 
 
-def together(
+def run_clients(
     client: httpx.Client, model: str, prompts: Sequence[object], count: int, clients: int
 ) -> tuple[float, list[Reply]]:
-    """Tokens per second over all, and the answers."""
+    """Sends prompts from concurrent clients; returns tokens per second over all, and the answers."""
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         replies = list(pool.map(lambda prompt: ask(client, model, prompt, count), prompts))
@@ -67,7 +67,7 @@ def together(
 
 @contextmanager
 def server(options: Sequence[str]) -> Iterator[httpx.Client]:
-    """A client of a new server."""
+    """Starts a server, and yields a client of it."""
     command = [sys.executable, "-m", "knn_ssd", "serve", "--port", "0", "--name", "m", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--atlas")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=16, help="prompts in all, each of another domain than the last")
+    parser.add_argument(
+        "--limit", type=int, default=16, help="prompts in all, in a stream whose domain changes at each"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prefix-cache", metavar="MIB", help="as `knn-ssd serve` has it")
@@ -99,21 +101,21 @@ def main() -> None:
 
     def measure(clients: int) -> tuple[float, list[Reply]]:
         with server([*options, "--running", str(args.clients)]) as client:
-            together(client, "m", others, 16, args.clients)  # the warm-up
-            return together(client, "m", measured, args.max_new_tokens, clients)
+            run_clients(client, "m", others, 16, args.clients)  # the warm-up
+            return run_clients(client, "m", measured, args.max_new_tokens, clients)
 
-    alone, crowd, ratios = [], [], []
+    alone, concurrent, ratios = [], [], []
     for _ in range(args.turns):
         one, replies = measure(1)
-        many, crowded = measure(args.clients)
+        many, many_replies = measure(args.clients)
         ratios.append(many / one)
-        same = sum(a.text == b.text for a, b in zip(replies, crowded, strict=True))
+        same = sum(a.text == b.text for a, b in zip(replies, many_replies, strict=True))
         alone += [reply.first_sec for reply in replies]
-        crowd += [reply.first_sec for reply in crowded]
-        print(f"one {one:.1f} tokens/s, {args.clients} together {many:.1f}: {many / one:.2f}x, ", end="")
+        concurrent += [reply.first_sec for reply in many_replies]
+        print(f"one client {one:.1f} tokens/s, {args.clients} clients {many:.1f}: {many / one:.2f}x, ", end="")
         print(f"{same} of {len(measured)} answers the same", flush=True)
-    waits = [f"{statistics.median(w):.2f} s (worst {max(w):.2f})" for w in (alone, crowd)]
-    print(f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} alone, {waits[1]} together")
+    waits = [f"{statistics.median(w):.2f} s (worst {max(w):.2f})" for w in (alone, concurrent)]
+    print(f"median ratio {statistics.median(ratios):.2f}x; first text after {waits[0]} alone, {waits[1]} with all")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The share of sublayers that a draft skips, and the threshold at which it stops, against acceptance and speed.
+"""Acceptance rate and speed by the share of sublayers that a draft skips and by its confidence threshold.
 
     python benchmarks/skipping.py [--prompts FILE.jsonl…] [--model M] [--limit N] [--shares 0.05 0.1 …]
 
-Every sublayer is skipped alone on the target's own continuations; sets of growing size take the least harmful first.
-Of each set: the share of positions at which its draft agrees, told by the pass that calibration uses; and, by the
-clock, what fixed policies of the published length come to on the same prompts, over plain decoding in between.
+Every sublayer is skipped alone on the target's own continuations; sets of growing size take the least harmful ones
+first. Prints for each set the agreement of its draft by teacher-forced scoring, and the timed acceptance rate and
+speed-up of fixed policies of the published draft length on the same prompts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from knn_ssd.calibrate.objective import TeacherForcedScorer
 from knn_ssd.plan import Policy
 from knn_ssd.prompts import Prompt
 
-LONGEST = 12  # as published
+MAX_DRAFT = 12  # as published
 
 
 def skipping(layers: int, sublayers: Sequence[int], policy: Policy | None = None) -> Plan:
-    """The plan that skips these places of `Plan.modes`."""
+    """The plan that skips sublayers, given by their places in `Plan.modes`."""
     attention, mlp = ([place // 2 for place in sublayers if place % 2 == odd] for odd in (0, 1))
     return Plan.skipping(layers, attention, mlp, policy)
 
 
-def by_the_clock(engine: Engine, prompts: Sequence[Prompt], plan: Plan, count: int) -> tuple[float, float]:
-    """Accepted over drafted tokens, and speed over plain decoding's."""
+def timed(engine: Engine, prompts: Sequence[Prompt], plan: Plan, count: int) -> tuple[float, float]:
+    """Acceptance rate, and speed-up over plain decoding."""
     sums = dict.fromkeys(("drafted", "accepted", "own sec", "plain sec"), 0.0)
     for turn, prompt in enumerate(prompts):
         for way in ("own", "plain") if turn % 2 else ("plain", "own"):
@@ -61,14 +61,14 @@ def main() -> None:
         order = sorted(range(2 * layers), key=lambda place: alone[place], reverse=True)
         sets = [order[: max(round(share * 2 * layers), 1)] for share in args.shares]
         agreements = [scorer.score(skipping(layers, own)).agreement for own in sets]
-    print("agreement when one is skipped: least", f"{min(alone):.2f}, most {max(alone):.2f}\n")
-    print("| skipped | agrees | " + " | ".join(f"p ≥ {t:g}: accepted, speed" for t in args.thresholds) + " |")
+    print("agreement when one sublayer is skipped:", f"{min(alone):.2f} to {max(alone):.2f}\n")
+    print("| skipped | agreement | " + " | ".join(f"p ≥ {t:g}: accepted, speed" for t in args.thresholds) + " |")
     print("|--:|" + "--:|" * (1 + len(args.thresholds)))
     for own, agreement in zip(sets, agreements, strict=True):
         cells = []
         for threshold in args.thresholds:
-            plan = skipping(layers, own, Policy(LONGEST, threshold))
-            accepted, speed = by_the_clock(engine, prompts, plan, args.max_new_tokens)
+            plan = skipping(layers, own, Policy(MAX_DRAFT, threshold))
+            accepted, speed = timed(engine, prompts, plan, args.max_new_tokens)
             cells.append(f"{accepted:.2f}, {speed:.2f}")
         print(f"| {len(own)} of {2 * layers} | {agreement:.2f} | " + " | ".join(cells) + " |", flush=True)
 

@@ -1,6 +1,6 @@
-"""A clock that only passes of the model move, each by its place in a cost profile.
+"""A simulated clock that only forward passes advance, each by its cost in a cost profile.
 
-On it, whatever calibration decides by time is the same at every run, however busy the machine is.
+With it, whatever calibration decides by time is the same in every run, however busy the machine is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from knn_ssd.speculation.cost_model import CostProfile
 
 @contextmanager
 def metered(profile: CostProfile) -> Iterator[None]:
-    """Passes take what the profile says, and nothing else takes time."""
+    """Forward passes take as long as the profile says, and nothing else takes time."""
     now = 0.0
 
     def timed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The benchmark: figures by hand, cheats that are caught, runs that go on after a kill, streams, a page."""
+"""The benchmark: figures worked out by hand, cheats that are caught, runs that resume after a kill, streams, report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROMPTS = [Prompt("once upon a time", "story", "s0"), Prompt("3 + 4 = ", "math",
 
 
 class Silent:
-    """Nobody watches."""
+    """Progress that shows nothing, and may raise KeyboardInterrupt at some record."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.left = fail_at
@@ -114,7 +114,7 @@ def test_other_lengths_are_weighed_by_tokens_and_unknown_times_stay_unknown() ->
     assert hf["decode_speedup"] is hf["decode_tokens_per_sec"] is hf["first_token_sec_mean"] is None
     assert hf["seconds"] is None
     assert hf["acceptance_rate"] is hf["tokens_per_round"] is hf["routing_accuracy"] is None
-    assert differing(records) == [], "it does not claim to say the same"
+    assert differing(records) == [], "it does not claim to be lossless"
     assert differing([records[0], replace(records[1], lossless=True)])
 
 
@@ -136,7 +136,7 @@ def test_an_interval_holds_its_figure(rows: list[tuple[int, float, float]]) -> N
 
 
 def fixed(tokens: Sequence[int], seconds: float = 0.0) -> Method:
-    """A method that always says the same."""
+    """A method with a fixed output."""
 
     def method(prompt: list[int], max_new_tokens: int) -> Output:
         time.sleep(seconds)
@@ -150,7 +150,7 @@ def bench(engine: Engine, out: Path, methods: dict[str, Method], **more: Any) ->
     return run_bench(engine, more.pop("prompts", PROMPTS), methods, out, settings, more.pop("watch", Silent()), "tiny")
 
 
-def test_a_method_that_says_one_other_token_is_caught(engine: Engine, tmp_path: Path) -> None:
+def test_a_method_with_one_different_token_is_caught(engine: Engine, tmp_path: Path) -> None:
     real = make_methods(["plain"], engine)["plain"]
 
     def wrong(prompt: list[int], max_new_tokens: int) -> Output:
@@ -162,7 +162,7 @@ def test_a_method_that_says_one_other_token_is_caught(engine: Engine, tmp_path: 
     assert summary["methods"]["honest"]["identical_to_plain"] == 1.0
     assert summary["methods"]["wrong"]["identical_to_plain"] == 0.0
     page = report(summary, read_records(tmp_path / "run" / "records.jsonl"), "knn-ssd bench")
-    assert "wrong said something else than plain decoding on m0, s0, s1" in page
+    assert "the output of wrong differs from plain decoding on m0, s0, s1" in page
 
 
 def test_text_after_the_end_is_not_counted(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_text_after_the_end_is_not_counted(engine: Engine, tmp_path: Path, monke
     assert summary["methods"]["talker"]["tokens"] == summary["methods"]["plain"]["tokens"] == 3 * len(PROMPTS)
 
 
-def test_a_baseline_that_is_slowed_down_is_told(
+def test_a_baseline_that_is_slowed_down_is_reported(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "measure_step", lambda backend: 0.001)
@@ -198,7 +198,9 @@ def test_methods_take_turns_and_the_first_of_ours_sets_the_length() -> None:
     for turn in range(3):
         assert list(run_prompt(methods, [1], 20, turn)) == list(methods)
     firsts = [asked[0], asked[3], asked[6]]
-    assert [name for name, _ in firsts] == ["plain", "auto", "auto"], "never transformers, which must be told"
+    assert [name for name, _ in firsts] == ["plain", "auto", "auto"], (
+        "never transformers, which takes the length as given"
+    )
     assert all(length == 20 for _, length in firsts)
     assert all(length == 7 for i, (_, length) in enumerate(asked) if i % 3)
 
@@ -241,7 +243,9 @@ def test_records_of_something_else_are_refused(engine: Engine, tmp_path: Path) -
         RecordFile(tmp_path / "no" / "such" / "records.jsonl").append([record("plain", 0, [1], 1.0)])
 
 
-def test_all_methods_run_and_the_lossless_ones_say_what_plain_decoding_says(engine: Engine, tmp_path: Path) -> None:
+def test_all_methods_run_and_the_lossless_ones_have_the_output_of_plain_decoding(
+    engine: Engine, tmp_path: Path
+) -> None:
     names = ["plain", "hf", "hf-lookup", "lookup", "auto"]
     if "low" in {mode.value for mode in engine.backend.modes}:
         names.append("low")
@@ -251,7 +255,7 @@ def test_all_methods_run_and_the_lossless_ones_say_what_plain_decoding_says(engi
     for name, figures in summary["methods"].items():
         assert figures["tokens"] == 12 * len(PROMPTS)
         assert figures["lossless"] == (not name.startswith("hf"))
-        assert figures["identical_to_plain"] == 1.0, "in float32 transformers says the same too"
+        assert figures["identical_to_plain"] == 1.0, "in float32 the output of transformers is the same, too"
         assert set(figures["per_domain"]) == {"math", "story"}
     with pytest.raises(BenchError, match="needs an atlas"):
         make_methods(["plain", "knn-ssd"], engine)
@@ -300,11 +304,11 @@ def test_spec_bench_questions_are_read(tmp_path: Path) -> None:
         read_workload(tmp_path / "none.jsonl")
 
 
-# --- The command and its page
+# --- The command and its report
 
 
 class Tags(HTMLParser):
-    """What a page is made of."""
+    """The tags and links of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,7 +320,7 @@ class Tags(HTMLParser):
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
-def test_no_line_is_drawn_across_what_is_written() -> None:
+def test_no_line_is_drawn_across_text() -> None:
     drawn = bars([("plain", 1.0, None, "red"), ("slow", 0.9, (0.8, 0.95), "blue")])
     assert drawn.index("<text") > max(drawn.rindex(f"<{shape}") for shape in ("line", "rect", "path"))
 
@@ -363,7 +367,7 @@ def test_every_method_is_described_in_the_help(capsys: pytest.CaptureFixture[str
 
 
 def atlas_with_skips(engine: Engine) -> Atlas:
-    """An anchor for each domain of `PROMPTS`; the clock chose plain decoding, the search knows what to skip."""
+    """An atlas with an anchor for each domain of `PROMPTS`: timing chose plain decoding, the searches found skips."""
     vectors = []
     for prompt in PROMPTS[:2]:
         token_ids = engine.encode(prompt.prompt)
@@ -374,20 +378,20 @@ def atlas_with_skips(engine: Engine) -> Atlas:
         name: Plan(low, (*low[:i], Mode.SKIP, *low[i + 1 :]), Mode.LOW, Policy(3, 0.0, lookup=True))
         for i, name in enumerate(("story", "math"))
     }
-    told = {name: {"best_skipping": {"plan": plan.to_json()}} for name, plan in skips.items()}
+    evidence = {name: {"best_skipping": {"plan": plan.to_json()}} for name, plan in skips.items()}
     return Atlas(
         fingerprint=fingerprint(engine.model, engine.tokenizer),
         pooling=Pooling.MEAN,
         anchors=np.stack(vectors),
         anchor_domains=("story", "math"),
-        domains={name: DomainEntry(Plan.plain(layers), 2.0, told[name]) for name in skips},
+        domains={name: DomainEntry(Plan.plain(layers), 2.0, evidence[name]) for name in skips},
         fallback=Plan.plain(layers),
         cost=CostProfile(1.0, 0.1, 0.1, (1.0,)),
-        fallback_evidence=told["math"],
+        fallback_evidence=evidence["math"],
     )
 
 
-def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path: Path) -> None:
+def test_the_methods_of_the_paper_skip_what_the_search_found(engine: Engine, tmp_path: Path) -> None:
     routed = Engine(engine.model, engine.tokenizer, atlas_with_skips(engine), backend=engine.backend)
     names = ["plain", "self-sd-fix", "self-sd-mix", "knn-ssd", "auto"]
     methods = make_methods(names, routed, "story")
@@ -395,10 +399,10 @@ def test_the_paper_s_methods_skip_what_the_search_found(engine: Engine, tmp_path
     assert summary["differing"] == []
     assert _skipping(atlas_with_skips(engine), "story") == Plan.skipping(
         engine.backend.num_layers, mlp=[0], policy=Policy(3, 0.0)
-    ), "the paper's drafts have no low-bit weights and no look-up"
+    ), "the paper's drafts have no 4-bit weights and no lookup"
     for name in names[1:4]:
-        assert summary["methods"][name]["drafted"]["self"] > 0, "a fixed policy drafts, whatever it costs"
-    assert summary["methods"]["auto"]["drafted"] == {}, "the clock chose plain decoding"
+        assert summary["methods"][name]["drafted"]["self"] > 0, "a fixed policy drafts, even where it does not pay"
+    assert summary["methods"]["auto"]["drafted"] == {}, "timing chose plain decoding"
     assert summary["methods"]["knn-ssd"]["routing_accuracy"] == 1.0
     assert summary["methods"]["knn-ssd"]["route_sec_mean"] > 0
     assert summary["methods"]["self-sd-mix"]["routing_accuracy"] is None

@@ -1,4 +1,4 @@
-"""The scripts under benchmarks/ go with the code that they measure."""
+"""The scripts under benchmarks/ run with the code that they measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from knn_ssd import Engine
 from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
-from knn_ssd.calibrate.objective import Clock, Timing
+from knn_ssd.calibrate.objective import PairedTimer, Timing
 from knn_ssd.kernels import binding
 from knn_ssd.outputs import Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -29,10 +29,10 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.syspath_prepend(str(FOLDER))
-        monkeypatch.setattr(cost, "_ENOUGH_SEC", 0.0)  # nobody goes by these costs
+        monkeypatch.setattr(cost, "_MIN_TOTAL_SEC", 0.0)  # precise costs do not matter here
 
     def __call__(self, script: str, *options: str, code: int = 0) -> str:
-        """What a script printed, which ended with this code."""
+        """Runs a script, checks its exit code, and returns what it printed."""
         self._monkeypatch.setattr(sys, "argv", [script, *options])
         ended, threads = 0, torch.get_num_threads()
         try:
@@ -51,15 +51,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("[!_]*.py")))
-def test_a_script_says_how_it_is_run(run: Run, script: str) -> None:
+def test_a_script_prints_its_usage(run: Run, script: str) -> None:
     assert "usage:" in run(script, "--help")
 
 
 @pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
-def test_kernels_are_called_as_they_are_now(run: Run) -> None:
+def test_kernels_are_timed(run: Run) -> None:
     shown = run("kernels.py", "--rows", "64", "--cols", "128")
-    assert "lean, bfloat16" in shown
-    assert "lean, 4 bits" in shown
+    assert "native, bfloat16" in shown
+    assert "native, 4 bits" in shown
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def rows(shown: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_budgets_are_told_for_each_strategy(run: Run, tiny: tuple[str, str]) -> None:
+def test_the_best_score_is_printed_by_strategy_and_budget(run: Run, tiny: tuple[str, str]) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--domain", "letters", "--trials", "16", "--limit", "1"]
     head, *found = rows(run("budget.py", *options, "--strategies", "greedy", "bayes", "--max-new-tokens", "8"))
@@ -93,7 +93,7 @@ def test_budgets_are_told_for_each_strategy(run: Run, tiny: tuple[str, str]) -> 
     assert all(float(row[1]) <= float(row[2]) for row in found)
 
 
-def test_shares_and_thresholds_are_told(run: Run, tiny: tuple[str, str]) -> None:
+def test_agreement_is_printed_by_share_of_skipped_sublayers(run: Run, tiny: tuple[str, str]) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--shares", "0.25", "0.75", "--thresholds", "0", "0.9"]
     head, *found = rows(run("skipping.py", *options, "--max-new-tokens", "8"))
@@ -102,7 +102,9 @@ def test_shares_and_thresholds_are_told(run: Run, tiny: tuple[str, str]) -> None
     assert float(found[0][1]) >= float(found[1][1])
 
 
-def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
+    run: Run, tiny: tuple[str, str], tmp_path: Path
+) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--max-new-tokens", "8", "--limit", "1"]
     shown = run("foreign.py", *options, "--out", str(tmp_path), "--known", "letters", "--minutes", "0.005",
@@ -111,19 +113,19 @@ def test_foreign_prompts_and_ways_that_do_not_fit_are_told(run: Run, tiny: tuple
     assert ["signs, foreign", "1"] in [row[:2] for row in rows(shown)]
     assert (tmp_path / "run" / "report.html").is_file()
     head, *found = rows(run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0"))
-    assert head == ["way", "letters", "signs", "all"]
+    assert head == ["method", "letters", "signs", "all"]
     assert [row[0] for row in found][3:] == ["atlas atlas"]
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
-def test_outputs_are_compared_in_company_and_alone(
+def test_outputs_are_compared_batched_and_alone(
     run: Run, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--limit", "4", "--clients", "3", "--max-new-tokens", "12"]
     shown = run("identity.py", *options)
     assert "all            8 of 8 outputs the same" in shown
-    assert "plain decoding alone: 1 of 1 the same as together" in shown
+    assert "plain decoding alone: 1 of 1 the same as batched" in shown
     right = Engine.stream
 
     def wrong(engine: Engine, prompt: PromptLike, **asked: Any) -> Stream:
@@ -133,19 +135,19 @@ def test_outputs_are_compared_in_company_and_alone(
     assert "all            8 of 8" not in run("identity.py", *options, code=1)
 
 
-def test_temperatures_are_told_by_method(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+def test_speeds_are_printed_by_temperature_and_method(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--limit", "1", "--max-new-tokens", "6"]
     options += ["--temperatures", "0", "1", "--methods", "plain", "auto", "--out", str(tmp_path)]
     head, *found = rows(run("sampling.py", *options))
     assert head[:3] == ["temperature", "method", "accepted"]
     assert [row[:2] for row in found] == [[t, f"`{name}`"] for t in ("0", "1") for name in ("plain", "auto")]
-    assert found[1][-1] == "1.00", "greedy output is plain decoding's"
+    assert found[1][-1] == "1.00", "greedy output is that of plain decoding"
     asked = [json.loads((tmp_path / f"temperature-{t}" / "run.json").read_text())["temperature"] for t in (0, 1)]
     assert asked == [0, 1]
 
 
-def test_lengths_are_told_and_one_that_the_model_cannot_take_is_named(
+def test_speeds_are_printed_by_length_and_one_beyond_the_context_is_left_out(
     run: Run, tiny: tuple[str, str], tmp_path: Path
 ) -> None:
     model, prompts = tiny
@@ -155,23 +157,25 @@ def test_lengths_are_told_and_one_that_the_model_cannot_take_is_named(
     _, *found = rows(shown)
     expected = [[length, f"`{name}`"] for length in ("as they are", "60") for name in ("plain", "lookup")]
     assert [row[:2] for row in found] == expected
-    assert all(row[-1] == "1.00" for row in found), "whatever drafts, the answers are the same"
+    assert all(row[-1] == "1.00" for row in found), "the answers are the same with any drafter"
 
 
-def test_conversations_say_the_same_whoever_drafts_and_whatever_is_kept(run: Run, tiny: tuple[str, str]) -> None:
+def test_conversations_are_the_same_with_any_drafts_and_with_a_prefix_cache(run: Run, tiny: tuple[str, str]) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--limit", "1", "--max-new-tokens", "6", "--turns", "2"]
     _, *found = rows(run("chats.py", *options))
     ways = ["plain", "auto", "plain, cache", "auto, cache"]
     assert [row[:2] for row in found] == [[turn, way] for turn in ("1", "2", "all") for way in ways]
     assert {row[-1] for row in found} == {"0"}
-    if native_obstacle(tiny_model("llama", num_hidden_layers=2)) is None:  # the lean target, which keeps prefixes
+    if (
+        native_obstacle(tiny_model("llama", num_hidden_layers=2)) is None
+    ):  # the native backend, which has a prefix cache
         assert all(float(row[2]) > 0.3 for row in found if row[0] == "2" and "cache" in row[1])
 
 
 def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its methods skip what the search found, whatever the clock makes of it, so the clock's minute is saved here."""
-    monkeypatch.setattr(Clock, "compare", lambda clock, plans, agreements: [Timing() for _ in plans])
+    """The methods skip what the search found, whatever was timed, so timing is left out to save a minute."""
+    monkeypatch.setattr(PairedTimer, "compare", lambda timer, plans, agreements: [Timing() for _ in plans])
     options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]
     shown = run("planted.py", *options, "--ratios", "0", "1")
     assert shown.count("3 prompts, different from plain: []") == 2

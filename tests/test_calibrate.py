@@ -1,4 +1,4 @@
-"""Calibration: the paper's claim in miniature, and a search that finds what is there and can be killed."""
+"""Calibration: the paper's claim on a tiny model, searches that find redundant sublayers, runs that survive a kill."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, ObservationFile, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal, uninterrupted
-from knn_ssd.calibrate.objective import Clock, DraftTrace, Score, TeacherForcedScorer, Timing, predicted_speedup
+from knn_ssd.calibrate.objective import DraftTrace, PairedTimer, Score, TeacherForcedScorer, Timing, predicted_speedup
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
-from knn_ssd.calibrate.search import Finished, Search, Strategy, create_study, next_change, next_rung
+from knn_ssd.calibrate.search import FinishedTrial, Search, Strategy, create_study, next_change, next_growing_set
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
@@ -62,7 +62,7 @@ def skipped(plan: Plan) -> set[int]:
 
 
 def of_one_process(strategy: str) -> Any:
-    """Its tests run in one process, for the atlas takes longer than they do."""
+    """Groups the tests of a strategy in one process, since making the atlas takes longer than the tests."""
     return pytest.param(strategy, marks=pytest.mark.xdist_group(f"planted {strategy}"))
 
 
@@ -77,7 +77,7 @@ def planted_atlas(
 
 
 def best_skipping(evidence: Mapping[str, Any]) -> Plan:
-    """The plan that a search foretold to be the fastest of those that skip."""
+    """The plan with the highest predicted speed-up of those that skip."""
     return Plan.from_json(evidence["best_skipping"]["plan"])
 
 
@@ -92,7 +92,7 @@ def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_w
     assert recovered >= 0.9 * sum(map(len, REDUNDANT.values()))
 
 
-def test_costs_are_measured_as_they_are(planted: PlantedModel) -> None:
+def test_measured_costs_are_those_of_the_profile(planted: PlantedModel) -> None:
     with metered(COST):
         measured = measure_cost(TransformersBackend(planted.model))
     assert measured.step_sec == pytest.approx(COST.step_sec)
@@ -101,7 +101,7 @@ def test_costs_are_measured_as_they_are(planted: PlantedModel) -> None:
     assert measured.verify_sec == pytest.approx(COST.verify_sec)
 
 
-def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_decoding(
+def test_chosen_plans_are_faster_in_use_than_the_best_single_plan_and_plain_decoding(
     planted: PlantedModel, planted_atlas: Atlas
 ) -> None:
     seconds = dict.fromkeys(("routed", "single", "plain"), 0.0)
@@ -128,7 +128,7 @@ def test_what_is_chosen_is_faster_in_use_than_the_best_single_plan_and_plain_dec
 
 @pytest.mark.clock
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
-    """On the real clock, of each way and domain the fastest of the turns: as many as a busy machine needs."""
+    """On the real clock: the fastest of many turns for each method and domain, as many as a busy machine needs."""
     engine = Engine(planted.model, tiny_tokenizer())
     single = best_skipping(planted_atlas.fallback_evidence)
     plain = Plan.plain(single.num_layers)
@@ -178,7 +178,7 @@ def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_pat
     assert domain.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
 
 
-def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas) -> None:
+def test_an_atlas_keeps_vectors_and_evidence(planted_atlas: Atlas) -> None:
     assert planted_atlas.vectors is not None
     assert len(planted_atlas.vectors) == len(planted_atlas.vector_domains) == 24
     assert planted_atlas.evidence["routing"]["accuracy"] == 1.0
@@ -186,7 +186,7 @@ def test_an_atlas_keeps_what_its_pictures_and_readers_need(planted_atlas: Atlas)
 
 
 class Stopping:
-    """A reporter that is interrupted in the middle of a stage."""
+    """Progress that raises KeyboardInterrupt in the middle of a stage."""
 
     def __init__(self, stage: str, after: int) -> None:
         self.wanted, self.left, self.name = stage, after, ""
@@ -202,7 +202,7 @@ class Stopping:
 
 
 class Counting:
-    """A reporter that counts the trials that are scored anew."""
+    """Progress that counts the trials that are scored, known ones left out."""
 
     def __init__(self) -> None:
         self.trials = 0
@@ -293,12 +293,12 @@ def test_ctrl_c_waits_until_a_trial_is_written() -> None:
     @uninterrupted()
     def write() -> None:
         signal.raise_signal(signal.SIGINT)
-        done.append("what came after it")
+        done.append("the rest of the block")
 
     with pytest.raises(KeyboardInterrupt):
         write()
     assert done
-    with pytest.raises(KeyboardInterrupt):  # and is heard again afterwards
+    with pytest.raises(KeyboardInterrupt):  # and interrupts again afterwards
         signal.raise_signal(signal.SIGINT)
 
 
@@ -324,7 +324,7 @@ def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: P
         (["--out", "/proc/nowhere/atlas"], "/proc/nowhere"),
     ],
 )
-def test_a_bad_option_is_told_in_a_sentence_with_exit_code_2(
+def test_a_bad_option_is_reported_in_one_sentence_with_exit_code_2(
     command: list[str], options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command[3:], *options]) == 2
@@ -333,7 +333,7 @@ def test_a_bad_option_is_told_in_a_sentence_with_exit_code_2(
     assert "Traceback" not in errors
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_what_was_found_is_kept(
+def test_a_full_disk_is_reported_in_one_sentence_and_results_so_far_are_kept(
     planted: PlantedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Path, *_: object) -> int:
@@ -377,38 +377,36 @@ def test_settings_refuse_zero(name: str) -> None:
         CalibrationSettings(**{name: 0})
 
 
-# The foretold speed-up
+# The predicted speed-up
 
 
 @given(
     st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=1, max_size=40), st.integers(1, 12), st.floats(0, 1)
 )
-def test_a_foretold_speedup_is_between_all_rejected_and_all_accepted(
+def test_a_predicted_speedup_is_between_all_rejected_and_all_accepted(
     positions: list[tuple[bool, float]], max_draft: int, threshold: float
 ) -> None:
     plan, policy = Plan.skipping(4, [1], [2]), Policy(max_draft, threshold)
-    record = DraftTrace(tuple(agrees for agrees, _ in positions), tuple(confidences for _, confidences in positions))
+    trace = DraftTrace(tuple(agrees for agrees, _ in positions), tuple(confidence for _, confidence in positions))
 
     def speedup(agrees: bool) -> float:
-        return predicted_speedup([DraftTrace((agrees,) * len(positions), record.confidences)], plan, policy, COST)
+        return predicted_speedup([DraftTrace((agrees,) * len(positions), trace.confidences)], plan, policy, COST)
 
-    assert speedup(False) - 1e-9 <= predicted_speedup([record], plan, policy, COST) <= max_draft + 1
+    assert speedup(False) - 1e-9 <= predicted_speedup([trace], plan, policy, COST) <= max_draft + 1
 
 
-def test_a_foretold_speedup_counts_rounds_by_hand() -> None:
+def test_a_predicted_speedup_counts_rounds_by_hand() -> None:
     plan = Plan.skipping(4, [0, 1], [0])  # a draft step costs 1 - 3 * 0.05 = 0.85
-    record = DraftTrace((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
-    # Two drafted and accepted: 2 * 0.85 + 1.04 for 3 tokens; one drafted, unsure, accepted: 0.85 + 1.02 for 2.
+    trace = DraftTrace((True, True, False, True, True), (0.9, 0.9, 0.9, 0.1, 0.9))
+    # Two drafted and accepted: 2 * 0.85 + 1.04 for 3 tokens; one, with low confidence, accepted: 0.85 + 1.02 for 2.
     seconds = (2 * 0.85 + 1.04) + (0.85 + 1.02)
-    assert predicted_speedup([record], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)
+    assert predicted_speedup([trace], plan, Policy(2, 0.5), COST) == pytest.approx(5 / seconds)
 
 
-def test_foretold_rounds_are_the_rounds_of_real_decoding(planted: PlantedModel) -> None:
-    """With drafts of one token a record says exactly what decoding does: the same tokens in as many rounds."""
+def test_predicted_rounds_are_the_rounds_of_real_decoding(planted: PlantedModel) -> None:
+    """With drafts of one token, simulated rounds are exactly those of decoding: the same tokens in as many rounds."""
     backend = TransformersBackend(planted.model)
     ids = [ord(c) for c in planted.prompt("red", 12, 5)]
-    from knn_ssd.backends.base import Pooling
-
     seen = observe(backend, "red", "x", ids, 40, Pooling.MEAN, frozenset())
     plan = Plan.skipping(8, [2], [1], Policy(1, 0.0))
     with TeacherForcedScorer(backend, [seen], COST) as scorer:
@@ -476,19 +474,19 @@ def test_processes_that_share_a_database_never_take_the_same_trial(tmp_path: Pat
     assert sorted(taken) == list(range(48))
 
 
-def test_rungs_close_in_on_the_best_number_and_changes_on_the_best_set() -> None:
+def test_growing_sets_close_in_on_the_best_size_and_then_single_changes_follow() -> None:
     ranked = list(range(12))
     finished, begun = [], set()
-    while (rung := next_rung(ranked, finished, begun)) is not None:
-        begun.add(rung)
-        finished.append(Finished(rung, 1 - abs(len(rung) - 7) / 10, 1.0, Plan.plain(6)))
+    while (tried := next_growing_set(ranked, finished, begun)) is not None:
+        begun.add(tried)
+        finished.append(FinishedTrial(tried, 1 - abs(len(tried) - 7) / 10, 1.0, Plan.plain(6)))
     assert frozenset(range(7)) in begun
     change = next_change(ranked, finished, begun)
     assert change is not None
     assert len(change ^ frozenset(range(7))) == 1
 
 
-def test_trials_of_a_killed_process_are_given_up_and_tried_again() -> None:
+def test_running_trials_of_a_killed_process_fail_and_are_tried_again() -> None:
     study = create_study("sqlite://", "x")
     killed = Search(study, Strategy.GREEDY, COST, num_layers=2).ask()
     assert killed is not None
@@ -503,18 +501,18 @@ def test_trials_of_a_killed_process_are_given_up_and_tried_again() -> None:
 # The working folder, observations and anchors
 
 
-def test_half_lines_that_a_kill_left_are_cut_off(tmp_path: Path) -> None:
+def test_a_line_torn_by_a_kill_is_cut_off(tmp_path: Path) -> None:
     file = ObservationFile(tmp_path / "observations.jsonl")
     whole = Observation("red", "a", (1, 2), (3,), (0.5, -1.0))
     file.append(whole)
     with (tmp_path / "observations.jsonl").open("a") as stream:
-        stream.write('{"label": "re')
+        stream.write('{"domain": "re')
     assert file.read() == [whole]
     file.append(whole)
     assert file.read() == [whole, whole]
 
 
-def test_a_folder_that_is_not_a_calibration_s_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_without_a_calibration_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "atlas.calibration").mkdir()
     (tmp_path / "atlas.calibration" / "mine.txt").write_text("keep me")
     with pytest.raises(OutputError, match="in the way"):
@@ -529,7 +527,7 @@ def test_continuations_are_the_target_s_own_and_end_at_eos() -> None:
     assert len(seen.vector) == 32
 
 
-def test_anchors_route_held_out_vectors_and_reach_as_far_as_their_label() -> None:
+def test_anchors_route_held_out_vectors_and_radii_fit_their_domain() -> None:
     generator = np.random.default_rng(0)
     centres = np.eye(3, 16) * 5
     domains = [f"l{i}" for i in range(3) for _ in range(20)]
@@ -550,7 +548,7 @@ def test_few_and_equal_vectors_make_fewer_anchors() -> None:
     assert anchors.radii == pytest.approx({"a": 0.0, "b": 0.0}, abs=1e-5)
 
 
-def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
+def test_a_paired_timer_times_every_plan_against_plain_decoding(planted: PlantedModel) -> None:
     backend = TransformersBackend(planted.model)
     ids = [ord(c) for c in planted.prompt("red", 12, 5)]
     seen = [observe(backend, "red", str(i), ids, 24, Pooling.MEAN, frozenset()) for i in range(2)]
@@ -560,7 +558,7 @@ def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
         8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
     )
     with metered(COST):
-        slow, fast = Clock(backend, seen, frozenset(), COST).compare([everything, good], [0.0, 1.0])
+        slow, fast = PairedTimer(backend, seen, frozenset(), COST).compare([everything, good], [0.0, 1.0])
     assert not slow.proven
     assert fast.proven
     assert fast.speedup > 1.2
@@ -569,14 +567,14 @@ def test_a_clock_counts_every_plan_against_plain(planted: PlantedModel) -> None:
 @pytest.mark.parametrize(
     ("gain", "noise", "verdict"),
     [
-        (1.0, 0.02, "beaten"),  # no slower, and not worth a plan
+        (1.0, 0.02, "beaten"),  # no slower, but not faster by enough
         (0.9, 0.02, "beaten"),
         (1.1, 0.02, "proven"),
-        (1.04, 0.04, None),  # worth having, if it were known
-        (1.0, 0.2, None),  # nobody knows
+        (1.04, 0.04, None),  # fast enough to choose, but not yet significant
+        (1.0, 0.2, None),  # too noisy to decide
     ],
 )
-def test_a_plan_is_timed_until_something_is_known(gain: float, noise: float, verdict: str | None) -> None:
+def test_a_plan_is_timed_until_it_is_proven_or_beaten(gain: float, noise: float, verdict: str | None) -> None:
     wins = 0
     for seed in range(20):
         timing, generator = Timing(), np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""CLaSp: the layers that change nothing are found and skipped, and what is said stays the same."""
+"""CLaSp: redundant layers are found and skipped, and the output stays the same."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from knn_ssd.plan import Policy
 from knn_ssd.sampling import Sampler
 from knn_ssd.testing import tiny_model
 
-lean = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+native = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
 
 def with_idle_layers(idle: set[int], faint: float = 0.0) -> NativeBackend:
-    """A model of 8 layers, some of which add nothing, or next to nothing, to what goes through them."""
+    """A model of 8 layers, some of which add nothing, or next to nothing, to the hidden states."""
     model = endless(wide_model("llama", num_hidden_layers=8))
     for index in idle:
         layer = model.base_model.layers[index]
@@ -33,8 +33,8 @@ def with_idle_layers(idle: set[int], faint: float = 0.0) -> NativeBackend:
     return NativeBackend(model)
 
 
-@lean
-def test_a_layer_alone_is_the_same_bits_as_within_a_pass() -> None:
+@native
+def test_a_layer_alone_gives_the_same_bits_as_in_a_forward_pass() -> None:
     backend = NativeBackend(wide_model("mistral"))  # its window is shorter than the prompt
     text = tokens(40)
     session = backend.open(60)
@@ -51,10 +51,10 @@ def test_a_layer_alone_is_the_same_bits_as_within_a_pass() -> None:
     assert torch.equal(session.forward(text[-1:]), again.forward(text[-1:])), "nothing was written"
 
 
-@lean
+@native
 @pytest.mark.parametrize("faint", [0.0, 1e-5])
 @pytest.mark.parametrize("idle", [{2, 5}, {0, 3, 7}, {1, 2, 3, 4}])
-def test_the_layers_that_do_next_to_nothing_are_chosen(idle: set[int], faint: float) -> None:
+def test_the_layers_that_add_next_to_nothing_are_chosen(idle: set[int], faint: float) -> None:
     backend = with_idle_layers(idle, faint)
     session = backend.open(60)
     session.prefill(tokens(30))
@@ -64,7 +64,7 @@ def test_the_layers_that_do_next_to_nothing_are_chosen(idle: set[int], faint: fl
     assert session.length == 30
 
 
-@lean
+@native
 def test_drafts_without_idle_layers_are_right_and_layers_are_chosen_anew_in_time() -> None:
     backend = with_idle_layers({2, 3, 5, 6})
     session = backend.open(200)
@@ -83,8 +83,8 @@ def test_drafts_without_idle_layers_are_right_and_layers_are_chosen_anew_in_time
     assert [a is b for a, b in pairwise(chosen)] == [True, False, True, False, True]
 
 
-@lean
-def test_as_a_method_it_says_what_plain_decoding_says() -> None:
+@native
+def test_as_a_method_it_has_the_output_of_plain_decoding() -> None:
     engine = Engine(endless(wide_model("qwen3")))
     methods = make_methods(["plain", "clasp"], engine)
     for seed in range(4):
@@ -93,7 +93,7 @@ def test_as_a_method_it_says_what_plain_decoding_says() -> None:
         assert sum(clasp.details["drafted"].values()) > 0
 
 
-def test_it_needs_the_lean_target() -> None:
+def test_it_needs_the_native_backend() -> None:
     model = tiny_model("gpt2")
     with pytest.raises(BenchError, match="layers one by one"):
         make_methods(["clasp"], Engine(model, backend=TransformersBackend(model)))

@@ -53,7 +53,7 @@ def common(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def parrot(folder: Path) -> Any:
-    """A program that says what plain decoding said, and goes on after its end."""
+    """A program with the output of plain decoding, which goes on after its end."""
     said = {r.place: list(r.token_ids) for r in read_records(folder / "records.jsonl") if r.method == "plain"}
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     known = {tuple(line["token_ids"]): said[line["place"]] for line in lines}
@@ -64,7 +64,7 @@ def parrot(folder: Path) -> Any:
     return generate
 
 
-def test_a_run_hands_its_prompts_to_other_programs(bench: list[str], engine: Engine, tmp_path: Path) -> None:
+def test_a_run_writes_its_prompts_for_other_programs(bench: list[str], engine: Engine, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
     assert [line["place"] for line in lines] == [0, 1]
     for line in lines:
@@ -85,7 +85,7 @@ def test_records_of_other_programs_are_shown_when_the_run_is_asked_for_again(
     common.measure(out, "other", jobs, parrot(out))
     common.measure(out, "other-4", jobs, lambda token_ids, count: ([7] * count, {}), lossy=True)
     capsys.readouterr()
-    assert main(bench) == 0, "what another program says is told, and not demanded"
+    assert main(bench) == 0, "the output of another program may differ"
     shown = capsys.readouterr()
     assert "other-4 (lossy)" in shown.out
     assert f"note: other, other-4: {APART}" in shown.err
@@ -112,7 +112,7 @@ def test_a_script_writes_records_of_the_schema(bench: list[str], common: Any, tm
     lines = [json.loads(line) for line in (out / "peers" / "other.jsonl").read_text().splitlines()]
     for line in lines:
         record = Record.from_json(line)
-        assert json.loads(json.dumps(record.to_json())).items() >= line.items(), "no field that is not known"
+        assert json.loads(json.dumps(record.to_json())).items() >= line.items(), "no unknown field"
         assert record.lossy
         assert not record.lossless
         assert record.total_sec > 0
@@ -198,7 +198,7 @@ def test_a_converted_model_is_made_once(common: Any, tmp_path: Path, monkeypatch
     assert common.weights_dtype(model) == "bfloat16"
 
 
-def test_a_conversion_that_fails_ends_the_script_with_its_last_word(
+def test_a_conversion_that_fails_ends_the_script_with_its_last_line(
     common: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common.convert([sys.executable, "-c", "pass"], "nothing")
@@ -209,13 +209,13 @@ def test_a_conversion_that_fails_ends_the_script_with_its_last_word(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_says_how_it_is_run_without_its_program(script: str) -> None:
+def test_a_script_prints_its_usage_without_its_program(script: str) -> None:
     done = subprocess.run([sys.executable, str(FOLDER / script), "--help"], capture_output=True, text=True, check=True)
     assert "RUN_FOLDER" in done.stdout
     assert (FOLDER / "requirements" / script.replace("run_", "").replace(".py", ".txt")).is_file()
 
 
-def test_a_program_that_is_not_known_is_told() -> None:
+def test_an_unknown_program_is_refused() -> None:
     environment = {"PATH": os.environ["PATH"]}
     command = ["sh", str(FOLDER / "run.sh"), "other", "runs/first"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -1,4 +1,4 @@
-"""Routing on the embedded model: prompts that calibration has not seen go to their own domain, at next to no cost."""
+"""Routing with the embedded model: held-out prompts are routed to their own domain, at negligible cost."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def built_in_prompts() -> Mapping[str, list[Prompt]]:
 
 
 @pytest.mark.parametrize("prompts_of", [shared_prompts, built_in_prompts])
-def test_held_out_prompts_go_to_their_own_domain(
+def test_held_out_prompts_are_routed_to_their_own_domain(
     embedded_engine: Engine, prompts_of: Callable[[], Mapping[str, list[Prompt]]]
 ) -> None:
-    vectors, domains, held, held_labels = [], [], [], []
+    vectors, domains, held, held_domains = [], [], [], []
     for domain, prompts in prompts_of().items():
         for index, prompt in enumerate(prompts[: FITTED + HELD_OUT]):
             ids = encode(embedded_engine.tokenizer, prompt.prompt, embedded_engine.backend.context_length)
             vector = observe(embedded_engine.backend, domain, prompt.id, ids, 0, Pooling.MEAN, frozenset()).vector
             (vectors if index < FITTED else held).append(vector)
-            (domains if index < FITTED else held_labels).append(domain)
+            (domains if index < FITTED else held_domains).append(domain)
     anchors = fit_anchors(np.array(vectors, dtype=np.float32), domains, 10, seed=0)
     router = Router().fit(torch.from_numpy(anchors.points), anchors.domains, anchors.radii)
     routes = [router.predict(torch.tensor(vector)) for vector in held]
-    hits = [route.domain == domain for route, domain in zip(routes, held_labels, strict=True)]
+    hits = [route.domain == domain for route, domain in zip(routes, held_domains, strict=True)]
     assert len(hits) == len(set(domains)) * HELD_OUT
-    wrong = [(route, domain) for route, domain in zip(routes, held_labels, strict=True) if route.domain != domain]
+    wrong = [(route, domain) for route, domain in zip(routes, held_domains, strict=True) if route.domain != domain]
     assert sum(hits) / len(hits) >= 0.97, wrong
     assert sum(route.fallback for route in routes) / len(routes) <= 0.1
     print(f"routed {sum(hits)} of {len(hits)}, fallback {sum(route.fallback for route in routes)}")

@@ -1,4 +1,4 @@
-"""SWIFT: the search looks at the model's own words, keeps what agrees with them, ends, and changes nothing said."""
+"""SWIFT: the search scores candidates on the model's own output, keeps what agrees, ends, and is lossless."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def search_on(text: str, engine: Engine, settings: SwiftSettings, steps: int) ->
     assert session.length == len(context) - 1
     logits = session.forward(context[-1:])
     fresh = engine.backend.open(len(context))
-    assert torch.allclose(logits[0], fresh.prefill(context).logits, atol=1e-4), "a rehearsal leaves no trace"
+    assert torch.allclose(logits[0], fresh.prefill(context).logits, atol=1e-4), "scoring leaves the KV cache unchanged"
     return search
 
 
-def test_the_search_ends_with_a_set_that_agrees_wherever_there_is_one() -> None:
+def test_the_search_ends_with_a_set_that_agrees_if_there_is_one() -> None:
     planted = planted_tiny_model(REDUNDANT, seed=3)
     search = search_on(planted.prompt("red", 12, 1), Engine(planted.model, tiny_tokenizer()), SETTINGS, 400)
     assert search.agreement == 1.0
     assert search.done
     skipped = {i for i, mode in enumerate(search.plan.modes) if mode is Mode.SKIP}
     assert len(skipped) == 3
-    assert skipped <= set(REDUNDANT["red"]), "what is needed changes the model's words"
+    assert skipped <= set(REDUNDANT["red"]), "skipping any other sublayer changes the output"
 
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        (SwiftSettings(window=12, most_steps=7), 7),
+        (SwiftSettings(window=12, max_steps=7), 7),
         (SwiftSettings(window=12, good_enough=0.0), 1),
         (SwiftSettings(window=12, share=0.0), 0),
     ],
@@ -58,7 +58,7 @@ def test_a_search_ends(settings: SwiftSettings, steps: int) -> None:
     assert all(search.plan.modes[i] is Mode.KEEP for i in (0, 1, 10, 11)), "the first and the last layer stay"
 
 
-def test_a_search_without_a_better_set_loses_patience() -> None:
+def test_a_search_without_improvement_ends() -> None:
     engine = Engine(endless(tiny_model(num_hidden_layers=6)), tiny_tokenizer())
     search = search_on("a fox ran to the", engine, SwiftSettings(window=12, patience=10, good_enough=2.0), 500)
     assert search.done
@@ -66,7 +66,7 @@ def test_a_search_without_a_better_set_loses_patience() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_output_is_the_model_s_own_while_the_search_goes_on(temperature: float) -> None:
+def test_the_output_is_that_of_plain_decoding_during_the_search(temperature: float) -> None:
     engine = Engine(endless(tiny_model(num_hidden_layers=6)), tiny_tokenizer())
     methods = make_methods(["plain", "swift"], engine, temperature=temperature, seed=5)
     drafted = 0
@@ -80,7 +80,7 @@ def test_the_output_is_the_model_s_own_while_the_search_goes_on(temperature: flo
     assert drafted > 0
 
 
-def test_a_model_without_layers_to_spare_is_refused() -> None:
+def test_a_model_with_too_few_layers_is_refused() -> None:
     engine = Engine(tiny_model(num_hidden_layers=2), tiny_tokenizer())
     with pytest.raises(BenchError, match="needs 3 layers, and this model has 2"):
         make_methods(["swift"], engine)

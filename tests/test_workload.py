@@ -1,4 +1,4 @@
-"""Prompts of a wanted length, and prompts from data sets."""
+"""Prompts of a given length, and prompts from data sets."""
 
 from __future__ import annotations
 

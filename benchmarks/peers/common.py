@@ -1,7 +1,7 @@
-"""What the scripts of other programs share: the prompts of a run in, timed records out. It needs Python alone.
+"""Shared by the scripts of other programs: reads the prompts of a run, writes timed records. It needs only Python.
 
-The environment of a program need not have knn-ssd, so records are plain objects here, with the names that
-`knn_ssd.bench.records.Record` has; a test holds the two together.
+The environment of a program need not have knn-ssd, so records are plain dicts here, with the field names of
+`knn_ssd.bench.records.Record`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 8  # as in the benchmark itself
 
 Generate = Callable[[list[int], int], tuple[list[int], dict[str, Any]]]
-"""From token ids and a number to so many new tokens, whatever ends an output, and other fields of the record."""
+"""Given token ids and a number of new tokens, returns that many, end tokens ignored, and other fields of the record."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt of a run, and how many tokens plain decoding had for it."""
+    """A prompt of a run, and the length of plain decoding's output for it."""
 
     place: int
     prompt: str
@@ -37,31 +37,35 @@ class Job:
 
 
 def fail(text: str) -> NoReturn:
-    """Ends the script with a sentence."""
+    """Ends the script with an error message and exit code 2."""
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """The options that every script has."""
+    """A parser with the options that every script has."""
     options = argparse.ArgumentParser(description=doc.splitlines()[0])
     options.add_argument("run", type=Path, metavar="RUN_FOLDER", help="the --out of a finished `knn-ssd bench`")
     options.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="as `knn-ssd doctor --json` has it in model_dir"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the model's folder: model_dir in `knn-ssd doctor --json`",
     )
     options.add_argument("--threads", type=int, default=physical_cores(), help="default: the physical cores")
     return options
 
 
 def physical_cores() -> int:
-    """Those that this process may run on."""
+    """Number of physical cores that this process may run on."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed]
     return len({path.read_text() for path in siblings if path.exists()}) or len(allowed)
 
 
 def read_jobs(run: Path) -> list[Job]:
-    """The prompts of a run, each with the length of plain decoding's output."""
+    """Reads the prompts of a run, each with the length of plain decoding's output."""
     try:
         temperature = json.loads((run / "run.json").read_text("utf-8"))["temperature"]
         prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text("utf-8").splitlines()]
@@ -78,23 +82,23 @@ def read_jobs(run: Path) -> list[Job]:
 
 
 def longest(jobs: list[Job]) -> int:
-    """Tokens of the longest prompt with its output."""
+    """Number of tokens of the longest prompt with its output."""
     return max(len(job.token_ids) + max(job.count, WARM_UP_TOKENS) for job in jobs)
 
 
 def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, lossy: bool = False) -> None:
-    """Runs every prompt once, after a warm-up, and writes `peers/METHOD.jsonl` into the run's folder, whole.
+    """Runs every prompt once, after a warm-up, and writes `peers/METHOD.jsonl` whole into the run's folder.
 
     Args:
-        run: the folder.
-        method: what the tables call it.
-        jobs: of the run.
-        generate: the program.
-        lossy: whether its weights or its cache are not the model's own, but rounded to fewer bits.
+        run: the run's folder.
+        method: the method's name in the tables.
+        jobs: the prompts of the run.
+        generate: runs the program.
+        lossy: whether its weights or KV cache are rounded to fewer bits than the model's own.
     """
     ends = json.loads((run / "run.json").read_text("utf-8")).get("eos_token_ids")
     if ends is None:
-        fail(f"'{run}/run.json' does not tell which tokens end an output: it is of an older version, make the run anew")
+        fail(f"'{run}/run.json' does not say which tokens end an output: an older version wrote it, make the run anew")
     generate(jobs[0].token_ids[:WARM_UP_PROMPT], WARM_UP_TOKENS)
     records = []
     for job in jobs:
@@ -113,25 +117,27 @@ def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, loss
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     part.replace(path)
-    print(f"{path} is written: ask `knn-ssd bench` for the same run again, and its tables have it", file=sys.stderr)
+    print(
+        f"{path} is written: repeat the `knn-ssd bench` command of the run, and its tables include it", file=sys.stderr
+    )
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """Peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def kept(model: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """A converted model beside the program's environment, made once per state of the model's folder.
+    """A converted model, kept in the program's environment and made once per state of the model's folder.
 
     Args:
-        model: the folder.
-        name: of what is made.
-        make: writes it to a path.
+        model: the model's folder.
+        name: file name of the converted model.
+        make: writes the converted model to a path.
     """
     if not (model / "config.json").is_file():
-        fail(f"'{model}' is not the directory of a model, with config.json: `knn-ssd doctor --json` tells one")
+        fail(f"'{model}' is not the directory of a model, with config.json: see model_dir in `knn-ssd doctor --json`")
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.iterdir())]
     digest = hashlib.sha256(repr((str(model.resolve()), stats)).encode()).hexdigest()[:12]
     path = Path(sys.prefix) / "models" / digest / name
@@ -144,13 +150,13 @@ def kept(model: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def convert(command: Sequence[str | Path], failure: str) -> None:
-    """Runs a step of a conversion; where it fails, the script ends with its last word."""
+    """Runs a step of a conversion; if it fails, the script ends with the last line of its error output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fail(f"{failure}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
 
 
 def weights_dtype(model: Path) -> str | None:
-    """The dtype that a checkpoint is stored in, as its config says."""
+    """The dtype of a checkpoint according to its config."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     return config.get("dtype") or config.get("torch_dtype")

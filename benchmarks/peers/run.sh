@@ -3,7 +3,7 @@
 #
 #     benchmarks/peers/run.sh llama_cpp|economize|vllm_cpu|openvino_genai RUN_FOLDER --model DIR [options]
 #
-# See docs/benchmarking.md; --help after the program's name tells its options.
+# See docs/benchmarking.md; --help after the program's name lists its options.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 peer=${1:-}

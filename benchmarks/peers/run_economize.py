@@ -1,11 +1,11 @@
-"""Runs `economize` on the prompts of a benchmark: its look-up, or drafts that skip layers.
+"""Runs `economize` on the prompts of a benchmark: its lookup, or drafts that skip layers.
 
     benchmarks/peers/run.sh economize RUN_FOLDER --model DIR [--technique lookup|layer-skip] [--search greedy|uniform]
 
-The model is loaded by `transformers` in the dtype of its checkpoint, so weights and cache are the model's own. The
-skipped layers are found by economize's own greedy search, which takes minutes; it is given the first prompts that are
-measured, which favours it. `--search uniform` skips layers at even distances, without a search. Its quantised drafts
-need a drafter with weights of its own, which is to be trained: with `layer_skip`, and with `draft_model` as well,
+The model is loaded by `transformers` in the dtype of its checkpoint, so weights and KV cache are the model's own.
+The skipped layers are found by economize's own greedy search, which takes minutes; it gets the first of the measured
+prompts, which favours it. `--search uniform` skips layers at even distances, without a search. Its quantised drafts
+need a trained drafter with weights of its own: with `layer_skip`, and with `draft_model` as well,
 `draft_quant` ends with "found no quantizable linear maps".
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--technique", choices=("lookup", "layer-skip"), default="lookup")
     options.add_argument("--search", choices=("greedy", "uniform"), default="greedy", help="of layers to skip")
-    options.add_argument("--cycle-length", type=int, default=4, help="tokens of a cycle (default: economize's own, 4)")
+    options.add_argument("--cycle-length", type=int, default=4, help="tokens per round (default: economize's own, 4)")
     args = options.parse_args()
     jobs = read_jobs(args.run)
 

@@ -3,9 +3,9 @@
     benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4]
 
 The model is converted by the script that comes with llama.cpp, in bfloat16, and quantised by llama.cpp itself, to Q8_0
-or Q4_0, the types of 8 and 4 bits that its kernels for processors are fastest with. With 16 bits the cache is in
-float32, which rounds nothing; otherwise it is in float16, as llama.cpp has it by default. What its converter does not
-know cannot be measured: it says so.
+or Q4_0, the 8- and 4-bit types that its CPU kernels are fastest with. With 16 bits the KV cache is in float32, which
+rounds nothing; otherwise it is in float16, the default of llama.cpp. Models that its converter does not support cannot
+be measured, and end with an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     def generate(token_ids: list[int], count: int) -> tuple[list[int], dict[str, Any]]:
         started = time.perf_counter()
         stream = model.generate(token_ids, temp=0.0, repeat_penalty=1.0, reset=False)
-        model.reset()  # nothing is kept of the prompt before
+        model.reset()  # drop the KV cache of the prompt before
         tokens = [next(stream)]
         prefill_sec = time.perf_counter() - started
         while len(tokens) < count:

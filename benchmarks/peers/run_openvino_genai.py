@@ -1,9 +1,9 @@
-"""Runs OpenVINO GenAI on the prompts of a benchmark, plain or with its prompt look-up.
+"""Runs OpenVINO GenAI on the prompts of a benchmark, plain or with its prompt lookup.
 
     benchmarks/peers/run.sh openvino_genai RUN_FOLDER --model DIR [--weights fp16|int8|int4] [--lookup]
 
-The model is exported by optimum-intel. Weights come to be float16 at best, and the cache has 8 bits, as OpenVINO has it
-by default on processors: whatever the options, it is not the model's own arithmetic, and is marked as lossy.
+The model is exported by optimum-intel. Weights are float16 at best, and the KV cache has 8 bits, OpenVINO's default on
+CPUs. So its arithmetic is never the model's own, and its records are marked as lossy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Runs vLLM's build for processors on the prompts of a benchmark, one at a time, plain or with its look-up.
+"""Runs vLLM's CPU build on the prompts of a benchmark, one at a time, plain or with its n-gram lookup.
 
     benchmarks/peers/run.sh vllm_cpu RUN_FOLDER --model DIR [--lookup]
 
-Weights and cache are in the dtype of the checkpoint. Passes are compiled, as vLLM has it by default, before anything is
-measured.
+Weights and KV cache are in the dtype of the checkpoint. The model is compiled, the default of vLLM, before anything
+is measured.
 """
 
 from __future__ import annotations

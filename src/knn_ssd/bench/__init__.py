@@ -1,1 +1,1 @@
-"""Measuring: methods side by side on the same prompts, and what can be said of it."""
+"""The benchmark: methods measured side by side on the same prompts, summarised and reported."""

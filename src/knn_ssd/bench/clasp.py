@@ -1,11 +1,11 @@
-"""CLaSp (arXiv 2505.24196): every so often, the layers to skip are chosen anew from the last token's hidden states.
+"""CLaSp (arXiv 2505.24196): the layers to skip are chosen anew at intervals, from the last token's hidden states.
 
-Dynamic programming: of all ways to come through the first i layers with j of them skipped, the one is kept whose state
-has the greatest cosine with the full model's after layer i. Layer i + 1 is then run on all kept states at once, or
-skipped by them. Whole layers are skipped, a fixed number of them.
+By dynamic programming: among all paths through the first i layers that skip j of them, the one is kept whose hidden
+state has the greatest cosine similarity with that of the full model after layer i. All kept states then run through
+layer i + 1 at once, or skip it. A fixed number of whole layers is skipped.
 
-From the paper's description, section 3, on this package's rounds. The full model's states come with each choice, of
-which they are the states with nothing skipped, instead of from the verification before it.
+Implemented from the paper's description, section 3, with this package's rounds. The full model's states are computed
+with each choice, as the path that skips nothing, instead of taken from the verification before it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from knn_ssd.speculation.self_draft import SelfDraft
 
 @dataclass(frozen=True, slots=True)
 class ClaspSettings:
-    """How layers are chosen. The defaults are this package's own.
+    """Settings of the choice of layers. The defaults are this package's own.
 
     Args:
-        share: of the layers that is skipped.
-        interval: tokens from one choice to the next.
-        policy: of the drafts.
+        share: share of the layers that is skipped.
+        interval: number of tokens from one choice to the next.
+        policy: the draft policy.
     """
 
     share: float = 0.5
@@ -39,7 +39,7 @@ class ClaspSettings:
 
 
 def choose_layers(backend: NativeBackend, session: NativeSession, token: int, count: int) -> list[int]:
-    """Which `count` of L layers to skip, for the token at the session's cursor, in order."""
+    """Chooses `count` of the L layers to skip, given the token at the session's cursor; in ascending order."""
     assert session.cache is not None
     states = backend.embed(token)  # (j + 1, D), row j with j layers skipped
     skips: list[list[int]] = [[]]
@@ -62,13 +62,13 @@ def choose_layers(backend: NativeBackend, session: NativeSession, token: int, co
 
 
 class ClaspDraft:
-    """Drafts of one request, under layers chosen for it.
+    """The CLaSp drafter of one request.
 
     Args:
-        backend: executes the model.
-        session: the request's.
-        sampler: the request's.
-        settings: of the choice.
+        backend: executes the target model.
+        session: the request's session.
+        sampler: the request's sampler.
+        settings: how layers are chosen.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class ClaspDraft:
         self._session = session
         self._sampler = sampler
         self._settings = settings or ClaspSettings()
-        self._chosen_at: int | None = None  # length of the context
+        self._chosen_at: int | None = None  # length of the context at the last choice
         self.plan = Plan.plain(backend.num_layers)
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """At most `limit` tokens to follow `context`."""
+        """Drafts at most `limit` tokens to follow `context`."""
         settings = self._settings
         if len(context) > 1 and (self._chosen_at is None or len(context) - self._chosen_at >= settings.interval):
             with self._session.rewound(1):
@@ -95,4 +95,4 @@ class ClaspDraft:
         return SelfDraft(self._session, self.plan, self._sampler).propose(context, limit)
 
     def learn(self, outcome: Outcome) -> None:
-        """The choice rests on states, not on what was accepted."""
+        """Does nothing: the choice depends on hidden states, not on acceptance."""

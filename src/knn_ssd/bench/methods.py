@@ -1,7 +1,7 @@
-"""The methods that a benchmark compares: each is a way to get the output for a prompt, on one and the same model.
+"""The methods that a benchmark compares. Each is a way to decode the output for a prompt, all with the same model.
 
-The engine's own methods share one target, so they share weights, kernels and low-bit copies, and differ in nothing but
-who drafts. Each has its own engine, so that none learns from what another drafted.
+The methods of the engine share one backend, thus weights, kernels and 4-bit copies, and differ only in how they draft.
+Each has an engine of its own, so that none learns from the drafts of another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.bench.clasp import ClaspDraft
 from knn_ssd.bench.records import Record
 from knn_ssd.bench.summary import BASELINE
-from knn_ssd.bench.swift import LEAST_LAYERS, SwiftDraft, SwiftSearch
+from knn_ssd.bench.swift import MIN_LAYERS, SwiftDraft, SwiftSearch
 from knn_ssd.calibrate.settings import MIXTURE
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
@@ -35,15 +35,15 @@ HF, HF_LOOKUP = "hf", "hf-lookup"
 DESCRIPTIONS = {
     BASELINE: "the engine without drafts: the baseline",
     HF: "transformers.generate in the same dtype",
-    HF_LOOKUP: "transformers.generate with its prompt look-up",
-    "self-sd-fix": "skips what is best for the stream's first domain, for all prompts",
-    "self-sd-mix": "skips what is best for a mixture of domains, for all prompts",
-    "knn-ssd": "skips what is best for the nearest anchor's domain: the paper",
-    "swift": "skips what it finds to agree while it serves (arXiv 2410.06916, without its token tree)",
-    "clasp": "skips the layers that the last token's states miss least (arXiv 2505.24196)",
-    "lookup": "drafts by look-up alone",
-    "low": "drafts with everything low-bit, without routing",
-    "auto": "what `generate` does: everything, routed and controlled",
+    HF_LOOKUP: "transformers.generate with its prompt lookup",
+    "self-sd-fix": "drafts under the best skipping plan for the stream's first domain, for all prompts",
+    "self-sd-mix": "drafts under the best skipping plan for a mixture of domains, for all prompts",
+    "knn-ssd": "drafts under the best skipping plan for the nearest anchor's domain: the paper",
+    "swift": "searches for a skipping plan while decoding (arXiv 2410.06916, without its token tree)",
+    "clasp": "skips the layers that change the last token's hidden states least (arXiv 2505.24196)",
+    "lookup": "drafts by lookup alone",
+    "low": "drafts with all weights in 4 bits, without routing",
+    "auto": "the default of `generate`: routing, all drafters and the controller",
 }
 NEEDS_ATLAS = ("self-sd-fix", "self-sd-mix", "knn-ssd")
 _LOOKUP_TOKENS = 10  # as in the documentation of transformers
@@ -51,12 +51,12 @@ _LOOKUP_TOKENS = 10  # as in the documentation of transformers
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a method made of a prompt.
+    """The output of a method for a prompt.
 
     Args:
-        token_ids: the end-of-sequence token included.
-        total_sec: all of it.
-        details: fields of `Record` that the method knows.
+        token_ids: the output, with the end-of-sequence token.
+        total_sec: seconds from the prompt's token ids to the last output token.
+        details: further fields of the `Record`, as far as the method knows them.
     """
 
     token_ids: tuple[int, ...]
@@ -65,11 +65,15 @@ class Output:
 
 
 Method = Callable[[list[int], int], Output]
-"""From a prompt's token ids and the longest output in tokens to an output."""
+"""Decodes an output, given a prompt's token ids and the longest output in tokens."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises a `UsageError` if there is no such method."""
+    """Checks that methods exist.
+
+    Raises:
+        UsageError: there is no method of such a name.
+    """
     unknown = [name for name in names if name not in DESCRIPTIONS]
     if unknown:
         raise UsageError(f"there is no method '{unknown[0]}'", f"Choose from {', '.join(DESCRIPTIONS)}.")
@@ -78,18 +82,18 @@ def check_names(names: Sequence[str]) -> None:
 def make_methods(
     names: Sequence[str], engine: Engine, first_domain: str | None = None, temperature: float = 0.0, seed: int = 0
 ) -> dict[str, Method]:
-    """The named methods on an engine's model.
+    """Makes methods that use an engine's model, backend and atlas.
 
     Args:
-        names: of `DESCRIPTIONS`.
-        engine: whose model, target and atlas they use.
-        first_domain: of the stream.
-        temperature: 0 is greedy.
-        seed: of sampling.
+        names: the methods' names, of those in `DESCRIPTIONS`.
+        engine: the engine.
+        first_domain: the domain of the stream's first prompt.
+        temperature: sampling temperature; 0 is greedy.
+        seed: seed of sampling.
 
     Raises:
-        UsageError: an unknown name.
-        BenchError: one that needs an atlas, or something that the atlas does not have.
+        UsageError: there is no method of such a name.
+        BenchError: a method needs an atlas, or something that the atlas or the backend lacks.
     """
     sampling: dict[str, Any] = {"temperature": temperature, "seed": seed} if temperature else {}
     check_names(names)
@@ -102,27 +106,27 @@ def make_methods(
 def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[str, Any]) -> Method:
     atlas = engine.atlas
     if name == BASELINE:
-        return _own(engine, None, sampling, plain=True)
+        return _engine_method(engine, None, sampling, plain=True)
     if name in (HF, HF_LOOKUP):
         return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
     if name in ("lookup", "low"):
-        return _own(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
+        return _engine_method(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
     if name == "auto":
-        return _own(engine, atlas, sampling, adaptive=True)
-    if name in _CHOOSING:
-        return _CHOOSING[name](engine, sampling)
+        return _engine_method(engine, atlas, sampling, adaptive=True)
+    if name in _ONLINE:
+        return _ONLINE[name](engine, sampling)
     assert atlas is not None
     return _as_published(name, engine, atlas, first_domain, sampling)
 
 
 def _unrouted(name: str, engine: Engine) -> Plan:
-    """The plan that a method has for all prompts."""
+    """The plan of a method that uses one for all prompts."""
     layers = engine.backend.num_layers
     if name == "lookup":
         return Plan.skipping(layers, policy=Policy(lookup=True))
     if Mode.LOW not in engine.backend.modes:
         raise BenchError(
-            "the method 'low' needs low-bit weights, and this model's target has none here",
+            "the method 'low' needs 4-bit weights, and this model's backend has none",
             "See `knn-ssd doctor`, or choose other --methods.",
         )
     return Plan.low(layers, Policy(lookup=False))
@@ -130,9 +134,9 @@ def _unrouted(name: str, engine: Engine) -> Plan:
 
 def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
     layers = engine.backend.num_layers
-    if layers < LEAST_LAYERS:
+    if layers < MIN_LAYERS:
         raise BenchError(
-            f"the method 'swift' needs {LEAST_LAYERS} layers, and this model has {layers}", "Choose other --methods."
+            f"the method 'swift' needs {MIN_LAYERS} layers, and this model has {layers}", "Choose other --methods."
         )
     search = SwiftSearch(layers, seed=sampling.get("seed", 0))
 
@@ -146,7 +150,7 @@ def _clasp(engine: Engine, sampling: dict[str, Any]) -> Method:
     backend = engine.backend
     if not isinstance(backend, NativeBackend):
         raise BenchError(
-            "the method 'clasp' runs layers one by one, which this model's target cannot",
+            "the method 'clasp' runs layers one by one, which only the native backend can",
             "See `knn-ssd doctor`, or choose other --methods.",
         )
 
@@ -157,35 +161,35 @@ def _clasp(engine: Engine, sampling: dict[str, Any]) -> Method:
     return _with_drafter(engine, sampling, new_drafter)
 
 
-_CHOOSING = {"swift": _swift, "clasp": _clasp}  # what to skip, while they serve
+_ONLINE = {"swift": _swift, "clasp": _clasp}  # they choose what to skip while decoding
 
 
 def _as_published(
     name: str, engine: Engine, atlas: Atlas, first_domain: str | None, sampling: dict[str, Any]
 ) -> Method:
-    """Drafts that skip, under a fixed policy, routed or not: the methods of arXiv 2505.16162, section 4."""
+    """The methods of arXiv 2505.16162, section 4: skipping drafts under a fixed policy, routed or not."""
     if name == "knn-ssd":
         domains = {
             domain: DomainEntry(_skipping(atlas, domain), known.radius) for domain, known in atlas.domains.items()
         }
         skips = replace(atlas, domains=domains, fallback=_skipping(atlas, None))
-        return _own(engine, skips, sampling, adaptive=False)
+        return _engine_method(engine, skips, sampling, adaptive=False)
     domain = first_domain if name == "self-sd-fix" else None
     if name == "self-sd-fix" and domain not in atlas.domains:
         raise BenchError(
-            f"'self-sd-fix' drafts as for the stream's first domain, '{domain}', and the atlas has "
+            f"'self-sd-fix' drafts as for the stream's first domain, '{domain}', and the atlas has only "
             f"{', '.join(sorted(atlas.domains))}",
             "Give prompts of the atlas's domains, or choose other --methods.",
         )
-    return _own(engine, None, sampling, plan=_skipping(atlas, domain), adaptive=False)
+    return _engine_method(engine, None, sampling, plan=_skipping(atlas, domain), adaptive=False)
 
 
 def _skipping(atlas: Atlas, domain: str | None) -> Plan:
-    """What the best plan of a domain that skips anything skips, and nothing else, whatever the clock made of it."""
+    """The skips of a domain's best skipping plan, even if timing did not choose it; None is the mixture."""
     found = atlas.evidence_of(domain).get("best_skipping")
     if not found:
         raise BenchError(
-            f"the atlas knows no plan that skips for {domain or MIXTURE}",
+            f"the atlas has no plan that skips for {domain or MIXTURE}",
             "Calibrate with --modes skip, or choose other --methods.",
         )
     plan = Plan.from_json(found["plan"])
@@ -193,12 +197,12 @@ def _skipping(atlas: Atlas, domain: str | None) -> Plan:
     return Plan.skipping(plan.num_layers, plan.skipped_attention, plan.skipped_mlp, policy)
 
 
-def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
-    own = Engine(engine.model, engine.tokenizer, atlas, backend=engine.backend)
+def _engine_method(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
+    runner = Engine(engine.model, engine.tokenizer, atlas, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()
-        stream = own.stream(prompt, max_new_tokens=max_new_tokens, **sampling, **options)
+        stream = runner.stream(prompt, max_new_tokens=max_new_tokens, **sampling, **options)
         rounds = [chunk.round for chunk in stream]
         total_sec = time.perf_counter() - started
         result = stream.result
@@ -207,7 +211,7 @@ def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **option
             "route_sec": result.stats.route_sec,
             "routed": result.route is not None,
             "routed_domain": result.route.plan_domain if result.route is not None else None,
-            **_told(rounds, sampling),
+            **_round_details(rounds, sampling),
         }
         return Output(result.token_ids, total_sec, details)
 
@@ -215,7 +219,7 @@ def _own(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **option
 
 
 def _with_drafter(engine: Engine, sampling: dict[str, Any], new_drafter: Callable[[Request], Drafter]) -> Method:
-    """Rounds with a drafter of another kind, made for each request."""
+    """A method that decodes each request with a new drafter."""
     backend, ends = engine.backend, end_at(eos_token_ids(engine.model))
     params = SamplingParams(repetition_penalty=engine.repetition_penalty, **sampling)
 
@@ -227,15 +231,17 @@ def _with_drafter(engine: Engine, sampling: dict[str, Any], new_drafter: Callabl
             rounds = list(request.rounds())
         total_sec = time.perf_counter() - started
         token_ids = tuple(token for each in rounds for token in each.tokens)
-        return Output(token_ids, total_sec, {"prefill_sec": request.prefill.seconds, **_told(rounds, sampling)})
+        return Output(
+            token_ids, total_sec, {"prefill_sec": request.prefill.seconds, **_round_details(rounds, sampling)}
+        )
 
     return run
 
 
 def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) -> Method:
-    """`model.generate` as its documentation has it, on the very weights that the engine runs.
+    """`model.generate` as in the documentation of transformers, with the same weights as the engine.
 
-    It generates `max_new_tokens` tokens, so that it does the same work as the baseline, whose length that is.
+    It generates exactly `max_new_tokens` tokens, the length of the baseline's output, so that both do the same work.
     """
     model: Any = engine.model
     extra: dict[str, Any] = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS} if lookup else {}
@@ -261,13 +267,13 @@ def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) 
 
 
 def record_of(output: Output, **place: Any) -> Record:
-    """The record of an output; `place` says of which prompt, method and repeat."""
+    """The record of an output; `place` holds the fields that identify prompt, method and repeat."""
     return Record(token_ids=output.token_ids, total_sec=output.total_sec, **{**output.details, **place})
 
 
-def _told(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
-    """What rounds tell to a record."""
-    drafted, accepted = _by_source(rounds)
+def _round_details(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record that follow from the rounds."""
+    drafted, accepted = _by_drafter(rounds)
     return {
         "rounds": len(rounds),
         "lossless": not sampling,
@@ -289,7 +295,7 @@ def _by_length(rounds: list[Round]) -> dict[str, list[int]]:
     return result
 
 
-def _by_source(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:
+def _by_drafter(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:
     drafted: dict[str, int] = {}
     accepted: dict[str, int] = {}
     for each in rounds:

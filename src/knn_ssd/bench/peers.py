@@ -1,7 +1,7 @@
-"""Other programs in the same tables: the prompts that a run hands to them, and the records that they hand back.
+"""Other programs in the same tables: a run writes its prompts for them, and reads the records that they write.
 
-A program runs apart, in an environment of its own: it reads `prompts.jsonl`, and writes `peers/NAME.jsonl`, a record
-for each prompt. See `benchmarks/peers/`. Nothing here knows which programs there are, or runs one.
+Each program runs in an environment of its own: it reads `prompts.jsonl` and writes `peers/NAME.jsonl`, one record for
+each prompt. See `benchmarks/peers/`. This module neither knows nor runs any of the programs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROMPTS, _FOLDER = "prompts.jsonl", "peers"
 
 
 def write_prompts(out: Path, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]) -> None:
-    """Writes the stream into the folder of a run, a line for each place."""
+    """Writes the prompts of a run into its folder, one line each, in the order of the stream."""
     lines = [
         {"place": place, "id": prompt.id, "domain": prompt.domain, "token_ids": list(token_ids)}
         for place, (prompt, token_ids) in enumerate(zip(prompts, encoded, strict=True))
@@ -29,14 +29,14 @@ def write_prompts(out: Path, prompts: Sequence[Prompt], encoded: Sequence[Sequen
 
 
 def read_peers(out: Path, own: Sequence[Record]) -> list[Record]:
-    """The records of other programs in the folder of a run; none if there are none.
+    """Reads the records of other programs in the folder of a run.
 
     Args:
         out: the folder.
         own: the records of the run itself.
 
     Raises:
-        BenchError: a file that cannot be read, or was made for another run.
+        BenchError: a file cannot be read, or was made for another run.
     """
     stream = {(record.place, record.prompt, record.domain) for record in own}
     taken = {record.method for record in own}
@@ -47,7 +47,7 @@ def read_peers(out: Path, own: Sequence[Record]) -> list[Record]:
             if record.method != path.stem or record.method in taken:
                 raise BenchError(
                     f"'{path}' has records of the method '{record.method}'",
-                    "A file has one method, which has its name and is none of the run's own: rename the file's.",
+                    "A file holds one method, named like the file and unlike the methods of the run: rename it.",
                 )
             if (record.place, record.prompt, record.domain) not in stream:
                 raise BenchError(
@@ -59,10 +59,10 @@ def read_peers(out: Path, own: Sequence[Record]) -> list[Record]:
 
 
 def read_run(out: Path) -> list[Record]:
-    """All records in the folder of a run: its own, then those of other programs.
+    """Reads all records in the folder of a run: its own, then those of other programs.
 
     Raises:
-        BenchError: as `read_peers`.
+        BenchError: a file cannot be read, or was made for another run.
     """
     own = read_records(out / "records.jsonl")
     return own + read_peers(out, own)

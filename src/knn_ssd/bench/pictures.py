@@ -1,6 +1,6 @@
-"""The report's pictures: SVG written here, so that colours follow the page and nothing needs to be installed or loaded.
+"""The charts of the report, as SVG: colours follow the page's theme, and no plotting library is needed.
 
-They know nothing of records and methods.
+This module knows nothing of records and methods.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """How curves are drawn.
+    """The axes of a line chart.
 
     Args:
-        title: of the horizontal axis.
-        unit: of the vertical one.
-        marked: a value with a line of its own; None is none.
-        least_top: where the vertical axis ends at least.
-        unsteady: points at a curve's beginning that may stand out beyond the top.
+        title: title of the horizontal axis.
+        unit: unit of the vertical axis.
+        marked: value of the vertical axis with a dashed line, if any.
+        min_top: smallest upper end of the vertical axis.
+        unsteady: number of first points of a curve that may lie above the upper end.
         dots: whether points are marked.
     """
 
     title: str
     unit: str = ""
     marked: float | None = None
-    least_top: float = 1.2
+    min_top: float = 1.2
     unsteady: int = 0
     dots: bool = False
 
 
-def key(names: Sequence[str], colours: Mapping[str, str]) -> str:
-    """What the colours stand for."""
+def legend(names: Sequence[str], colours: Mapping[str, str]) -> str:
+    """The legend of a chart."""
     items = "".join(f"<li><i style='background:{colours[name]}'></i>{escape(name)}</li>" for name in names)
     return f"<ul class=key>{items}</ul>"
 
 
 def bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]], reach: float = 0.0) -> str:
-    """Horizontal bars with intervals, and a line at 1; `reach` is a value for which there is room at least."""
+    """Horizontal bars with error bars and a line at 1; the axis extends to `reach` or further."""
     known = [(name, value, bounds, colour) for name, value, bounds, colour in rows if value is not None]
     most = max([1.2, reach, *(bounds[1] if bounds else value for _, value, bounds, _ in known)]) * 1.05
     left = max([88, *(16 + 7 * len(name) for name, *_ in known)])  # some 7 units a letter
@@ -72,11 +72,11 @@ def bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None, str]], 
 
 
 def lines(curves: Mapping[str, Sequence[Point]], colours: Mapping[str, str], axes: Axes) -> str:
-    """A curve for each name, over a grid."""
+    """A line chart with one curve for each name."""
     left, width, height = 44, 370, 200
     last = max(x for curve in curves.values() for x, _ in curve)
     first = min(x for curve in curves.values() for x, _ in curve)
-    top = max([axes.least_top, *(y for curve in curves.values() for _, y in curve[axes.unsteady :])]) * 1.05
+    top = max([axes.min_top, *(y for curve in curves.values() for _, y in curve[axes.unsteady :])]) * 1.05
 
     def place(point: Point) -> str:
         across = (point[0] - first) / max(last - first, 1)
@@ -100,8 +100,8 @@ def lines(curves: Mapping[str, Sequence[Point]], colours: Mapping[str, str], axe
     return _svg(left + width + 10, height + 34, axes.title, parts, top=-8)
 
 
-def stacks(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], unit: str, marked: float) -> str:
-    """Horizontal bars of parts, with their sums, and a line at a mark."""
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], unit: str, marked: float) -> str:
+    """Horizontal stacked bars with their sums, and a dashed line at the floor `marked`."""
     left, width, row = 88, 280, 26
     most = max([marked, *(sum(parts.values()) for parts in rows.values())]) * 1.05
     scale, height = width / most, row * len(rows) + 24
@@ -120,7 +120,7 @@ def stacks(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], 
 
 
 def scatter(points: Points, colours: Mapping[str, str]) -> str:
-    """Prompts as dots and anchors as rings, by domain."""
+    """Prompts as small dots and anchors as large ones, coloured by domain."""
     size, edge, parts = 340, 12, []
     for index, ((x, y), domain) in enumerate(zip(points.places, points.domains, strict=True)):
         at = f"cx={edge + float(x) * (size - 2 * edge):.1f} cy={edge + (1 - float(y)) * (size - 2 * edge):.1f}"
@@ -132,7 +132,7 @@ def scatter(points: Points, colours: Mapping[str, str]) -> str:
 
 
 def mode_map(plans: Mapping[str, Plan]) -> str:
-    """What each plan does with each sublayer: attention above, MLP below; skipped ones dark, low-bit ones light."""
+    """The mode of every sublayer in each plan: attention above, MLP below."""
     layers = max(plan.num_layers for plan in plans.values())
     left, cell = 116, max(6.0, 300 / layers)
     parts = []
@@ -149,6 +149,6 @@ def mode_map(plans: Mapping[str, Plan]) -> str:
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[str], top: float = 0) -> str:
-    """What is written comes last, so that no line is drawn across it."""
+    """An SVG element. Text comes last, so that no line is drawn across it."""
     drawn = "".join(sorted(parts, key=lambda part: part.startswith("<text")))
     return f"<svg viewBox='0 {top:g} {width:g} {height:g}' role=img aria-label='{label}'>{drawn}</svg>"

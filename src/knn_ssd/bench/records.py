@@ -1,6 +1,6 @@
-"""What one method did with one prompt: the lines of `records.jsonl`, which other programs may write too.
+"""Records of one method on one prompt: the lines of `records.jsonl`, which other programs may write too.
 
-It knows nothing of engines, so that records of any program can be read, merged and summarised.
+This module knows nothing of engines, so that records of any program can be read, merged and summarised.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from knn_ssd.io import JsonLines, cut_torn_line
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One method on one prompt, once.
+    """The result of one run of one method on one prompt.
 
     Args:
-        prompt: its id.
-        domain: of the prompt; None if nobody said.
-        method: which.
-        repeat: 0, 1, …
-        place: how many prompts of the stream came before.
-        token_ids: the output, up to the end-of-sequence token and no further.
-        total_sec: from the prompt's token ids to the last output token's.
-        prefill_sec: the part before the first token, the pass over the prompt and the routing; None where the program
-            does not say.
-        route_sec: the routing alone.
-        rounds: passes of the full model after the prompt's, and one.
-        drafted, accepted: tokens by source; accepted ones reached the output.
-        draft_sec, verify_sec: the parts of the rounds; None where the program does not say.
-        by_length: for each length of a draft, how many rounds had it, and how many of their tokens were accepted.
-        domain: where the prompt was routed; None without a router, or where it went to the fallback.
-        routed: whether a router was asked.
-        lossless: whether the method claims to say what plain decoding says.
-        lossy: whether the weights or the cache that it ran on are not the model's own, but rounded to fewer bits.
-        peak_memory_bytes: of the process so far.
+        prompt: the prompt's id.
+        domain: the prompt's domain; None where it is unknown.
+        method: the method's name.
+        repeat: number of the repeat: 0, 1, …
+        place: number of prompts before this one in the stream.
+        token_ids: the output, up to and including the end-of-sequence token.
+        total_sec: seconds from the prompt's token ids to the last output token.
+        prefill_sec: seconds until the first token: prefill and routing; None where the program does not report it.
+        route_sec: seconds of routing alone.
+        rounds: number of rounds, the prefill counted as one.
+        drafted, accepted: tokens by drafter; accepted ones reached the output.
+        draft_sec, verify_sec: seconds of drafting and of verification; None where the program does not report them.
+        by_length: for each draft length, the number of rounds with it, and of tokens accepted in them.
+        routed_domain: the domain that the prompt was routed to; None without routing, or for the fallback plan.
+        routed: whether the prompt was routed.
+        lossless: whether the method claims the output of plain decoding.
+        lossy: whether its weights or KV cache are rounded to fewer bits than the model's own.
+        peak_memory_bytes: peak memory of the process so far.
     """
 
     prompt: str
@@ -64,20 +63,20 @@ class Record:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What makes a record unique within a run."""
+        """The fields that identify a record within a run."""
         return (self.method, self.place, self.repeat)
 
     @property
     def decode_sec(self) -> float | None:
-        """What comes after the first token."""
+        """Seconds after the first token; None where `prefill_sec` is unknown."""
         return None if self.prefill_sec is None else self.total_sec - self.prefill_sec
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Reads an object that `to_json` wrote, or another program.
+        """Makes a record of an object that `to_json` or another program made.
 
         Raises:
-            TypeError, ValueError: not such an object.
+            TypeError, ValueError: the object is not a record.
         """
         known = {f.name for f in fields(cls)}
         record = cls(**{name: value for name, value in data.items() if name in known})
@@ -87,18 +86,19 @@ class Record:
         return cls(**{**asdict(record), "token_ids": token_ids})
 
     def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
         return asdict(self)
 
 
 def read_records(path: Path, remedy: str = "Start again with another --out.") -> list[Record]:
-    """The records of a file; a last line that was cut short is passed over, as a killed run leaves it.
+    """Reads the records of a file. A torn last line, as a killed run leaves it, is left out.
 
     Args:
-        path: of the file.
-        remedy: what to do about a line that is no record.
+        path: the file.
+        remedy: the error's advice on a line that is no record.
 
     Raises:
-        BenchError: a file that cannot be read, or another line that is no record.
+        BenchError: the file cannot be read, or another line is no record.
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -121,7 +121,7 @@ class RecordFile:
     """A file of records that grows line by line.
 
     Args:
-        path: of the file; what is there is kept, but for a last line that was cut short.
+        path: the file; an existing one is continued, without a torn last line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,10 +130,10 @@ class RecordFile:
         cut_torn_line(path)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Adds records, all of them or none.
+        """Adds all of the records, or none.
 
         Raises:
-            OutputError: a full disk, or no permission.
+            OutputError: the file cannot be written.
         """
         records = list(records)
         JsonLines(self.path).append(record.to_json() for record in records)

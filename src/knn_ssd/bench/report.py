@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, for a phone, a desktop, a printer; light and dark."""
+"""The report of a benchmark: one self-contained HTML file for phone, desktop and print, light and dark."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from knn_ssd.atlas import Atlas
 from knn_ssd.bench.methods import DESCRIPTIONS
 from knn_ssd.bench.peers import APART
-from knn_ssd.bench.pictures import Axes, bars, key, lines, mode_map, scatter, stacks
+from knn_ssd.bench.pictures import Axes, bars, legend, lines, mode_map, scatter, stacked_bars
 from knn_ssd.bench.records import Record
-from knn_ssd.bench.summary import BASELINE, named, running_speedup, shown
+from knn_ssd.bench.summary import BASELINE, display_name, formatted, running_speedup
 from knn_ssd.routing.projection import Points
 
-_FEWEST_ROUNDS = 5  # that a mean is shown of
+_PARTS = {"prompt": "prefill", "drafting": "drafting", "verifying": "verification", "rest": "rest"}
+_MIN_ROUNDS = 5  # draft lengths with fewer rounds are not shown
 
 _STYLE = """
 :root { --ink: #1c2430; --quiet: #5b6675; --paper: #ffffff; --line: #d9dee5; --soft: #f3f5f8; --bad: #b3261e;
@@ -47,13 +48,13 @@ ul.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: .1
 
 
 def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, atlas: Atlas | None = None) -> str:
-    """The page.
+    """The report as an HTML page.
 
     Args:
-        summary: as `summary.json` has it.
-        records: all of the run.
-        command: what was typed.
-        atlas: whose prompts, anchors and plans are shown; None is none.
+        summary: the contents of `summary.json`.
+        records: all records of the run.
+        command: the command that made the run.
+        atlas: the atlas whose prompts, anchors and plans are shown, if there is one.
     """
     methods: Mapping[str, Any] = summary["methods"]
     colours = {name: f"var(--c{i % 9})" for i, name in enumerate(methods)}
@@ -64,8 +65,8 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
         f"{escape(summary['machine']['machine'])} · {escape(summary['machine']['created'])}</p>",
         _warnings(summary),
         "<h2>Speed-up over plain decoding</h2>",
-        "<p class=quiet>Tokens per second over those of plain decoding by the same engine on the same prompts, end to "
-        "end; bars are 95 % intervals over prompts.</p>",
+        "<p class=quiet>End-to-end tokens per second over those of plain decoding by the same engine on the same "
+        "prompts; error bars are 95 % confidence intervals over prompts.</p>",
         bars([_bar(name, methods[name], colours[name]) for name in others]),
         _table(methods),
         _peers(summary),
@@ -93,16 +94,16 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
     if curves:
         parts += [
             "<h2>Along the stream</h2>",
-            "<p class=quiet>Average speed-up over the prompts so far.</p>",
-            key(list(curves), colours),
+            "<p class=quiet>Speed-up over plain decoding on all prompts so far.</p>",
+            legend(list(curves), colours),
             lines(curves, colours, Axes("prompts", "x", 1.0, unsteady=1)),
         ]
     parts += [_by_length(methods, colours), _times(summary), _atlas(atlas)]
     parts += [
-        "<h2>How to get this again</h2>",
+        "<h2>How to reproduce this</h2>",
         f"<p><code>{escape(command)}</code></p>",
         f"<p class=quiet>{escape(', '.join(f'{k} {v}' for k, v in summary['machine']['versions'].items()))}. A bare "
-        f"step of the model took {1e3 * summary['step_sec']:.2f} ms.</p>",
+        f"decode step of the model, without the engine, took {1e3 * summary['step_sec']:.2f} ms.</p>",
     ]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -112,7 +113,7 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
 
 
 def _bar(name: str, own: Mapping[str, Any], colour: str) -> tuple[str, float | None, Sequence[float] | None, str]:
-    return (named(name, own), own["speedup"], own["speedup_ci95"], colour)
+    return (display_name(name, own), own["speedup"], own["speedup_ci95"], colour)
 
 
 def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
@@ -120,7 +121,7 @@ def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         name: [
             (int(length), each["accepted"])
             for length, each in own["accepted_by_length"].items()
-            if int(length) and each["rounds"] >= _FEWEST_ROUNDS
+            if int(length) and each["rounds"] >= _MIN_ROUNDS
         ]
         for name, own in methods.items()
     }
@@ -128,29 +129,29 @@ def _by_length(methods: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     if not curves:
         return ""
     return (
-        "<h2>Accepted, by length of the draft</h2>"
-        "<p class=quiet>Tokens of a draft that were kept, in the mean over the rounds that drafted so many; lengths "
-        f"of fewer than {_FEWEST_ROUNDS} rounds are left out.</p>"
-        + key(list(curves), colours)
-        + lines(curves, colours, Axes("tokens drafted", dots=True))
+        "<h2>Accepted tokens by draft length</h2>"
+        "<p class=quiet>Mean number of accepted tokens over the rounds with a draft of that length; lengths with fewer "
+        f"than {_MIN_ROUNDS} rounds are left out.</p>"
+        + legend(list(curves), colours)
+        + lines(curves, colours, Axes("draft tokens", dots=True))
     )
 
 
 def _times(summary: Mapping[str, Any]) -> str:
     rows = {
-        name: {part: 1e3 * sec / own["tokens"] for part, sec in own["seconds"].items()}
+        name: {_PARTS[part]: 1e3 * sec / own["tokens"] for part, sec in own["seconds"].items()}
         for name, own in summary["methods"].items()
         if own["seconds"]
     }
     if not rows:
         return ""
-    colours = {"prompt": "var(--c7)", "drafting": "var(--c1)", "verifying": "var(--c0)", "rest": "var(--c4)"}
+    colours = {"prefill": "var(--c7)", "drafting": "var(--c1)", "verification": "var(--c0)", "rest": "var(--c4)"}
     return (
         "<h2>Where the time goes</h2>"
-        "<p class=quiet>Milliseconds for a token of output. The floor is the time in which this machine can read the "
-        "weights once, at the speed that it was measured to read memory with.</p>"
-        + key(list(colours), colours)
-        + stacks(rows, colours, "ms", 1e3 * summary["floor_sec"])
+        "<p class=quiet>Milliseconds per output token. The floor is the time to read the weights from memory once, at "
+        "the measured memory bandwidth of this machine.</p>"
+        + legend(list(colours), colours)
+        + stacked_bars(rows, colours, "ms", 1e3 * summary["floor_sec"])
     )
 
 
@@ -163,10 +164,10 @@ def _atlas(atlas: Atlas | None) -> str:
     modes = {"keep": "var(--soft)", "low": "var(--c0)", "skip": "var(--ink)"}
     return (
         f"<h2>{escape(points.title)}</h2><p class=quiet>{escape(points.caption)}.</p>"
-        + key(list(colours), colours)
+        + legend(list(colours), colours)
         + scatter(points, colours)
-        + "<h2>Plans of the atlas</h2><p class=quiet>Attention above, MLP below, layer by layer.</p>"
-        + key(list(modes), modes)
+        + "<h2>Plans of the atlas</h2><p class=quiet>Mode of each sublayer by layer: attention above, MLP below.</p>"
+        + legend(list(modes), modes)
         + mode_map(plans)
     )
 
@@ -177,34 +178,39 @@ def _warnings(summary: Mapping[str, Any]) -> str:
     for each in summary["differing"]:
         by_method[each["method"]].append(each["prompt"])
     for method, prompts in by_method.items():
-        lines.append(f"{method} said something else than plain decoding on {', '.join(sorted(set(prompts)))}")
+        lines.append(f"the output of {method} differs from plain decoding on {', '.join(sorted(set(prompts)))}")
     if summary["baseline_slowed"]:
-        lines.append("plain decoding was much slower than a bare step of the model: do not trust these speed-ups")
+        lines.append(
+            "plain decoding was much slower than a bare decode step of the model: do not trust these speed-ups"
+        )
     return "".join(f"<p class=bad>{escape(line)}</p>" for line in lines)
 
 
 def _peers(summary: Mapping[str, Any]) -> str:
     if not summary["peers"]:
         return ""
-    lossy = "; lossy: with weights or a cache that are not the model's own"
+    lossy = "; lossy: with weights or a KV cache rounded to fewer bits than the model's own"
     any_lossy = any(own["lossy"] for own in summary["methods"].values())
     return f"<p class=quiet>{escape(', '.join(summary['peers']))}: {APART}{lossy if any_lossy else ''}.</p>"
 
 
 def _table(methods: Mapping[str, Any]) -> str:
     best = max((m for m in methods if methods[m]["lossless"]), key=lambda m: methods[m]["speedup"] or 0, default=None)
-    head = ("method", "speed-up", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain", "first token")
+    head = (
+        "method", "speed-up", "decode speed-up", "tokens/s", "acceptance", "tokens/round", "same as plain",
+        "first token",
+    )  # fmt: skip
     rows = []
     for name, own in methods.items():
         cells = (
-            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(named(name, own))}</span>",
-            shown(own["speedup"], "{:.2f}x"),
-            shown(own["decode_speedup"], "{:.2f}x"),
-            shown(own["tokens_per_sec"], "{:.1f}"),
-            shown(own["acceptance_rate"], "{:.0%}"),
-            shown(own["tokens_per_round"], "{:.2f}"),
-            shown(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
-            shown(own["first_token_sec_mean"], "{:.2f} s"),
+            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(display_name(name, own))}</span>",
+            formatted(own["speedup"], "{:.2f}x"),
+            formatted(own["decode_speedup"], "{:.2f}x"),
+            formatted(own["tokens_per_sec"], "{:.1f}"),
+            formatted(own["acceptance_rate"], "{:.0%}"),
+            formatted(own["tokens_per_round"], "{:.2f}"),
+            formatted(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
+            formatted(own["first_token_sec_mean"], "{:.2f} s"),
         )
         rows.append(f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in head)

@@ -1,8 +1,8 @@
 """The harness: every method runs every prompt in one process, prompt by prompt, in rotating order.
 
-What it guards against: a baseline that something else slows down (methods alternate, and plain decoding's step is
-timed without the engine too), lengths that differ (the first of a prompt's methods sets the length for the others),
-text after the end token (it is cut off before counting), a warm-up that counts (it is run apart).
+It guards against a baseline slowed by other load (methods alternate, and a bare step of the model is timed without the
+engine too), outputs of different lengths (the first method to run a prompt sets the length for the others), text after
+the end-of-sequence token (it is cut off before tokens are counted), and a warm-up that counts (it is not recorded).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from knn_ssd.tools.doctor import measure_bandwidth, measure_step, read_bytes_per
 
 SCHEMA = 1
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 8
-_SLOWED = 1.3  # plain decoding takes so much more time a token than a bare step: something slows the baseline
+_SLOWED = 1.3  # seconds per token of plain decoding over a bare step, above which something slows the baseline
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What a run is asked for, beside model, prompts and methods.
+    """The settings of a run, besides model, prompts and methods.
 
     Args:
-        max_new_tokens: the longest output.
+        max_new_tokens: the longest output in tokens.
         repeats: how often every prompt is run.
-        seed: of the stream, of sampling and of the intervals.
-        temperature: 0 is greedy.
-        mix_ratio: of the stream.
+        seed: seed of the stream, of sampling and of the confidence intervals.
+        temperature: sampling temperature; 0 is greedy.
+        mix_ratio: the mix ratio of the stream.
         chat: whether prompts go through the chat template.
     """
 
@@ -62,24 +62,26 @@ def run_bench(
     progress: Progress,
     model: str,
 ) -> dict[str, Any]:
-    """Runs what is not in `out/records.jsonl` yet, and writes and gives the summary, other programs' records included.
+    """Runs what is not in `out/records.jsonl` yet; writes and returns the summary, with the records of other programs.
 
     Args:
-        engine: of the methods.
-        prompts: in the order of the stream.
-        methods: by name, with `plain` among them.
-        out: the folder; one with records of the same run is continued.
-        settings: of the run.
-        progress: receives how far it is.
-        model: its name, for the report.
+        engine: the engine that the methods are made from.
+        prompts: the prompts in the order of the stream.
+        methods: the methods by name, `plain` among them.
+        out: the folder; records of the same run in it are kept and continued.
+        settings: the settings of the run.
+        progress: receives how far the run is.
+        model: the model's name, for the report.
 
     Raises:
-        BenchError: no baseline, or records of another run or for another run.
-        PromptError: a prompt that cannot be used.
-        OutputError: a place that cannot be written.
+        BenchError: the baseline is missing, or the folder has records of another run.
+        PromptError: a prompt cannot be used.
+        OutputError: the folder cannot be written.
     """
     if BASELINE not in methods:
-        raise BenchError(f"there is nothing to compare with: '{BASELINE}' is not among the methods", "Add it.")
+        raise BenchError(
+            f"there is nothing to compare with: '{BASELINE}' is not among the methods", f"Add {BASELINE} to --methods."
+        )
     encoded = [engine.encode(prompt.prompt, settings.chat) for prompt in prompts]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,12 @@ def run_bench(
         prompt = prompts[place]
         records = [
             record_of(
-                _until(output, eos), prompt=prompt.id, domain=prompt.domain, method=name, repeat=repeat, place=place
+                _cut_at_eos(output, eos),
+                prompt=prompt.id,
+                domain=prompt.domain,
+                method=name,
+                repeat=repeat,
+                place=place,
             )
             for name, output in outputs.items()
         ]
@@ -119,23 +126,24 @@ def run_bench(
 
 
 def run_prompt(methods: Mapping[str, Method], prompt: list[int], max_new_tokens: int, turn: int) -> dict[str, Output]:
-    """All methods on one prompt; each turn another one begins.
+    """Runs all methods on one prompt; in each turn another method is the first.
 
-    The first of the engine's own sets the length, so one of them comes before those of transformers, which are told.
+    The first method sets the length for the others. It is one of the engine's, since those of transformers take the
+    length as given.
     """
     names = list(methods)
     order = names[turn % len(names) :] + names[: turn % len(names)]
-    own = next(name for name in order if not name.startswith("hf"))
-    order.remove(own)
+    first = next(name for name in order if not name.startswith("hf"))
+    order.remove(first)
     outputs: dict[str, Output] = {}
-    for name in (own, *order):
+    for name in (first, *order):
         outputs[name] = methods[name](prompt, max_new_tokens)
-        max_new_tokens = len(outputs[own].token_ids)
+        max_new_tokens = len(outputs[first].token_ids)
     return {name: outputs[name] for name in names}
 
 
-def _until(output: Output, eos: frozenset[int]) -> Output:
-    """The output without what comes after an end-of-sequence token. The time that it took stays."""
+def _cut_at_eos(output: Output, eos: frozenset[int]) -> Output:
+    """The output without the tokens after an end-of-sequence token. Its time stays as it was."""
     end = next((i for i, token in enumerate(output.token_ids, start=1) if token in eos), len(output.token_ids))
     return Output(output.token_ids[:end], output.total_sec, output.details)
 
@@ -174,7 +182,7 @@ def _check_identity(
     settings: BenchSettings,
     eos: frozenset[int],
 ) -> None:
-    """Records of several runs never mix. What ends an output follows from the model, and is told to other programs."""
+    """Checks that the folder is new or of the same run; writes `run.json` for the former, which other programs read."""
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()[:16]
     weights = fingerprint(engine.model, engine.tokenizer).weights_hash
     identity = {"prompts": digest, "weights": weights, "methods": sorted(methods), **asdict(settings)}
@@ -188,9 +196,9 @@ def _check_identity(
         if changed:
             raise BenchError(
                 f"'{out}' has records of a run with other {', '.join(changed)}",
-                "Ask for the same to continue it, or choose another --out.",
+                "Give the same options to continue it, or choose another --out.",
             )
         return
     if any(out.iterdir()):
-        raise BenchError(f"'{out}' is not empty, and has no benchmark in it", "Choose another --out.")
+        raise BenchError(f"'{out}' is not empty and has no benchmark in it", "Choose another --out.")
     write_whole(path, json.dumps({**identity, "eos_token_ids": sorted(eos)}, indent=1) + "\n")

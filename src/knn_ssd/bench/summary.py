@@ -1,7 +1,7 @@
-"""What records say: speed-ups with intervals, acceptance, identity, routing. Pure arithmetic on `Record`s.
+"""Figures from records: speed-ups with confidence intervals, acceptance, identity, routing. Pure arithmetic.
 
-A speed-up is the method's tokens per second over the baseline's on the same prompts, total tokens over total time;
-its interval is a bootstrap over prompts (95 %, percentiles), so that prompts and not tokens count as independent.
+A speed-up is the method's tokens per second over the baseline's on the same prompts, total tokens over total time. Its
+95 % interval is a percentile bootstrap over prompts, so that prompts and not tokens count as independent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RESAMPLES = 2000
 
 
 def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The figures of every method, by name, each with `per_domain`."""
+    """The figures of every method by name, each with those of its domains under `per_domain`."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_method[record.method].append(record)
@@ -37,18 +37,18 @@ def baseline_of(records: Iterable[Record]) -> dict[tuple[int, int], Record]:
     return {(r.place, r.repeat): r for r in records if r.method == BASELINE}
 
 
-def named(method: str, figures: Mapping[str, Any]) -> str:
-    """A method's name for people, with the mark of weights or a cache that are not the model's own."""
+def display_name(method: str, figures: Mapping[str, Any]) -> str:
+    """A method's name for people, marked where its weights or KV cache are not the model's own."""
     return f"{method} (lossy)" if figures["lossy"] else method
 
 
-def shown(value: float | None, form: str) -> str:
-    """A figure for people; a dash where there is none."""
+def formatted(value: float | None, form: str) -> str:
+    """A figure as text; a dash for None."""
     return "–" if value is None else form.format(value)
 
 
-def shown_interval(figures: Mapping[str, Any]) -> str:
-    """The interval of a method's speed-up, for people."""
+def formatted_interval(figures: Mapping[str, Any]) -> str:
+    """The confidence interval of a method's speed-up as text."""
     bounds = figures["speedup_ci95"]
     return f"{bounds[0]:.2f}–{bounds[1]:.2f}" if bounds else "–"
 
@@ -66,7 +66,7 @@ def differing(records: Iterable[Record]) -> list[Record]:
 
 def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], seed: int) -> dict[str, Any]:
     pairs = [(r, baseline[r.place, r.repeat]) for r in own if (r.place, r.repeat) in baseline]
-    drafted, accepted = _by_source(r.drafted for r in own), _by_source(r.accepted for r in own)
+    drafted, accepted = _by_drafter(r.drafted for r in own), _by_drafter(r.accepted for r in own)
     tokens, rounds = sum(len(r.token_ids) for r in own), sum(r.rounds for r in own)
     routed = [r for r in own if r.routed]
     peaks = [r.peak_memory_bytes for r in own if r.peak_memory_bytes is not None]
@@ -96,7 +96,7 @@ def _figures(own: Sequence[Record], baseline: dict[tuple[int, int], Record], see
 
 
 def _seconds(own: Sequence[Record]) -> dict[str, float] | None:
-    """Where the time goes: reading prompts, drafting, verifying, and the rest."""
+    """Seconds by part: prefill, drafting, verification, and the rest; None unless every record has them."""
     parts = [
         (r.prefill_sec, r.draft_sec, r.verify_sec, r.total_sec)
         for r in own
@@ -110,7 +110,7 @@ def _seconds(own: Sequence[Record]) -> dict[str, float] | None:
 
 
 def _by_length(own: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """For each length of a draft, how many rounds had it, and how many tokens of one were accepted in the mean."""
+    """For each draft length, the number of rounds with it, and the mean of tokens accepted in them."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for record in own:
         for length, (rounds, accepted) in record.by_length.items():
@@ -121,18 +121,19 @@ def _by_length(own: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def _total(record: Record, plain: Record) -> tuple[float, float, float, float]:
+    """Tokens and seconds of a record, then those of plain decoding."""
     return (len(record.token_ids), record.total_sec, len(plain.token_ids), plain.total_sec)
 
 
 def _decoding(record: Record, plain: Record) -> tuple[float, float, float, float] | None:
-    """The same after the first token, which the prompt's pass gave."""
+    """The same without the first token, which prefill gives; None where the times are unknown."""
     if record.decode_sec is None or plain.decode_sec is None or min(len(record.token_ids), len(plain.token_ids)) < 2:
         return None
     return (len(record.token_ids) - 1, record.decode_sec, len(plain.token_ids) - 1, plain.decode_sec)
 
 
 def _ratio(rows: Sequence[tuple[float, float, float, float]]) -> float | None:
-    """The method's tokens per second over plain decoding's."""
+    """The method's tokens per second over those of plain decoding."""
     if not rows:
         return None
     tokens, seconds, plain_tokens, plain_seconds = np.sum(rows, axis=0)
@@ -140,7 +141,7 @@ def _ratio(rows: Sequence[tuple[float, float, float, float]]) -> float | None:
 
 
 def running_speedup(records: Sequence[Record], method: str) -> list[float]:
-    """Along the stream, the method's tokens per second over plain decoding's on all prompts so far."""
+    """The method's speed-up on all prompts so far, after each prompt of the stream."""
     plain = baseline_of(records)
     own = sorted((r for r in records if r.method == method), key=lambda r: (r.repeat, r.place))
     rows = [_total(r, base) for r in own if (base := plain.get((r.place, r.repeat))) is not None]
@@ -148,7 +149,7 @@ def running_speedup(records: Sequence[Record], method: str) -> list[float]:
 
 
 def _interval(pairs: Sequence[tuple[Record, Record]], seed: int) -> list[float] | None:
-    """Of the end-to-end speed-up; None of a single prompt, which says nothing of others."""
+    """The confidence interval of the end-to-end speed-up; None for a single prompt."""
     by_prompt: dict[int, list[tuple[float, float, float, float]]] = defaultdict(list)
     for record, plain in pairs:
         by_prompt[record.place].append(_total(record, plain))
@@ -167,11 +168,11 @@ def _decode_speed(own: Sequence[Record]) -> float | None:
     return sum(count for count, _ in known) / seconds if seconds else None
 
 
-def _by_source(counts: Iterable[Any]) -> dict[str, int]:
+def _by_drafter(counts: Iterable[Any]) -> dict[str, int]:
     total: dict[str, int] = defaultdict(int)
     for count in counts:
-        for source, number in count.items():
-            total[source] += number
+        for drafter, number in count.items():
+            total[drafter] += number
     return dict(sorted(total.items()))
 
 

@@ -1,11 +1,12 @@
-"""SWIFT (arXiv 2410.06916): the skip set is searched for while serving, on what the model itself has just written.
+"""SWIFT (arXiv 2410.06916): the sublayers to skip are searched for while decoding, on the model's own output so far.
 
-At each round one other set of the same size is rehearsed on the last tokens of the output; it takes over if it agrees
-with them more often. Most candidates are random, every so often one is the guess of a Bayesian optimiser. The search
-goes on from prompt to prompt and ends when the set is good enough or has long not become better.
+In each round one candidate set of the same size is scored, teacher-forced, on the last tokens of the output; it
+replaces the set in use if its draft agrees with them more often. Most candidates are random; at intervals one is the
+proposal of a Bayesian optimiser. The search continues from prompt to prompt, and ends when the set is good enough or
+has not improved for long.
 
-From the paper's description, sections 4.1 and 4.2, on this package's rounds. Its tree of candidate tokens is left out:
-a round here verifies one chain.
+Implemented from the paper's description, sections 4.1 and 4.2, with this package's rounds. Its tree of candidate tokens
+is left out: a round here verifies one sequence.
 """
 
 from __future__ import annotations
@@ -23,39 +24,40 @@ from knn_ssd.sampling import Sampler, most_likely
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.self_draft import SelfDraft
 
-LEAST_LAYERS = 3  # the first and the last are never skipped
+MIN_LAYERS = 3  # the first and the last are never skipped
 
 
 @dataclass(frozen=True, slots=True)
 class SwiftSettings:
-    """The defaults are those of the released evaluation script, the policy's that of arXiv 2505.16162.
+    """Settings of the search. The defaults are those of the released evaluation script, and for the policy of arXiv
+    2505.16162.
 
     Args:
-        share: of the sublayers between the first and the last layer that is skipped.
-        window: tokens of the output that a set is rehearsed on.
-        optimiser_every: how often a candidate is the optimiser's.
-        most_steps: candidates in all.
-        patience: candidates without a better one, after which the search ends.
-        good_enough: share of agreeing tokens at which it ends.
-        policy: of the drafts.
+        share: share of the sublayers between the first and the last layer that is skipped.
+        window: number of last output tokens that a candidate is scored on.
+        optimiser_every: number of candidates of which one is proposed by the optimiser.
+        max_steps: number of candidates in all.
+        patience: number of candidates without an improvement after which the search ends.
+        good_enough: agreement at which the search ends.
+        policy: the draft policy.
     """
 
     share: float = 0.45
     window: int = 50
     optimiser_every: int = 25
-    most_steps: int = 1000
+    max_steps: int = 1000
     patience: int = 300
     good_enough: float = 0.93
     policy: Policy = field(default_factory=lambda: Policy(12, 0.8))
 
 
 class SwiftSearch:
-    """The skip set that all requests share, and the search for a better one.
+    """The set of skipped sublayers that all requests share, and the search for a better one.
 
     Args:
-        num_layers: L, at least `LEAST_LAYERS`.
-        settings: of the search.
-        seed: of its candidates.
+        num_layers: number of layers, L; at least `MIN_LAYERS`.
+        settings: the settings of the search.
+        seed: seed of the candidates.
     """
 
     def __init__(self, num_layers: int, settings: SwiftSettings | None = None, seed: int = 0) -> None:
@@ -67,7 +69,7 @@ class SwiftSearch:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
         self.steps = self._last_better = 0
-        self.agreement = -1.0  # of the set in use; nothing was rehearsed yet
+        self.agreement = -1.0  # of the set in use; below 0 until it is scored
         self.plan = self._plan(self._random.sample(self._places, self._size))
 
     @property
@@ -77,12 +79,12 @@ class SwiftSearch:
         return (
             self._size == 0
             or self.agreement >= settings.good_enough
-            or self.steps >= settings.most_steps
+            or self.steps >= settings.max_steps
             or self.steps - self._last_better >= settings.patience
         )
 
     def step(self, session: Session, context: Sequence[int]) -> None:
-        """Rehearses one candidate on the last tokens of a context; the session holds all of it but its last token."""
+        """Scores one candidate on the last tokens of a context, of which the session holds all but the last token."""
         weights, chosen = self._candidate()
         plan = self.plan if self.agreement < 0 else self._plan(chosen)
         window = self.settings.window
@@ -99,13 +101,13 @@ class SwiftSearch:
         self._study.add_trial(optuna.create_trial(params=known, distributions=dict(distributions), value=agreement))
 
     def _candidate(self) -> tuple[dict[int, float], list[int]]:
-        """A number in [0, 1] for each sublayer, and the sublayers of the highest, which are skipped."""
+        """A weight in [0, 1] for each sublayer, and the sublayers with the highest weights, which are skipped."""
         if (self.steps + 1) % self.settings.optimiser_every:
             weights = {i: self._random.random() for i in self._places}
         else:
             trial = self._study.ask({str(i): FloatDistribution(0.0, 1.0) for i in self._places})
             weights = {i: float(trial.params[str(i)]) for i in self._places}
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # it is added with its score instead
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # `step` adds it with its score
         return weights, sorted(self._places, key=lambda i: weights[i])[len(self._places) - self._size :]
 
     def _plan(self, skipped: Sequence[int]) -> Plan:
@@ -114,13 +116,13 @@ class SwiftSearch:
 
 
 class SwiftDraft:
-    """Drafts of one request under the shared skip set; searches on before each.
+    """The SWIFT drafter of one request. Each draft is preceded by a step of the shared search.
 
     Args:
-        search: what all requests share.
-        session: of the request.
-        sampler: of the request.
-        prompt_length: tokens of the context that the model did not write.
+        search: the search that all requests share.
+        session: the request's session.
+        sampler: the request's sampler.
+        prompt_length: number of prompt tokens at the start of the context.
     """
 
     def __init__(self, search: SwiftSearch, session: Session, sampler: Sampler, prompt_length: int) -> None:
@@ -130,11 +132,11 @@ class SwiftDraft:
         self._prompt_length = prompt_length
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """At most `limit` tokens to follow `context`."""
+        """Drafts at most `limit` tokens to follow `context`."""
         search = self._search
         if not search.done and len(context) - self._prompt_length >= search.settings.window:
             search.step(self._session, context)
         return SelfDraft(self._session, search.plan, self._sampler).propose(context, limit)
 
     def learn(self, outcome: Outcome) -> None:
-        """The search learns from what was written, not from what was accepted."""
+        """Does nothing: the search learns from the output, not from acceptance."""

@@ -1,4 +1,4 @@
-"""Which prompts come, how long they are, and in which order: readers of question files, long prompts, and streams.
+"""Workloads: readers of prompt files and data sets, prompts of a given length, and streams with a mix ratio.
 
 A stream with mix ratio R starts at one domain; before each next prompt it changes to another domain with probability R
 (arXiv 2505.16162, section 4: 0 is one domain after the other, 1 changes at every prompt).
@@ -22,20 +22,20 @@ from knn_ssd.tokenization import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATASET = "hf:"  # what a data set's name begins with, where a file's could stand
+DATASET = "hf:"  # the prefix of a data set's name where a file is possible too
 
 
 def stream(prompts: Sequence[Prompt], mix_ratio: float, seed: int = 0) -> list[Prompt]:
-    """All prompts, each once, in the order of a stream.
+    """Orders prompts as a stream; each occurs once.
 
     Args:
-        prompts: with their domains; those of one domain keep their order.
+        prompts: the prompts with their domains; those of one domain keep their order.
         mix_ratio: the probability that the next prompt is of another domain, in [0, 1]. Where only one domain has
-            prompts left, it goes on; where a domain has none left, the stream changes.
-        seed: of the changes.
+            prompts left, the stream stays with it; where a domain has none left, the stream changes.
+        seed: seed of the changes.
 
     Raises:
-        UsageError: a ratio out of its range.
+        UsageError: the mix ratio is outside its range.
     """
     if not 0.0 <= mix_ratio <= 1.0:
         raise UsageError(f"the mix ratio must be in [0, 1], got {mix_ratio}")
@@ -69,7 +69,7 @@ def limit_each(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The first half of every domain's prompts, to calibrate with, and the second, to measure with."""
+    """Splits every domain's prompts: the first half for calibration, the second for measurements."""
     domains: dict[str | None, list[Prompt]] = {}
     for prompt in prompts:
         domains.setdefault(prompt.domain, []).append(prompt)
@@ -85,21 +85,21 @@ def lengthened(
     tokenizer: PreTrainedTokenizerBase | None,
     chat: bool = True,
 ) -> list[Prompt]:
-    """Prompts with other ones as context before them, so that each has so many tokens as the model gets it.
+    """Lengthens prompts to a number of tokens by putting other prompts before them.
 
-    A prompt's own text comes last. Before it stand the prompts of its domain that come before it in the pool, before
-    those the ones that come after it, and where the domain has no more, those of other domains; each once, with a blank
-    line between two. The whole is cut at the front, and may be a token short where a character takes several.
+    A prompt's own text comes last. Before it come the prompts of its domain that precede it in the pool, before those
+    the ones that follow it, and before those, where needed, the prompts of other domains; each once, separated by blank
+    lines. The text is cut at its start, and may be a token short where a character takes several.
 
     Args:
-        prompts: of the pool.
-        pool: what context is taken from.
-        num_tokens: of each prompt, the chat template's included.
-        tokenizer: of the model.
-        chat: put prompts through the tokenizer's chat template if it has one.
+        prompts: the prompts to lengthen, all in the pool.
+        pool: the prompts that are put before them.
+        num_tokens: length of each result in tokens, with the chat template.
+        tokenizer: the model's tokenizer.
+        chat: whether prompts go through the tokenizer's chat template, if it has one.
 
     Raises:
-        PromptError: less text in the pool than that, or more in the template.
+        PromptError: the pool has fewer tokens, or the chat template leaves no room for text.
     """
 
     def count(text: str) -> int:
@@ -111,7 +111,7 @@ def lengthened(
 
 
 def _with_context(prompt: Prompt, pool: Sequence[Prompt], num_tokens: int, count: Callable[[str], int]) -> str:
-    """A prompt's text behind as much other text as makes it long enough."""
+    """A prompt's text after as many other prompts as `num_tokens` takes, or a little more."""
     others = [each for each in pool if each.domain != prompt.domain]
     own = [each for each in pool if each.domain == prompt.domain]
     place = own.index(prompt)
@@ -128,21 +128,21 @@ def _with_context(prompt: Prompt, pool: Sequence[Prompt], num_tokens: int, count
 
 
 def _cut(text: str, num_tokens: int, count: Callable[[str], int]) -> str:
-    """The end of a text that has so many tokens."""
+    """The longest end of a text with at most `num_tokens` tokens."""
     places = range(len(text.rstrip()))
     start = bisect_left(places, True, key=lambda place: count(text[place:]) <= num_tokens)
     if start == len(places):
         raise PromptError(
-            f"a prompt of {num_tokens} tokens has no room for a word beside the chat template", "Ask for more tokens."
+            f"a prompt of {num_tokens} tokens has no room for a word besides the chat template", "Ask for more tokens."
         )
     return text[start:]
 
 
 def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
-    """The prompts of several files or data sets, or the built-in ones where none is given.
+    """Reads the prompts of several files or data sets, or the built-in ones where none is given.
 
     Raises:
-        PromptError, UsageError: as `read_workload` and `read_dataset`.
+        PromptError, UsageError: a file or data set cannot be read, as in `read_workload` and `read_dataset`.
     """
     prompts = []
     for path in paths:
@@ -151,18 +151,18 @@ def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
 
 
 def read_workload(path: str | Path) -> list[Prompt]:
-    """The prompts of a JSON lines file, ours or in the format of Spec-Bench (`question_id, category, turns`).
+    """Reads the prompts of a JSON lines file in our format, or in that of Spec-Bench (`question_id, category, turns`).
 
-    Of a conversation the first turn is taken: what later ones answer to depends on the model.
+    Only the first turn of a conversation is used, since later ones answer to the output of a model.
 
     Raises:
-        PromptError: as `read_prompts`.
+        PromptError: the file cannot be read, or a line is not a prompt.
     """
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             first: Any = json.loads(next(file, "") or "null")
     except (OSError, ValueError):
-        return read_prompts(path)  # which says what is wrong
+        return read_prompts(path)  # which raises an error that says what is wrong
     if not isinstance(first, dict) or "turns" not in first or "prompt" in first:
         return read_prompts(path)
     prompts = []
@@ -177,22 +177,24 @@ def _question(line: str, where: str) -> Prompt:
         data = json.loads(line)
         prompt = Prompt(str(data["turns"][0]), str(data["category"]), str(data["question_id"]))
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise PromptError(f"{where} is not a question of Spec-Bench: {error!r}", "Mend or drop the line.") from error
+        raise PromptError(
+            f"{where} is not a question of Spec-Bench: {error!r}", "Correct or remove the line."
+        ) from error
     if not prompt.prompt.strip():
         raise PromptError(f"{where} has an empty turn", "Give at least one word.")
     return prompt
 
 
 def read_dataset(name: str) -> list[Prompt]:
-    """The prompts of a Hugging Face data set: `hf:NAME[:[CONFIG/]SPLIT[:COLUMN]]`.
+    """Reads the prompts of a Hugging Face data set: `hf:NAME[:[CONFIG/]SPLIT[:COLUMN]]`.
 
-    NAME is a Hub id, or a folder of files that the library reads; without the others, SPLIT is `train` and COLUMN is
-    `prompt`. Of a list of turns the first is taken. A column `domain` says what prompts are about; without it, that is
-    the last part of NAME.
+    NAME is a Hub id, or a folder of files that the library `datasets` reads. By default SPLIT is `train` and COLUMN is
+    `prompt`. Where the column has lists of turns, the first turn is used. A column `domain` gives the domain of each
+    prompt; without it, the domain is the last part of NAME.
 
     Raises:
         UsageError: the library is not installed.
-        PromptError: a data set that cannot be had, no such column, or a row without text in it.
+        PromptError: the data set cannot be read, has no such column, or has a row without text in it.
     """
     path, _, rest = name.removeprefix(DATASET).partition(":")
     place, _, column = rest.partition(":")
@@ -226,7 +228,7 @@ def _load_dataset(name: str, path: str, config: str | None, split: str) -> Any:
         ) from error
     try:
         return load_dataset(path, config, split=split)
-    except Exception as error:  # of the network, of the Hub, of any format that the library reads
+    except Exception as error:  # from the network, the Hub, or any format that the library reads
         from knn_ssd.loading.files import reason
 
         raise PromptError(

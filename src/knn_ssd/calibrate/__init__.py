@@ -1,1 +1,1 @@
-"""From prompts to an atlas. `pipeline.calibrate` is the whole of it; the other modules are its steps."""
+"""From prompts to an atlas: `pipeline.calibrate` runs the whole calibration, and the other modules are its steps."""

@@ -1,4 +1,4 @@
-"""Prompt vectors to anchors by k-means per domain, as in the released code of arXiv 2505.16162, and radii."""
+"""Anchors from prompt vectors, by k-means per domain as in the released code of arXiv 2505.16162, and radii."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from knn_ssd.routing.router import Router
 
-_FOLDS = 4  # each vector is routed once by anchors fitted on the other three quarters of its domain
-_RADIUS_SLACK = 1.5  # the radius over the farthest such vector of a domain: a little beyond what was seen
+_FOLDS = 4  # cross-validation: anchors fitted on three quarters of each domain route the vectors of the fourth
+_RADIUS_SLACK = 1.5  # the radius of a domain over the distance of its farthest held-out vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Anchors:
-    """What the vectors of a calibration come to.
+    """The anchors of an atlas, with radii and the accuracy of routing by them.
 
     Args:
-        points: (A, D) float32.
-        domains: A of them.
-        radii: by domain, cosine distance.
-        held_out: how many vectors were routed by anchors that they had no part in: all of them, fold by fold.
-        accuracy: share of them routed to their own domain.
+        points: the anchors (A, D), float32.
+        domains: the domain of each anchor (A,).
+        radii: the radius of each domain, as a cosine distance.
+        held_out: number of vectors routed by anchors that were fitted without them: all vectors, fold by fold.
+        accuracy: share of those vectors that were routed to their own domain.
     """
 
     points: np.ndarray[Any, Any]
@@ -35,16 +35,16 @@ class Anchors:
 
 
 def fit_anchors(vectors: np.ndarray[Any, Any], domains: Sequence[str], per_domain: int, seed: int) -> Anchors:
-    """Clusters vectors (N, D) domain by domain into at most `per_label` anchors each; every domain has two or more."""
+    """Clusters vectors (N, D) into at most `per_domain` anchors for each domain, which has two vectors or more."""
     names = list(dict.fromkeys(domains))
     own = np.array(domains)
     fold = np.array([_rank(domains, i) % _FOLDS for i in range(len(domains))])
     hits: list[bool] = []
     farthest = dict.fromkeys(names, 0.0)
-    for held in (fold == number for number in range(_FOLDS)):
-        points, point_domains = _cluster(vectors[~held], own[~held], names, per_domain, seed)
+    for held_out in (fold == number for number in range(_FOLDS)):
+        points, point_domains = _cluster(vectors[~held_out], own[~held_out], names, per_domain, seed)
         router = Router().fit(torch.from_numpy(points), point_domains)
-        for vector, domain in zip(vectors[held], own[held], strict=True):
+        for vector, domain in zip(vectors[held_out], own[held_out], strict=True):
             hits.append(router.predict(torch.from_numpy(vector)).domain == domain)
             farthest[domain] = max(farthest[domain], _distance(vector, points[np.array(point_domains) == domain]))
     points, point_domains = _cluster(vectors, own, names, per_domain, seed)
@@ -68,10 +68,10 @@ def _cluster(
 
 
 def _distance(vector: np.ndarray[Any, Any], points: np.ndarray[Any, Any]) -> float:
-    """Cosine distance to the nearest of some points."""
+    """Cosine distance of a vector to the nearest point."""
     return Router().fit(torch.from_numpy(points), ["own"] * len(points)).predict(torch.from_numpy(vector)).distance
 
 
 def _rank(domains: Sequence[str], index: int) -> int:
-    """How many earlier vectors have the same domain."""
+    """Number of earlier vectors of the same domain."""
     return sum(domain == domains[index] for domain in domains[:index])

@@ -1,6 +1,6 @@
-"""What the target itself makes of the calibration prompts: its prompt vectors, and its own greedy continuations.
+"""Runs the target model on the calibration prompts: prompt vectors, and the target's own greedy continuations.
 
-Plans are scored on these continuations alone: on foreign text the order of plans comes out inverted.
+Plans are scored on these continuations alone: scored on other text, better plans rank below worse ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from knn_ssd.sampling import Sampler, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One calibration prompt as the target sees it.
+    """A calibration prompt with its prompt vector and the target's continuation.
 
     Args:
-        domain: its domain.
-        id: its name.
-        prompt_ids: its tokens, as the engine would encode it.
-        token_ids: the target's greedy continuation; empty where only the vector is wanted.
+        domain: the prompt's domain.
+        id: the prompt's id.
+        prompt_ids: the prompt's tokens, as the engine encodes it.
+        token_ids: the target's greedy continuation; empty where only the vector is needed.
         vector: the prompt vector (D,).
     """
 
@@ -44,7 +44,7 @@ def observe(
     pooling: Pooling,
     eos_token_ids: frozenset[int],
 ) -> Observation:
-    """Runs one prompt, and decodes `new_tokens` after it (fewer where the output ends; none for 0)."""
+    """Prefills a prompt and decodes `new_tokens` tokens after it: fewer where the output ends, none for 0."""
     limit = min(new_tokens, backend.context_length - len(prompt_ids))
     sampler = Sampler.from_params(SamplingParams(), backend.device)
     with Request(backend, prompt_ids, max(limit, 1), sampler, end_at(eos_token_ids)) as request:
@@ -54,10 +54,10 @@ def observe(
 
 
 class ObservationFile:
-    """Observations on disk, appended as they are made, so that a killed run loses none.
+    """A file of observations. Each is appended as soon as it is made, so that a killed run loses none.
 
     Args:
-        path: of the file.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +68,7 @@ class ObservationFile:
         return [_from_json(data) for data in self._lines.read()]
 
     def append(self, observation: Observation) -> None:
+        """Adds an observation."""
         self._lines.append([asdict(observation)])
 
 

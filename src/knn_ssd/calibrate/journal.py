@@ -1,6 +1,6 @@
-"""The working folder of a calibration: settings, observations, cost profile and trials, so that a killed run can go on.
+"""The working folder of a calibration: settings, observations, cost profile and trials. A killed run resumes from it.
 
-Everything here is appended or written whole. The folder lies beside the atlas to be and goes when that is written.
+Every file is appended to or written whole. The folder lies beside the future atlas and is removed once that is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SETTINGS, _COST, _TRIALS, _OBSERVATIONS = "settings.json", "cost.json", "trials
 
 
 class _TrialFile(JournalFileBackend):
-    """Optuna's, whose lock takes a Ctrl-C in its midst for a file that somebody else removed: so Ctrl-C waits."""
+    """Optuna's journal file. Its lock mistakes a Ctrl-C for a removed file, so Ctrl-C waits until the write is done."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with uninterrupted():
@@ -37,7 +37,7 @@ class _TrialFile(JournalFileBackend):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
+    """Delays Ctrl-C until the block is done."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -53,23 +53,23 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Journal:
-    """What a calibration has found so far.
+    """The results of a calibration so far.
 
     Args:
-        out: where the atlas will be.
+        out: the folder that the atlas will be written to.
     """
 
     def __init__(self, out: Path) -> None:
+        self.out = out
         self.folder = out.parent / f"{out.name}.calibration"
         self.observations = ObservationFile(self.folder / _OBSERVATIONS)
 
     def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
-        """Makes the folder, or checks that the one that is there was made with the same settings.
+        """Makes the folder, or checks that an existing one belongs to a calibration with the same settings.
 
         Raises:
-            CalibrationError: an interrupted calibration is there and `resume` is not wanted, or was run with other
-            settings.
-            OutputError: the place cannot be written.
+            CalibrationError: the folder has an interrupted calibration, and `resume` is false or its settings differ.
+            OutputError: the folder cannot be written.
         """
         path = self.folder / _SETTINGS
         if path.exists():
@@ -77,19 +77,22 @@ class Journal:
             cut_torn_line(self.folder / _TRIALS)
             return
         if self.folder.exists() and any(self.folder.iterdir()):
-            raise OutputError(f"'{self.folder}' is in the way, and is not a calibration's", "Choose another --out.")
+            raise OutputError(
+                f"'{self.folder}' is in the way: it is not the working folder of a calibration", "Choose another --out."
+            )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1) + "\n")
 
     def storage(self, url: str | None) -> optuna.storages.BaseStorage | str:
-        """Where the trials are kept: a database, or a file in the folder."""
+        """The storage of the trials: the database at `url`, or a file in the folder for None."""
         if url is not None:
             return url
         with writing(self.folder):
             return JournalStorage(_TrialFile(str(self.folder / _TRIALS)))
 
     def read_cost(self) -> CostProfile | None:
+        """The cost profile, if it was measured already."""
         path = self.folder / _COST
         if not path.exists():
             return None
@@ -97,15 +100,17 @@ class Journal:
         return CostProfile(**{**data, "verify_sec": tuple(data["verify_sec"])})
 
     def write_cost(self, cost: CostProfile) -> None:
+        """Keeps the cost profile."""
         write_whole(self.folder / _COST, json.dumps(asdict(cost)) + "\n")
 
     def remove(self) -> None:
+        """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check(self, before: Mapping[str, Any], settings: Mapping[str, Any], resume: bool) -> None:
         if not resume:
             raise CalibrationError(
-                f"an interrupted calibration is at '{self.folder}'", "Go on with --resume, or remove that folder."
+                f"an interrupted calibration is at '{self.folder}'", "Resume it with --resume, or remove that folder."
             )
         now = json.loads(json.dumps(settings))
         changed = [
@@ -114,5 +119,5 @@ class Journal:
         if changed:
             raise CalibrationError(
                 f"the interrupted calibration at '{self.folder}' was run with other settings: {'; '.join(changed)}",
-                "Give the same ones, or remove that folder to begin anew.",
+                "Give the same settings, or remove that folder to begin anew.",
             )

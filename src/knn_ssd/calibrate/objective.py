@@ -1,9 +1,9 @@
-"""What a plan is worth: the speed-up over plain decoding that it would bring, foretold or timed.
+"""The objective of the search: the speed-up of a plan over plain decoding, predicted or timed.
 
-Foretold: one pass over the target's own continuation tells for many positions at once whether the draft agrees and
-how sure it is of itself. From that record and the cost profile the rounds of any policy can be played through without
-the model.
-Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, against plain decoding between them.
+Predicted: teacher-forced scoring. One forward pass under the plan, over the target's own continuation, gives for many
+positions at once whether the draft agrees and its confidence. From that trace and the cost profile, the rounds under
+any draft policy are simulated without the model.
+Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, in alternation with plain decoding.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.speculation.drafter_factory import DrafterFactory
 from knn_ssd.speculation.self_draft import top_probability
 
-RUN_LENGTH = 8  # drafts are rehearsed in runs of this many tokens
+RUN_LENGTH = 8  # tokens that a draft is scored on before its KV cache is that of the target again
 POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)))
-_HOPELESS = 0.1  # a plan this far under the best one so far is not looked at further
-_FEWEST_PAIRS, _MOST_PAIRS = 6, 48  # of decodings, until the clock says that a plan is faster or gives it up
-# Of Student's t, at each look. Over all looks a plan no faster gets there in about 4 of 1000 cases, by chance, and one
-# that is 1.16 times as fast in 95 of 100 even where pairs scatter by 0.2 (simulated).
-_CHANCE = 0.0003
-_MOST_GAIN = 0.25  # of one pair, either way: what else the machine had to do shall not weigh more
-WORTH_HAVING = 1.02  # a plan must be this much faster than plain decoding by the clock
-_MISSED = 0.01  # the chance that a plan worth that is given up for gaining too little
-_BEATEN = 5  # a plan that lost so many pairs more than it won is given up
+_GIVE_UP_MARGIN = 0.1  # a plan this far below the best one so far is not scored on further continuations
+_MIN_PAIRS, _MAX_PAIRS = 6, 48  # pairs of decodings until a plan is proven faster or given up
+# One-sided significance level of Student's t after each pair. In simulation, over all pairs, a plan that is no faster
+# is proven in about 4 of 1000 cases, and one that is 1.16 times as fast in 95 of 100, even where pairs scatter by 0.2.
+_SIGNIFICANCE = 0.0003
+_MAX_GAIN = 0.25  # bound on one pair's gain or loss, so that other load on the machine weighs no more than that
+MIN_SPEEDUP = 1.02  # a plan is chosen only if it was timed to be this much faster than plain decoding
+_FALSE_REJECTION = 0.01  # probability that a plan with that speed-up is given up
+_MAX_LOSSES = 5  # a plan that lost so many more pairs than it won is given up
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTrace:
-    """How a draft fared along one continuation of n + 1 tokens.
+    """What a draft would have proposed along one continuation of n + 1 tokens.
 
     Args:
-        agrees: n of them, whether the draft's most likely token is the target's next.
-        sure: n of them, the draft's own top probability.
+        agrees: (n,) whether the draft's most likely token is the target's next token.
+        confidences: (n,) the draft's own top-1 probability.
     """
 
     agrees: tuple[bool, ...]
@@ -54,13 +54,13 @@ class DraftTrace:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A plan's worth.
+    """The score of a plan.
 
     Args:
-        plan: with the policy that suits it best.
-        speedup: expected tokens per second over plain decoding's.
-        agreement: share of the positions at which the draft agrees.
-        positions: how many were looked at.
+        plan: the plan, with its best draft policy.
+        speedup: predicted tokens per second over those of plain decoding.
+        agreement: share of positions at which the draft agrees.
+        positions: number of positions scored.
     """
 
     plan: Plan
@@ -70,12 +70,12 @@ class Score:
 
 
 class TeacherForcedScorer:
-    """The continuations of one domain, kept in sessions so that any number of plans can be rehearsed on them.
+    """Scores plans on the continuations of one domain, which stay in the KV caches of open sessions.
 
     Args:
-        target: the model.
-        observations: with continuations; those of fewer than two tokens tell nothing and are passed over.
-        cost: of the machine.
+        backend: executes the target model.
+        observations: prompts with continuations; those shorter than two tokens are left out.
+        cost: the cost profile of this machine.
     """
 
     def __init__(self, backend: Backend, observations: Sequence[Observation], cost: CostProfile) -> None:
@@ -98,24 +98,24 @@ class TeacherForcedScorer:
         self._sessions = []
 
     def score(self, plan: Plan, best: float = 0.0, policies: Sequence[Policy] = POLICIES) -> Score:
-        """The expected speed-up of a plan under its best policy.
+        """Predicts the speed-up of a plan under its best draft policy.
 
         Args:
-            plan: its modes; its own policy does not matter.
-            best: the best speed-up known; a plan that stays clearly under it is judged on fewer continuations.
-            policies: to choose from.
+            plan: the plan; its own policy is ignored.
+            best: the best speed-up so far; a plan clearly below it is scored on fewer continuations.
+            policies: the draft policies to choose from.
         """
-        records: list[DraftTrace] = []
+        traces: list[DraftTrace] = []
         result: Score | None = None
         for observation, session in zip(self._observations, self._sessions, strict=True):
-            records.append(self._trace_draft(plan, observation, session))
+            traces.append(self._trace_draft(plan, observation, session))
             policy, speedup = max(
-                ((policy, predicted_speedup(records, plan, policy, self._cost)) for policy in policies),
+                ((policy, predicted_speedup(traces, plan, policy, self._cost)) for policy in policies),
                 key=lambda pair: pair[1],
             )
-            agrees = [agree for record in records for agree in record.agrees]
+            agrees = [agree for trace in traces for agree in trace.agrees]
             result = Score(plan.with_policy(policy), speedup, sum(agrees) / len(agrees), len(agrees))
-            if speedup < best - _HOPELESS:
+            if speedup < best - _GIVE_UP_MARGIN:
                 break
         return result or Score(Plan.plain(plan.num_layers), 1.0, 0.0, 0)
 
@@ -126,86 +126,88 @@ class TeacherForcedScorer:
         return DraftTrace(tuple(agrees), tuple(top_probability(logits).tolist()))
 
 
-def predicted_speedup(records: Sequence[DraftTrace], plan: Plan, policy: Policy, cost: CostProfile) -> float:
-    """Plays the rounds of a policy through the records; tokens per second over plain decoding's."""
+def predicted_speedup(traces: Sequence[DraftTrace], plan: Plan, policy: Policy, cost: CostProfile) -> float:
+    """Simulates the rounds of a policy along draft traces; predicts tokens per second over those of plain decoding."""
     step_sec = cost.draft_step_sec(plan)
     tokens, seconds = 0, 0.0
-    for record in records:
-        at = 0
-        while at < len(record.agrees):
-            drafted, accepted = _play_round(record, at, policy)
+    for trace in traces:
+        start = 0
+        while start < len(trace.agrees):
+            drafted, accepted = _simulate_round(trace, start, policy)
             seconds += drafted * step_sec + cost.verification_sec(drafted + 1)
             tokens += accepted + 1
-            at += accepted + 1
+            start += accepted + 1
     return tokens / seconds * cost.verification_sec(1)
 
 
-def _play_round(record: DraftTrace, start: int, policy: Policy) -> tuple[int, int]:
-    """Tokens drafted and accepted in a round that begins at `start`."""
+def _simulate_round(trace: DraftTrace, start: int, policy: Policy) -> tuple[int, int]:
+    """Numbers of tokens drafted and accepted in a round that begins at `start`."""
     drafted = accepted = 0
     agreeing = True
-    for agrees, confidences in zip(record.agrees[start:], record.confidences[start:], strict=True):
+    for agrees, confidence in zip(trace.agrees[start:], trace.confidences[start:], strict=True):
         if drafted == policy.max_draft:
             break
         drafted += 1
         agreeing = agreeing and agrees
         accepted += agreeing
-        if confidences < policy.threshold:
+        if confidence < policy.threshold:
             break
     return drafted, accepted
 
 
 @dataclass(slots=True)
 class Timing:
-    """A plan against plain decoding by the clock, in pairs of decodings of the same prompt.
+    """Timings of a plan against plain decoding, in pairs of decodings of the same prompt.
 
     Args:
-        gains: of each pair, the logarithm of the plan's speed over plain decoding's, within `_MOST_GAIN`.
-        fastest: by prompt, the fastest seconds of plain decoding and of the plan.
+        gains: for each pair, the logarithm of the plan's speed over that of plain decoding, within `_MAX_GAIN`.
+        fastest: by prompt, the fewest seconds that plain decoding and the plan took.
     """
 
     gains: list[float] = field(default_factory=list)
     fastest: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, prompt: int, plain_sec: float, plan_sec: float) -> None:
-        """One more pair."""
+        """Adds a pair."""
         known_plain, known_plan = self.fastest.get(prompt, (plain_sec, plan_sec))
         self.fastest[prompt] = (min(known_plain, plain_sec), min(known_plan, plan_sec))
-        self.gains.append(max(-_MOST_GAIN, min(_MOST_GAIN, math.log(plain_sec / plan_sec))))
+        self.gains.append(max(-_MAX_GAIN, min(_MAX_GAIN, math.log(plain_sec / plan_sec))))
 
     @property
     def speedup(self) -> float:
-        """Tokens per second over plain decoding's: total tokens over total time."""
+        """Tokens per second over those of plain decoding: total tokens over total time."""
         plain, plan = (sum(times) for times in zip(*self.fastest.values(), strict=True)) if self.fastest else (1.0, 1.0)
         return plain / plan
 
     @property
     def proven(self) -> bool:
-        """Whether it is faster by more than chance explains."""
-        return len(self.gains) >= _FEWEST_PAIRS and statistics.mean(self.gains) > self._doubt(_CHANCE)
+        """Whether the plan is faster by more than chance explains."""
+        return len(self.gains) >= _MIN_PAIRS and statistics.mean(self.gains) > self._margin_of_error(_SIGNIFICANCE)
 
     @property
     def beaten(self) -> bool:
-        """Whether it lost so often, or gains so little, that more pairs would be a waste."""
+        """Whether the plan lost so often, or gains so little, that it is given up."""
         count, won = len(self.gains), sum(gain > 0 for gain in self.gains)
-        if count >= _FEWEST_PAIRS and statistics.mean(self.gains) + self._doubt(_MISSED) < math.log(WORTH_HAVING):
+        if count >= _MIN_PAIRS and statistics.mean(self.gains) + self._margin_of_error(_FALSE_REJECTION) < math.log(
+            MIN_SPEEDUP
+        ):
             return True
-        return count - 2 * won >= _BEATEN
+        return count - 2 * won >= _MAX_LOSSES
 
-    def _doubt(self, chance: float) -> float:
-        """How far the mean gain is off with this probability, on one side."""
+    def _margin_of_error(self, significance: float) -> float:
+        """One-sided margin of error of the mean gain."""
         count = len(self.gains)
-        return float(student_t.isf(chance, count - 1)) * statistics.stdev(self.gains) / math.sqrt(count)
+        return float(student_t.isf(significance, count - 1)) * statistics.stdev(self.gains) / math.sqrt(count)
 
 
-class Clock:
-    """Decodes for real: the same prompts under each plan, prompt by prompt in turn, prefill apart.
+class PairedTimer:
+    """Times plans against plain decoding on the same prompts, prompt by prompt in turn. Prefill is not timed.
 
     Args:
-        target: the model.
-        observations: whose prompts are decoded, as many new tokens as each one's continuation has.
-        eos_token_ids: end an output.
-        cost: what passes cost; None is what is typical.
+        backend: executes the target model.
+        observations: the prompts to decode; each output is as long as the prompt's continuation.
+        eos_token_ids: the tokens that end an output.
+        cost: the cost profile; None is a typical one.
     """
 
     def __init__(
@@ -222,17 +224,21 @@ class Clock:
         self._agreement: dict[tuple[Mode, ...], float | None] = {}
 
     def compare(self, plans: Sequence[Plan], agreements: Sequence[float | None] = ()) -> list[Timing]:
-        """Times each plan against plain decoding, pair by pair, until it is proven or beaten, or behind a proven one.
+        """Times each plan against plain decoding, pair by pair, until it is proven, beaten, or behind a proven one.
 
-        One decoding tells little on a machine that has other things to do. So both decode the same prompt shortly
-        after each other, time and again, and of each prompt the fastest times count.
+        A single decoding is no evidence on a machine with other load. So both decode the same prompt one shortly after
+        the other, repeatedly, and for each prompt the fastest times count.
+
+        Args:
+            plans: the plans to time.
+            agreements: the agreement of each plan's drafts in the search; None where it is unknown.
         """
         self._agreement = {plan.modes: agreement for plan, agreement in zip(plans, agreements, strict=False)}
         plain = Plan.plain(self._backend.num_layers)
         timings = [Timing() for _ in plans]
         if self._observations:  # the warm-up
             self.seconds(self._observations[0], plain)
-        for turn in range(_MOST_PAIRS if self._observations else 0):
+        for turn in range(_MAX_PAIRS if self._observations else 0):
             best = max((timing.speedup for timing in timings if timing.proven), default=0.0)
             undecided = [i for i, t in enumerate(timings) if not (t.proven or t.beaten) and t.speedup > best]
             if not undecided:
@@ -249,12 +255,12 @@ class Clock:
         return timings
 
     def tokens_per_sec(self, plan: Plan) -> float:
-        """The published objective: total tokens over total time under the plan's own policy, without a baseline."""
+        """The published objective: total tokens over total time under the plan's own fixed policy, without baseline."""
         tokens = sum(len(o.token_ids) for o in self._observations)
         return tokens / sum(self.seconds(o, plan, adaptive=False) for o in self._observations)
 
     def seconds(self, observation: Observation, plan: Plan, adaptive: bool = True) -> float:
-        """Time to decode one continuation after its prompt."""
+        """Seconds to decode one continuation after its prompt."""
         self._backend.prepare(plan)
         sampler = Sampler.from_params(SamplingParams(), self._backend.device)
         with Request(self._backend, observation.prompt_ids, len(observation.token_ids), sampler, self._ends) as request:

@@ -1,25 +1,19 @@
-"""Prompts to an atlas: observe, cluster, measure costs, search per domain and for the mixture, let the clock decide,
-write.
+"""From prompts to an atlas: decode the prompts, measure costs, search for plans, time the best of them, place anchors.
 
-Every step's result is kept in the journal as it is made, so an interrupted calibration goes on where it stopped.
+Every step's result is kept in the journal as it is made, so that an interrupted calibration resumes where it stopped.
 Nothing is printed; `progress` receives how far it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.select import select_backend
@@ -27,22 +21,22 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import WORTH_HAVING, Clock, Score, TeacherForcedScorer, Timing
-from knn_ssd.calibrate.search import Finished, Search, Strategy, Trial, create_study
+from knn_ssd.calibrate.objective import MIN_SPEEDUP, Timing
+from knn_ssd.calibrate.search import FinishedTrial, Strategy
+from knn_ssd.calibrate.search_runs import SearchRuns, observations_by_search
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.errors import Interrupted, OutputError, UsageError
 from knn_ssd.io import provenance
 from knn_ssd.loading.fingerprint import fingerprint
-from knn_ssd.loading.resolve import LoadedModel, load_model
-from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.loading.resolve import LoadedModel
+from knn_ssd.plan import Plan, Policy
 from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.prompts import Prompt
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.tokenization import encode, eos_token_ids
 
-_WORTH_TIMING = 0.95  # plans foretold to be slower than this are not timed
-_FINALISTS = 2
-_MOST_REPEATS = 50  # a search that suggests only what it knows, this often in a row, has converged
+_MIN_PREDICTED_SPEEDUP = 0.95  # a plan with a smaller one is not timed
+_NUM_FINALISTS = 2
 
 
 def calibrate(
@@ -58,17 +52,17 @@ def calibrate(
 
     Args:
         loaded: the model and its tokenizer.
-        prompts: each with its domain; at least two per domain.
-        out: the folder that will be the atlas. Nothing may be there yet.
-        settings: what to do.
-        resume: go on with an interrupted calibration of the same settings.
-        progress: receives how far it is.
+        prompts: the calibration prompts, each with its domain; at least two per domain.
+        out: the folder that the atlas is written to; it must not exist yet.
+        settings: what is searched for, and how long.
+        resume: whether to resume an interrupted calibration with the same settings.
+        progress: receives how far the calibration is.
 
     Raises:
-        UsageError: prompts without domains, or too few of them.
-        CalibrationError: an interrupted calibration is in the way, or cannot be gone on with.
-        OutputError: the place cannot be written.
-        Interrupted: stopped by the user; what was found is kept.
+        UsageError: a prompt has no domain, or a domain has too few prompts.
+        CalibrationError: an interrupted calibration is in the way, or cannot be resumed.
+        OutputError: the folder cannot be written.
+        Interrupted: the user stopped the calibration; its results so far are kept.
     """
     settings = settings or CalibrationSettings()
     out = Path(out)
@@ -85,10 +79,10 @@ def calibrate(
 
 
 def by_domain(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Prompts under their domains, in order.
+    """Groups prompts by domain; each domain keeps its order.
 
     Raises:
-        UsageError: a prompt without a domain, a domain of one prompt, or one named as the mixture.
+        UsageError: a prompt has no domain, a domain has one prompt, or a domain is named like the mixture.
     """
     grouped: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -106,7 +100,7 @@ def by_domain(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 
 class _Calibration:
-    """One run of the pipeline."""
+    """One run of the whole pipeline."""
 
     def __init__(
         self,
@@ -118,7 +112,6 @@ class _Calibration:
     ) -> None:
         self.loaded = loaded
         self.backend = select_backend(loaded.model)
-        self.low = settings.low and Mode.LOW in self.backend.modes and settings.search is not Strategy.PAPER
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out
@@ -133,20 +126,19 @@ class _Calibration:
         }
 
     def run(self, resume: bool) -> Atlas:
-        prompt_ids = self._encode()
+        prompts = self._encode()
         self.journal.begin(self.identity, resume)
-        observations = self._observe(prompt_ids)
-        cost = self._measure_cost()
-        searches = search_sets(observations, self.settings)
-        self._search(searches, cost, fresh=not resume)
-        entries = {domain: self._decide(domain, chosen, cost) for domain, chosen in searches.items()}
-        atlas = self._atlas(observations, cost, entries)
+        observations = self._observe(prompts)
+        runs = self._search_runs(observations, self._measure_cost())
+        runs.run(self.loaded, self.fingerprint.dtype, self.progress, resume=resume)
+        entries = {domain: self._choose_plan(domain, runs) for domain in runs.observations}
+        atlas = self._atlas(observations, runs.cost, entries)
         atlas.save(self.out)
         self.journal.remove()
         return atlas
 
     def _encode(self) -> list[tuple[str, int, Prompt, list[int]]]:
-        """Every prompt that is used, with its domain, its place in it and its token ids."""
+        """Encodes the prompts that are used; each with its domain, its index within the domain and its token ids."""
         count = max(self.settings.vector_prompts, self.settings.search_prompts)
         tokenizer, context = self.loaded.tokenizer, self.backend.context_length
         return [
@@ -156,7 +148,7 @@ class _Calibration:
         ]
 
     def _observe(self, wanted: Sequence[tuple[str, int, Prompt, list[int]]]) -> list[Observation]:
-        """The observations of all prompts, those of an interrupted run included."""
+        """Decodes all prompts that an interrupted run has not already decoded."""
         settings = self.settings
         done = {(o.domain, o.id, o.prompt_ids): o for o in self.journal.observations.read()}
         self.progress.stage("reading prompts", len(wanted))
@@ -176,55 +168,25 @@ class _Calibration:
         cost = self.journal.read_cost()
         if cost is None:
             self.progress.stage("measuring costs", None)
-            cost = measure_cost(self.backend, self.low)
+            cost = measure_cost(self.backend, self.settings.uses_low_bit(self.backend))
             self.journal.write_cost(cost)
         return cost
 
-    def _search(self, searches: Mapping[str, Sequence[Observation]], cost: CostProfile, fresh: bool) -> None:
-        storage = self.journal.storage(self.settings.storage)
-        for domain in searches:  # before any worker starts, so that none finds the storage half made
-            create_study(storage, self._study_name(domain))
-            if not fresh and self.settings.storage is None:
-                self.open_search(domain, cost).abandon_running()
-        workers = [_start_worker(self, index) for index in range(1, self.settings.workers)]
-        try:
-            search_all(self, searches, cost)
-            for worker in workers:
-                worker.join()
-                if worker.exitcode:
-                    warnings.warn(
-                        f"a worker process failed with exit code {worker.exitcode}; its trials were done by the others",
-                        stacklevel=2,
-                    )
-        finally:
-            for worker in workers:
-                worker.terminate()
-
-    def _study_name(self, domain: str) -> str:
-        """Calibrations that ask the same share their trials in one storage; others there do not mix with them."""
+    def _search_runs(self, observations: Sequence[Observation], cost: CostProfile) -> SearchRuns:
         asked = {name: value for name, value in self.identity.items() if name != "seed"}  # each worker has its own
-        return f"{_digest(asked)}-{domain}"
-
-    def open_search(self, domain: str, cost: CostProfile) -> Search:
-        layers, settings = self.backend.num_layers, self.settings
-        study = create_study(self.journal.storage(settings.storage), self._study_name(domain))
-        trials = settings.num_trials(layers, self.low, domain)
-        short = self.low and domain != MIXTURE and trials is not None and trials < 2 * layers
-        shared = self.open_search(MIXTURE, cost).finished() if short else ()
-        return Search(
-            study,
-            settings.search,
+        return SearchRuns(
+            self.backend,
+            eos_token_ids(self.loaded.model),
+            self.settings,
+            self.journal,
+            _digest(asked),
             cost,
-            num_layers=layers,
-            seed=settings.seed,
-            low=self.low,
-            skip=settings.skip,
-            shared=[f for f in shared if len(f.changes) == 1],
+            observations_by_search(observations, self.settings),
         )
 
-    def _decide(self, domain: str, observations: Sequence[Observation], cost: CostProfile) -> DomainEntry:
-        """Lets the clock choose among the best few and plain decoding."""
-        finished = self.open_search(domain, cost).finished()
+    def _choose_plan(self, domain: str, runs: SearchRuns) -> DomainEntry:
+        """Times the best plans of a search against plain decoding; the fastest becomes the domain's plan."""
+        finished = runs.open(domain).finished()
         ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
         skipping = [f for f in ranked if f.plan.num_skipped]
         finalists = self._finalists(ranked)
@@ -232,38 +194,35 @@ class _Calibration:
         if finalists:
             self.progress.stage(f"timing {domain}", None)
             agreements = [_agreement(ranked, plan) for plan in finalists]
-            timed = self.clock(observations, cost).compare(finalists, agreements)
-        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= WORTH_HAVING]
+            timed = runs.timer(domain).compare(finalists, agreements)
+        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= MIN_SPEEDUP]
         best = max(winners, key=lambda i: timed[i].speedup, default=None)
         plan = Plan.plain(self.backend.num_layers) if best is None else finalists[best]
         evidence = {
             "trials": len(finished),
-            "prompts": len(observations),
+            "prompts": len(runs.observations[domain]),
             "best_score": ranked[0].speedup if ranked else None,
             "agreement": _agreement(ranked, plan),
             "timed": [
                 {"plan": p.to_json(), "speedup": t.speedup, "pairs": len(t.gains), "proven": t.proven}
                 for p, t in zip(finalists, timed, strict=True)
             ],
-            "best_skipping": _told(skipping[0]) if skipping else None,
+            "best_skipping": _trial_json(skipping[0]) if skipping else None,
         }
         return DomainEntry(plan, 2.0, evidence)
 
-    def _finalists(self, ranked: Sequence[Finished]) -> list[Plan]:
-        """The plans that the clock tries: the best foretold, or look-up alone."""
-        best = [f.plan for f in ranked[:_FINALISTS] if self._worth_timing(f) and f.plan.cheapens]
+    def _finalists(self, ranked: Sequence[FinishedTrial]) -> list[Plan]:
+        """The plans to time: those with the highest scores, or lookup alone where no plan is worth timing."""
+        best = [f.plan for f in ranked[:_NUM_FINALISTS] if self._worth_timing(f) and f.plan.cheapens]
         if self.settings.search is Strategy.PAPER or not self.settings.lookup:
             return best
         alone = Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))
         plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
         return plans or [alone]
 
-    def clock(self, observations: Sequence[Observation], cost: CostProfile) -> Clock:
-        return Clock(self.backend, observations, eos_token_ids(self.loaded.model), cost)
-
-    def _worth_timing(self, finished: Finished) -> bool:
-        """Published scores are timings already, in tokens per second; foretold ones are speed-ups."""
-        return self.settings.search is Strategy.PAPER or finished.speedup >= _WORTH_TIMING
+    def _worth_timing(self, finished: FinishedTrial) -> bool:
+        """The scores of the search `paper` are tokens per second; those of other searches are predicted speed-ups."""
+        return self.settings.search is Strategy.PAPER or finished.speedup >= _MIN_PREDICTED_SPEEDUP
 
     def _atlas(
         self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, DomainEntry]
@@ -295,106 +254,14 @@ class _Calibration:
         )
 
 
-def _agreement(finished: Sequence[Finished], plan: Plan) -> float | None:
-    """What the search measured of a plan's drafts."""
+def _agreement(finished: Sequence[FinishedTrial], plan: Plan) -> float | None:
+    """Share of positions at which the drafts of a plan agreed in the search; None if it was not tried."""
     return next((f.agreement for f in finished if f.plan.modes == plan.modes), None)
 
 
-def _told(finished: Finished) -> dict[str, Any]:
+def _trial_json(finished: FinishedTrial) -> dict[str, Any]:
     return {"plan": finished.plan.to_json(), "score": finished.speedup, "agreement": finished.agreement}
-
-
-def search_all(run: _Calibration, searches: Mapping[str, Sequence[Observation]], cost: CostProfile) -> None:
-    """All searches in turn; the minutes, where they are what is given, are shared out evenly."""
-    seconds_left = 60 * run.settings.minutes if run.settings.minutes is not None else float("inf")
-    ordered = sorted(searches.items(), key=lambda item: item[0] != MIXTURE)  # it first: others may share its trials
-    for place, (domain, observations) in enumerate(ordered):
-        run.progress.stage(f"searching {domain}", run.settings.num_trials(run.backend.num_layers, run.low, domain))
-        search = run.open_search(domain, cost)
-        with _scoring(run, observations, cost) as score:
-            started = time.perf_counter()
-            _search_domain(run, domain, search, score, started + seconds_left / (len(searches) - place))
-            seconds_left -= time.perf_counter() - started
-
-
-def _search_domain(
-    run: _Calibration, domain: str, search: Search, score: Callable[[Trial, float], Score], deadline: float
-) -> None:
-    """Asks, scores and tells until the trials or the time are used up, or nothing new is left to try."""
-    total = run.settings.num_trials(run.backend.num_layers, run.low, domain)
-    for _ in range(search.num_begun()):
-        run.progress.advance()
-    repeats = 0
-    while (total is None or search.num_begun() < total) and repeats < _MOST_REPEATS and time.perf_counter() < deadline:
-        trial = search.ask()
-        if trial is None:
-            return
-        known = search.known(trial)
-        repeats = repeats + 1 if known else 0
-        best = max((f.speedup for f in search.finished()), default=0.0)
-        told = known or score(trial, best)
-        search.tell(trial, told)
-        run.progress.advance(f"best {max(best, told.speedup):.2f}")
-
-
-@contextmanager
-def _scoring(
-    run: _Calibration, observations: Sequence[Observation], cost: CostProfile
-) -> Iterator[Callable[[Trial, float], Score]]:
-    """How a trial is scored: foretold from rehearsals, or timed as published."""
-    settings = run.settings
-    if settings.search is Strategy.PAPER:
-        clock = run.clock(observations, cost)
-        policy = Policy(settings.max_draft, settings.threshold)
-
-        def timed(trial: Trial, _best: float) -> Score:
-            plan = trial.plan.with_policy(policy)
-            return Score(plan, clock.tokens_per_sec(plan), 0.0, 0)
-
-        yield timed
-        return
-    with TeacherForcedScorer(run.backend, observations, cost) as scorer:
-        yield lambda trial, best: scorer.score(trial.plan, best)
-
-
-def search_sets(observations: Sequence[Observation], settings: CalibrationSettings) -> dict[str, list[Observation]]:
-    """Which continuations each domain's plans are scored on, and the mixture's: some of every domain, in turn."""
-    continued: dict[str, list[Observation]] = {}
-    for observation in observations:
-        members = continued.setdefault(observation.domain, [])
-        if observation.token_ids and len(members) < settings.search_prompts:
-            members.append(observation)
-    turns = zip_longest(*continued.values())
-    mixed = [observation for turn in turns for observation in turn if observation is not None]
-    return {**continued, MIXTURE: mixed[: max(settings.search_prompts, len(continued))]}
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def _start_worker(run: _Calibration, index: int) -> multiprocessing.process.BaseProcess:
-    """Another process that loads the same model and works on the same studies."""
-    context = multiprocessing.get_context("spawn")
-    dtype = run.fingerprint.dtype
-    arguments = (
-        str(run.loaded.directory or run.loaded.name),
-        dtype,
-        run.grouped,
-        run.out,
-        replace(run.settings, seed=run.settings.seed + index),
-    )
-    worker = context.Process(target=_work, args=arguments, daemon=True)
-    worker.start()
-    return worker
-
-
-def _work(
-    name: str, dtype: str, grouped: Mapping[str, Sequence[Prompt]], out: Path, settings: CalibrationSettings
-) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
-    run = _Calibration(load_model(name, dtype=dtype), grouped, out, settings, NoProgress())
-    cost = run.journal.read_cost()
-    assert cost is not None, "the first process measures costs before it starts others"
-    searches = search_sets(run.journal.observations.read(), settings)
-    search_all(run, searches, cost)

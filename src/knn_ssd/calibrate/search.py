@@ -1,18 +1,18 @@
-"""Searches over the modes of all sublayers and of the head: ask for a plan, tell what it scored.
+"""Searches for plans, over the modes of all sublayers and of the LM head: `ask` for a plan, `tell` its score.
 
-A candidate is a set of changes to a base. Where the target has low-bit weights, the base runs everything on them, and a
-change skips a sublayer, or keeps one or the head as it is; elsewhere the base keeps everything, and a change skips.
+A candidate is a set of changes to a base plan. Where the backend has 4-bit weights, the base plan uses them everywhere,
+and a change skips or keeps a sublayer, or keeps the head; elsewhere the base plan keeps everything, and a change skips.
 
-All strategies keep their trials in one Optuna study, which may lie in a file or a database and be shared by processes:
+All strategies store their trials in an Optuna study, which may lie in a file or a database and be shared by processes:
 
 - `paper`: Bayesian optimisation with a Gaussian process over 2L variables in [0, 1], rounded (arXiv 2309.08168,
-  section 3.2,
-  which arXiv 2505.16162 follows).
-- `greedy`: every sublayer alone, then the least harmful ones together in growing numbers, then one change at a time.
-- `bayes`: as greedy, with every second later trial from a tree-structured Parzen estimator.
+  section 3.2, which arXiv 2505.16162 follows).
+- `greedy`: each sublayer skipped alone, then the least harmful ones at once in growing numbers, then one change at a
+  time to the best plan.
+- `bayes`: as greedy, but every second of the single changes is a proposal of a tree-structured Parzen estimator.
 - `evolve`: as greedy up to the growing numbers, then a genetic algorithm.
 
-What to try next follows from the finished trials alone, so a search goes on after a kill as if nothing had happened.
+The next plan depends on the finished trials alone, so a killed search resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from knn_ssd.calibrate.objective import Score
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.speculation.cost_model import CostProfile
 
-# A change is a number below 2L, to skip the sublayer at this place in Plan.modes (attention of layer i is 2i, its MLP
-# 2i + 1), or 2L more than that, to keep it; 4L keeps the head.
+# A change is a number. Below 2L it skips the sublayer at that place in Plan.modes (2i is the attention of layer i,
+# 2i + 1 its MLP); from 2L it keeps the sublayer at that place less 2L; 4L keeps the head.
 Changes = frozenset[int]
 
 _POPULATION = 20
-_SET, _AGREEMENT, _PLAN = "changes", "agreement", "plan"
+_CHANGES, _AGREEMENT, _PLAN = "changes", "agreement", "plan"
 
 
 class Strategy(StrEnum):
@@ -47,21 +47,21 @@ class Strategy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan to try; its policy is still open."""
+    """A plan to score. Its draft policy is chosen by the scoring."""
 
     number: int
     plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """A trial that was told.
+class FinishedTrial:
+    """A trial with its score.
 
     Args:
-        changes: to the base.
-        speedup: its score.
-        agreement: share of positions at which its draft agreed.
-        plan: with the policy that suited it best.
+        changes: the changes to the base plan.
+        speedup: the score; the search `paper` scores tokens per second.
+        agreement: share of positions at which the draft agreed.
+        plan: the plan, with its best draft policy.
     """
 
     changes: Changes
@@ -71,24 +71,24 @@ class Finished:
 
 
 def create_study(storage: optuna.storages.BaseStorage | str, name: str) -> optuna.Study:
-    """A study of that name, the one that is there or a new one."""
+    """Opens the study of that name, or creates it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
 class Search:
-    """One domain's search.
+    """The search for the best plan of one domain.
 
     Args:
-        study: keeps the trials.
-        strategy: what to try next.
-        cost: of the machine; tells what skipping a sublayer saves.
-        num_layers: L.
-        seed: of the sampler.
-        low: whether the base is low-bit.
-        skip: whether sublayers may be skipped; without, only what is kept is searched.
-        shared: another search's trials, whose single changes stand for this one's own; for a search that is too short
-            to try them all.
+        study: stores the trials.
+        strategy: chooses the next plan.
+        cost: the cost profile of this machine, with what skipping a sublayer saves.
+        num_layers: number of layers of the target model, L.
+        seed: seed of Optuna's sampler.
+        low: whether the base plan uses 4-bit weights.
+        skip: whether sublayers may be skipped; otherwise the only changes are those that keep something.
+        shared: trials of another search, each with a single change, that replace this search's own trials of single
+            changes; for a search with too few trials to make them.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Search:
         seed: int = 0,
         low: bool = False,
         skip: bool = True,
-        shared: Sequence[Finished] = (),
+        shared: Sequence[FinishedTrial] = (),
     ) -> None:
         self._study = study
         self._strategy = strategy
@@ -111,10 +111,10 @@ class Search:
         self._skippable = range(2 * num_layers) if skip else range(0)
         self._shared = shared
         self._asked: dict[int, optuna.trial.Trial] = {}
-        self._sampler = _Proposing(_sampler(strategy, seed + len(self.finished())))
+        self._sampler = _ProposalSampler(_sampler(strategy, seed + len(self.finished())))
 
     def ask(self) -> Trial | None:
-        """The next plan to try; None when the strategy has nothing left to try."""
+        """The next plan to score; None when the strategy has no plan left."""
         proposal = self._propose()
         if proposal is None and self._strategy is Strategy.GREEDY:
             return None
@@ -122,23 +122,23 @@ class Search:
         self._study.sampler = self._sampler
         trial = self._study.ask(self._distributions())
         changes = self._read(trial.params)
-        trial.set_user_attr(_SET, sorted(changes))
+        trial.set_user_attr(_CHANGES, sorted(changes))
         self._asked[trial.number] = trial
         return Trial(trial.number, self._plan(changes))
 
     def tell(self, trial: Trial, score: Score) -> None:
-        """What a plan scored."""
+        """Records the score of a trial."""
         asked = self._asked.pop(trial.number)
         asked.set_user_attr(_AGREEMENT, score.agreement)
         asked.set_user_attr(_PLAN, score.plan.to_json())
         self._study.tell(asked, score.speedup)
 
-    def finished(self) -> list[Finished]:
-        """All trials told so far, by anyone."""
+    def finished(self) -> list[FinishedTrial]:
+        """All finished trials, those of other processes included."""
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [
-            Finished(
-                frozenset(trial.user_attrs[_SET]),
+            FinishedTrial(
+                frozenset(trial.user_attrs[_CHANGES]),
                 trial.value or 0.0,
                 trial.user_attrs[_AGREEMENT],
                 Plan.from_json(trial.user_attrs[_PLAN]),
@@ -147,19 +147,19 @@ class Search:
         ]
 
     def known(self, trial: Trial) -> Score | None:
-        """What the same plan scored before, if it did."""
+        """The score of an earlier trial of the same plan, if there is one."""
         for finished in self.finished():
             if finished.changes == self._changes(trial.plan):
                 return Score(finished.plan, finished.speedup, finished.agreement, 0)
         return None
 
     def num_begun(self) -> int:
-        """Trials told or still being worked on, by anyone."""
+        """Number of trials finished or running, those of other processes included."""
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         return len(self._study.get_trials(deepcopy=False, states=states))
 
     def abandon_running(self) -> None:
-        """Gives up trials that a killed process left; only where no other process works on the study."""
+        """Marks running trials as failed; valid only after a kill, while no other process works on the study."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
 
@@ -169,30 +169,32 @@ class Search:
         finished = self.finished()
         trials = self._study.get_trials(deepcopy=False)
         begun = {
-            frozenset(t.user_attrs[_SET]) for t in trials if t.state is not TrialState.FAIL and _SET in t.user_attrs
+            frozenset(t.user_attrs[_CHANGES])
+            for t in trials
+            if t.state is not TrialState.FAIL and _CHANGES in t.user_attrs
         }
-        # The last layers first: they are the likeliest to be dispensable, should time be short.
+        # The last layers first: if time is short, they are the likeliest to be redundant.
         singles: list[Changes] = [] if self._shared else [frozenset({i}) for i in reversed(self._skippable)]
         for first in (Changes(), *singles):
             if first not in begun:
                 return first
         ranked = self._ranked([*self._shared, *finished])
-        ladder = next_rung(ranked, finished, begun)
-        if ladder is not None or self._strategy is Strategy.EVOLVE:
-            return ladder
+        growing = next_growing_set(ranked, finished, begun)
+        if growing is not None or self._strategy is Strategy.EVOLVE:
+            return growing
         if self._strategy is Strategy.BAYES and len(finished) % 2:
             return None
         return next_change(ranked, finished, begun, self._keepable())
 
-    def _ranked(self, finished: Sequence[Finished]) -> list[int]:
-        """Sublayers from least to most harmful per second that skipping them saves."""
+    def _ranked(self, finished: Sequence[FinishedTrial]) -> list[int]:
+        """Sublayers by the agreement lost per second saved when they are skipped, the least harmful first."""
         singles = {min(f.changes): f for f in finished if len(f.changes) == 1}
         loss = {i: 1 - f.agreement for i, f in singles.items() if i < 2 * self._num_layers}
         saved = [max(sec, 1e-9) for sec in (self._cost.attention_sec, self._cost.mlp_sec)]
         return sorted(loss, key=lambda i: (loss[i] / saved[i % 2], -saved[i % 2]))
 
     def _keepable(self) -> list[int]:
-        """Changes that keep something, the head first, then the first layers, which matter most."""
+        """Changes that keep something: the head first, then the layers in order, since the first ones matter most."""
         places = 2 * self._num_layers
         return [2 * places, *range(places, 2 * places)] if self._low else []
 
@@ -213,7 +215,7 @@ class Search:
         return dict.fromkeys(names, FloatDistribution(0.0, 1.0) if paper else CategoricalDistribution((False, True)))
 
     def _read(self, params: Mapping[str, Any]) -> Changes:
-        """The inverse of `_params`."""
+        """The changes that a trial's parameters stand for: the inverse of `_params`."""
         places = 2 * self._num_layers
         if not self._low:
             return frozenset(i for i in range(places) if round(float(params[_name(i)])))
@@ -231,7 +233,7 @@ class Search:
         return Plan(tuple(modes[::2]), tuple(modes[1::2]), head)
 
     def _changes(self, plan: Plan) -> Changes:
-        """The inverse of `_plan`."""
+        """The changes that make a plan: the inverse of `_plan`."""
         places = 2 * self._num_layers
         skipped = {i for i, mode in enumerate(plan.modes) if mode is Mode.SKIP}
         kept = {places + i for i, mode in enumerate((*plan.modes, plan.head)) if mode is Mode.KEEP}
@@ -239,13 +241,16 @@ class Search:
 
 
 def _mode(place: int, places: int, changes: Changes) -> Mode:
-    """Of a sublayer whose base is low-bit."""
+    """The mode of a sublayer after changes to a 4-bit base plan."""
     return Mode.SKIP if place in changes else Mode.KEEP if places + place in changes else Mode.LOW
 
 
-def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Changes]) -> Changes | None:
-    """The least harmful sublayers together: 1, 2, 3, 4, 6, 8, … of them, then ever finer around the best number."""
-    sizes = [size for size in _rungs(len(ranked)) if frozenset(ranked[:size]) not in begun]
+def next_growing_set(ranked: Sequence[int], finished: Sequence[FinishedTrial], begun: set[Changes]) -> Changes | None:
+    """The least harmful sublayers skipped at once: 1, 2, 3, 4, 6, 8, … of them, then sizes ever nearer to the best one.
+
+    None where no size is left.
+    """
+    sizes = [size for size in _growing_sizes(len(ranked)) if frozenset(ranked[:size]) not in begun]
     if sizes:
         return frozenset(ranked[: sizes[0]])
     score = {f.changes: f.speedup for f in finished}
@@ -261,10 +266,12 @@ def next_rung(ranked: Sequence[int], finished: Sequence[Finished], begun: set[Ch
 
 
 def next_change(
-    ranked: Sequence[int], finished: Sequence[Finished], begun: set[Changes], keepable: Sequence[int] = ()
+    ranked: Sequence[int], finished: Sequence[FinishedTrial], begun: set[Changes], keepable: Sequence[int] = ()
 ) -> Changes | None:
-    """The best set with one more sublayer skipped, the least harmful first, with one change taken back, the most
-    harmful first, or with one more thing kept.
+    """The best set of changes with one difference that was not tried yet; None if all were.
+
+    The differences alternate: skip one more sublayer (the least harmful first), undo one change (the most harmful
+    first), keep one more thing.
     """
     best = max(finished, key=lambda f: f.speedup).changes
     places = len(keepable) - 1  # each but the head's has a change that skips the same sublayer
@@ -276,7 +283,7 @@ def next_change(
     return next((changes for changes in options if changes not in begun), None)
 
 
-def _rungs(limit: int) -> list[int]:
+def _growing_sizes(limit: int) -> list[int]:
     sizes = [1, 2, 3, 4]
     while sizes[-1] < limit:
         sizes.append(sizes[-1] + max(1, sizes[-1] // 2))
@@ -291,10 +298,10 @@ def _sampler(strategy: Strategy, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-class _Proposing(optuna.samplers.BaseSampler):
-    """Another sampler, or the values of a proposal where there is one.
+class _ProposalSampler(optuna.samplers.BaseSampler):
+    """Wraps a sampler, and samples the values of a proposal instead where there is one.
 
-    Not by Optuna's queue of trials: two processes may take the same trial from it, since reading a trial and
+    Optuna's queue of trials is no substitute: two processes may take the same trial from it, since reading a trial and
     claiming it is not one transaction in SQLite.
     """
 
@@ -313,7 +320,7 @@ class _Proposing(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        sampled = self._base.sample_relative(study, trial, search_space)  # also for what it notes down of the trial
+        sampled = self._base.sample_relative(study, trial, search_space)  # also called for what it stores in the trial
         return sampled if self.proposal is None else {}
 
     def sample_independent(

@@ -1,43 +1,42 @@
-"""What a calibration does: the knobs, their published values and how much is tried by default."""
+"""The settings of a calibration, their published values, and how many plans are tried by default."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from knn_ssd.backends.base import Pooling
+from knn_ssd.backends.base import Backend, Pooling
 from knn_ssd.calibrate.search import Strategy
 from knn_ssd.errors import UsageError
-from knn_ssd.plan import Policy
+from knn_ssd.plan import Mode, Policy
 
-MIXTURE = "mixture"  # the name of the search whose winner is the fallback plan
+MIXTURE = "mixture"  # the name of the search that finds the fallback plan
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """What a calibration does. The published values (arXiv 2505.16162 and its released code) are given beside the
-    defaults.
+    """The settings of a calibration. Published values are those of arXiv 2505.16162 and its released code.
 
     Args:
-        search: how plans are searched for; the paper's is `paper`.
-        trials: plans tried per domain; None is as many as the strategy makes good use of. Published: 1000.
-        minutes: for all searches together, instead of trials.
-        search_prompts: prompts per domain that plans are scored on. Published: 8.
-        new_tokens: length of their continuations. Published: 32.
-        vector_prompts: prompts per domain that anchors are made of, at most. Published: 1000.
-        anchors: per domain. Published: 10.
-        pooling: how prompt vectors are taken. The released code takes the mean.
-        max_draft, threshold: the fixed policy of the search `paper`. Published: 12 and 0.8.
-        chat: put prompts through the tokenizer's chat template if it has one.
-        workers: processes that search side by side.
+        search: the search strategy; the paper's is `paper`.
+        trials: number of plans tried per domain; None is a default for the strategy. Published: 1000.
+        minutes: time limit of all searches together, instead of `trials`.
+        search_prompts: number of prompts per domain that plans are scored on. Published: 8.
+        new_tokens: length of the continuations that plans are scored on. Published: 32.
+        vector_prompts: largest number of prompts per domain that anchors are made of. Published: 1000.
+        anchors: number of anchors per domain. Published: 10.
+        pooling: how hidden states become a prompt vector. The released code takes the mean.
+        max_draft, threshold: the fixed draft policy of the search `paper`. Published: 12 and 0.8.
+        chat: whether prompts go through the tokenizer's chat template, if it has one.
+        workers: number of processes that search in parallel.
         storage: database URL of the trials; None is a file beside the atlas.
-        seed: of clustering and search.
-        low: let plans use low-bit weights, where the target has them.
-        skip: let plans skip sublayers.
-        lookup: let plans look up.
+        seed: seed of clustering and search.
+        low: whether plans may use 4-bit weights, where the backend has them.
+        skip: whether plans may skip sublayers.
+        lookup: whether plans may draft by lookup.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value is outside its range.
     """
 
     search: Strategy = Strategy.BAYES
@@ -66,19 +65,24 @@ class CalibrationSettings:
         if self.minutes is not None and self.minutes <= 0:
             raise UsageError(f"minutes must be above 0, got {self.minutes}")
         if not (self.low or self.skip or self.lookup):
-            raise UsageError("plans must be allowed something: low-bit weights, skipping or look-up")
+            raise UsageError("plans must be allowed something: 4-bit weights, skipping or lookup")
         if self.new_tokens < 2:
             raise UsageError(f"new_tokens must be 2 or more, got {self.new_tokens}")
         Policy(self.max_draft, self.threshold)
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same when a calibration is resumed."""
+        """The settings that must stay the same when a calibration is resumed."""
         open_ended = ("trials", "minutes", "workers", "storage")
         return {name: getattr(self, name) for name in self.__slots__ if name not in open_ended}
 
+    def uses_low_bit(self, backend: Backend) -> bool:
+        """Whether plans may use 4-bit weights on this backend; those of the search `paper` never do."""
+        return self.low and Mode.LOW in backend.modes and self.search is not Strategy.PAPER
+
     def num_trials(self, num_layers: int, low: bool, domain: str) -> int | None:
-        """Trials of a domain's search; None where the minutes decide. Low-bit plans gain little by skipping, so that
-        the mixture tries the single changes for all domains.
+        """Number of trials of a domain's search; None where the time limit decides.
+
+        4-bit plans gain little by skipping, so the mixture's search tries the single changes for all domains.
         """
         if self.trials is not None or self.minutes is not None:
             return self.trials

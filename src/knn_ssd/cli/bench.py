@@ -143,7 +143,7 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from knn_ssd.bench.summary import named, shown, shown_interval
+    from knn_ssd.bench.summary import display_name, formatted, formatted_interval
 
     table = Table(box=box.SIMPLE)
     table.add_column("method")
@@ -151,13 +151,13 @@ def _table(methods: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for name, own in methods.items():
         table.add_row(
-            named(name, own),
-            shown(own["speedup"], "{:.2f}x"),
-            shown_interval(own),
-            shown(own["decode_speedup"], "{:.2f}x"),
-            shown(own["tokens_per_sec"], "{:.1f}"),
-            shown(own["acceptance_rate"], "{:.0%}"),
-            shown(own["tokens_per_round"], "{:.2f}"),
-            shown(own["identical_to_plain"], "{:.0%}"),
+            display_name(name, own),
+            formatted(own["speedup"], "{:.2f}x"),
+            formatted_interval(own),
+            formatted(own["decode_speedup"], "{:.2f}x"),
+            formatted(own["tokens_per_sec"], "{:.1f}"),
+            formatted(own["acceptance_rate"], "{:.0%}"),
+            formatted(own["tokens_per_round"], "{:.2f}"),
+            formatted(own["identical_to_plain"], "{:.0%}"),
         )
     return table
