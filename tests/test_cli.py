@@ -246,12 +246,12 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(generate: Run, engine: En
     assert result.out.rstrip("\n") == expected.text.rstrip("\n")
     drafts = r"(nothing drafted|drafted \d+, accepted \d+ \(\d+%\))"
     rest = r"12 tokens at [\d.]+/s \| \w+ exactness \| ended by length"
-    assert re.fullmatch(rf"\[.*look-up \| {drafts} \| {rest}\]\n", result.err)
+    assert re.fullmatch(rf"\[.*lookup \| {drafts} \| {rest}\]\n", result.err)
 
 
 def test_the_summary_tells_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
     near = generate("--prompt", MATH, "--atlas", atlas_dir).err
-    assert re.match(r"\[near math at distance 0\.000 \| skip attention 2, skip MLP 1; draft up to 4", near)
+    assert re.match(r"\[near math at distance 0\.000 \| skip attention 2 and MLP 1; drafts up to 4", near)
     assert re.search(r"drafted \d+, accepted \d+ \(\d+%\)|nothing drafted", near), "as the controller finds it pays"
     far = generate("--prompt", STORY, "--atlas", atlas_dir).err
     assert far.startswith("[fallback: far from all, nearest story at distance 0.000 | plain decoding")
@@ -860,7 +860,7 @@ def test_atlas_show(run: Run, atlas_dir: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "LlamaForCausalLM, 4 layers of 32, 128 tokens, in float32" in result.out
     assert "routing accuracy 1" in result.out
-    assert re.search(r"math +1 +0\.5000 +skip attention 2, skip MLP 1; draft up to 4 .* trials 20", result.out)
+    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to 4 .* trials 20", result.out)
     assert "timed speedup 1.25" in result.out
     assert re.search(r"fallback +plain decoding", result.out)
     assert "math      attention ··S·\n          MLP       ·S··\nstory     attention ····\n" in result.out

@@ -378,7 +378,7 @@ def test_the_card_tells_model_labels_and_plans() -> None:
     assert "- knn-ssd" in header
     assert "LlamaForCausalLM" in header
     assert body.startswith("\n# Atlas of ada/smollm2\n")
-    assert "| math | skip attention 1 3, skip MLP 2; draft up to 5 while p >= 0.60 | 38 % |" in body
+    assert "| math | skip attention 1, 3 and MLP 2; drafts up to 5 while confidence >= 0.6 | 38 % |" in body
     assert "| a\\|b | plain decoding | 0 % |" in body
     assert "| *fallback* | skip attention 3;" in body
     assert f"knn-ssd atlas pull {REPO} --out ATLAS" in body
