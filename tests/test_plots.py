@@ -168,7 +168,7 @@ def test_every_vector_and_anchor_is_drawn() -> None:
 
 
 def test_the_title_says_when_there_are_anchors_alone() -> None:
-    assert "Anchors alone: the atlas has not kept its prompt vectors" in words(
+    assert "Anchors alone: the atlas does not have its prompt vectors" in words(
         plots.atlas_figure(CASES["anchors alone"])
     )
     assert "Prompts and anchors" in words(plots.atlas_figure(CASES["one label"]))
