@@ -29,8 +29,8 @@ def headline(atlas: Atlas) -> str:
         f"{model.hidden_size}, {model.vocab_size} tokens, in {model.dtype}",
         f"weights  {model.weights_hash}, tokenizer {model.tokenizer_hash or 'none'}",
         f"anchors  {len(atlas.anchor_domains)} for {len(atlas.domains)} domains, by {atlas.pooling.value} pooling",
-        f"costs    {1000 * atlas.cost.step_sec:.2f} ms per token, {1000 * atlas.cost.attention_sec:.2f} ms per attention, "
-        f"{1000 * atlas.cost.mlp_sec:.2f} ms per MLP",
+        f"costs    {1000 * atlas.cost.step_sec:.2f} ms per token, {1000 * atlas.cost.attention_sec:.2f} ms per "
+        f"attention, {1000 * atlas.cost.mlp_sec:.2f} ms per MLP",
     ]
     if evidence := _scalars(atlas.evidence):
         lines.append(f"made     {evidence}")

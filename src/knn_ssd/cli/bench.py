@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="M,…",
-        help="methods to compare, of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, low, "
-        "auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
+        help="methods to compare, of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
+        "low, auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
     )
     stream = parser.add_argument_group("prompts")
     stream.add_argument(

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if examination.model is not None:
         output.write_table(_table(examination.model.model, _model_rows(examination.model)))
     elif not args.no_model:
-        output.note("note: the embedded model is not installed; to examine another, name it with --model")
+        output.note("note: the embedded model is not installed; name another with --model")
     return 0
 
 
