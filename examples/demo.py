@@ -1,4 +1,4 @@
-"""Calibrates a real model on five domains, then routes prompts, decodes them with drafts, and compares with plain decoding.
+"""Calibrates a real model on five domains, then decodes prompts with routed drafts and compares with plain decoding.
 
 Run by `make demo`. Everything it prints is measured while it runs. It writes to out/demo.
 """

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, every option's effect, and one sentence for everything a user can mend."""
+"""The command line: what it prints where, every option's effect, and one sentence for every error of a user."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(generate: Run, engine: En
     assert re.fullmatch(rf"\[.*lookup \| {drafts} \| {rest}\]\n", result.err)
 
 
-def test_the_summary_tells_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
+def test_the_summary_shows_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
     near = generate("--prompt", MATH, "--atlas", atlas_dir).err
     assert re.match(r"\[near math at distance 0\.000 \| skip attention 2 and MLP 1; drafts up to 4", near)
     assert re.search(r"drafted \d+, accepted \d+ \(\d+%\)|nothing drafted", near), "as the controller finds it pays"
@@ -861,7 +861,7 @@ def test_atlas_show(run: Run, atlas_dir: Path) -> None:
     assert "LlamaForCausalLM, 4 layers of 32, 128 tokens, in float32" in result.out
     assert "routing accuracy 1" in result.out
     assert re.search(r"domain +anchors +radius +plan +speed-up +accepted +trials\n", result.out)
-    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts +1\.25x +– +20\n +up to 4\n", result.out)
+    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to 4 +1\.25x +– +20\n", result.out)
     assert max(map(len, result.out.splitlines())) <= 100
     assert re.search(r"fallback +plain decoding", result.out)
     assert "math      attention ··S·\n          MLP       ·S··\nstory     attention ····\n" in result.out

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from knn_ssd.plan import Plan
 
 FALLBACK = "fallback"
-_LINE_WIDTH = 100
+_LINE_WIDTH, _LONGEST_NAME = 100, 16
 _LEFT_OUT = ("model", "settings", "versions")  # shown elsewhere, or too long for a line
 _MARKS = {Mode.KEEP: "·", Mode.SKIP: "S", Mode.LOW: "l"}
 
@@ -43,9 +43,9 @@ def domains_table(atlas: Atlas) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    caption = "speed-up: the best that was timed, over plain decoding; accepted: acceptance rate of the plan's drafts"
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    table.add_column("domain", overflow="fold")
+    caption = "speed-up: the best one timed over plain decoding; accepted: acceptance rate\n"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table.add_column("domain", overflow="fold", min_width=min(_LONGEST_NAME, max(map(len, (*atlas.domains, FALLBACK)))))
     for title in ("anchors", "radius"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("plan", overflow="fold")
