@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -101,10 +102,10 @@ def show_planted_redundancy() -> bool:
 
 def new_table(title: str, *columns: str) -> Table:
     """A table with some columns for a prompt and its plan, and those of `comparison`."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
-    for column in ("accepted/drafted", "as plain", "speed-up"):
+    for column in ("accepted", "as plain", "speed-up"):
         table.add_column(column, justify="right")
     return table
 
@@ -113,7 +114,7 @@ def comparison(drafted: Generation, plain: Generation) -> tuple[str, str, str]:
     """Accepted and drafted tokens, whether the output is that of plain decoding, and the speed-up over it."""
     same = "yes" if drafted.token_ids == plain.token_ids else "[bold red]NO[/]"
     speedup = plain.stats.decode_sec / drafted.stats.decode_sec
-    return f"{drafted.stats.accepted}/{drafted.stats.drafted}", same, f"{speedup:.2f}x"
+    return f"{drafted.stats.accepted} of {drafted.stats.drafted}", same, f"{speedup:.2f}x"
 
 
 def run() -> int:

@@ -861,7 +861,7 @@ def test_atlas_show(run: Run, atlas_dir: Path) -> None:
     assert "LlamaForCausalLM, 4 layers of 32, 128 tokens, in float32" in result.out
     assert "routing accuracy 1" in result.out
     assert re.search(r"domain +anchors +radius +plan +speed-up +accepted +trials\n", result.out)
-    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to 4 +1\.25x +– +20\n", result.out)
+    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to +1\.25x +– +20\n +4\n", result.out)
     assert max(map(len, result.out.splitlines())) <= 100
     assert re.search(r"fallback +plain decoding", result.out)
     assert "math      attention ··S·\n          MLP       ·S··\nstory     attention ····\n" in result.out

@@ -157,7 +157,7 @@ def _table(methods: dict[str, Any]) -> Table:
 
     from knn_ssd.bench.summary import named, shown, shown_interval
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("method")
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "as plain"):
         table.add_column(name, justify="right")
