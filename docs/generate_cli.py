@@ -1,4 +1,4 @@
-"""Writes the commands' own help into docs/cli.md, below its marker: `python docs/generate_cli.py`."""
+"""Writes the help of all commands into docs/cli.md, below its marker: `python docs/generate_cli.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKER = "<!-- From here on written by docs/generate_cli.py. -->\n"
 
 
 def page() -> str:
-    """The whole page as it should be."""
+    """The whole page."""
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # argparse reads both
     found = [_parser([]), *(p for name in COMMANDS for p in _parsers(_parser([name])._commands.choices[name]))]
     sections = [f"\n## {parser.prog}\n\n```text\n{parser.format_help()}```\n" for parser in found]
@@ -22,7 +22,7 @@ def page() -> str:
 
 
 def _parsers(parser: Parser) -> Iterator[Parser]:
-    """A parser and those of its own commands."""
+    """A parser and those of its subcommands."""
     yield parser
     for command in parser._commands.choices.values() if parser._commands is not None else ():
         yield from _parsers(command)

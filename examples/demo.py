@@ -1,6 +1,6 @@
-"""The main job, from nothing: calibrate a real model on five domains, then route, draft, verify and compare.
+"""Calibrates a real model on five domains, then decodes prompts with routed drafts and compares with plain decoding.
 
-Run by `make demo`. Everything it prints is measured while it runs; what it leaves is under out/demo.
+Run by `make demo`. Everything it prints is measured while it runs. It writes to out/demo.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,9 +24,9 @@ from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 OUT = Path("out/demo")
-CALIBRATED = 12  # prompts per domain; the ones shown below come after these
+CALIBRATED = 12  # prompts per domain; the prompts decoded below are others
 NEW_TOKENS = 48
-console = Console() if Console().is_terminal else Console(width=140)
+console = Console() if Console().is_terminal else Console(width=100)
 
 
 def calibrate_the_real_model() -> Path:
@@ -43,32 +44,23 @@ def calibrate_the_real_model() -> Path:
 
 
 def show_routed_decoding(engine: Engine, prompts: Sequence[Prompt]) -> bool:
-    """One prompt of each domain, plain and as the atlas has it; whether all output was identical."""
-    table = Table(title="Routed decoding: one prompt per domain that calibration has not seen", title_justify="left")
-    for column in ("domain", "routed to", "plan", "drafted", "accepted", "identical to plain", "speed over plain"):
-        table.add_column(column, overflow="fold")
+    """Decodes one prompt of each domain with the plan of its route; whether all output was that of plain decoding."""
+    table = new_table("Routed decoding of one unseen prompt per domain", "domain", "routed to", "plan")
     identical = True
-    engine.generate(prompts[0].prompt, max_new_tokens=4)  # makes the low-bit copies, once
+    engine.generate(prompts[0].prompt, max_new_tokens=4)  # makes the 4-bit copies, once
     for prompt in prompts:
         plain = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS, plain=True)
         routed = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS)
         assert routed.route is not None
         identical = identical and routed.token_ids == plain.token_ids
-        domain = routed.route.domain + (" (far: fallback)" if routed.route.fallback else "")
-        speed = plain.stats.decode_sec / routed.stats.decode_sec
-        table.add_row(prompt.domain, domain, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
+        table.add_row(prompt.domain, routed.route.plan_name, routed.plan.describe(), *comparison(routed, plain))
     console.print(table)
     return identical
 
 
 def show_forced_drafts(engine: Engine, atlas: Atlas, prompts: Sequence[Prompt]) -> bool:
-    """The best set of sublayers to skip with everything else as it is, made to draft whether or not that pays."""
-    table = Table(
-        title="The same with skipping alone: the skip set of the best plan that skips anything, made to draft",
-        title_justify="left",
-    )
-    for column in ("domain", "skip set", "drafted", "accepted", "identical to plain", "speed over plain"):
-        table.add_column(column, overflow="fold")
+    """Always drafts with the skipped sublayers of each domain's best skipping plan, whether or not that pays."""
+    table = new_table("Skipping alone: the best plan that skips, always drafting", "domain", "plan")
     identical = True
     for prompt in prompts:
         found = atlas.domains[str(prompt.domain)].evidence["best_skipping"]
@@ -79,15 +71,14 @@ def show_forced_drafts(engine: Engine, atlas: Atlas, prompts: Sequence[Prompt]) 
         plain = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS, plain=True)
         drafted = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS, plan=plan)
         identical = identical and drafted.token_ids == plain.token_ids
-        speed = plain.stats.decode_sec / drafted.stats.decode_sec
-        table.add_row(prompt.domain, plan.describe(), *counts(drafted, plain), f"{speed:.2f}x")
+        table.add_row(prompt.domain, plan.describe(), *comparison(drafted, plain))
     console.print(table)
     return identical
 
 
 def show_planted_redundancy() -> bool:
-    """The paper's effect where skipping does pay: a tiny model with other redundant sublayers in each domain."""
-    torch.set_num_threads(1)  # more of them only wait for each other in so small a model
+    """Shows where skipping pays: a tiny model in which each domain has its own redundant sublayers."""
+    torch.set_num_threads(1)  # more threads only slow down so small a model
     redundant = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
     planted = planted_tiny_model(redundant, seed=3)
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
@@ -95,12 +86,8 @@ def show_planted_redundancy() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         atlas = calibrate(loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=50, search_prompts=4))
     engine = Engine(loaded.model, loaded.tokenizer, atlas)
-    table = Table(
-        title="A tiny model in which 7 of 16 sublayers, others in each domain, were made to do nothing",
-        title_justify="left",
-    )
-    for column in ("domain", "routed to", "plan", "drafted", "accepted", "identical to plain", "speed over plain"):
-        table.add_column(column, overflow="fold")
+    title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"
+    table = new_table(title, "domain", "routed to", "plan")
     identical = True
     for name in redundant:
         prompt = planted.prompt(name, 12, 99)
@@ -108,20 +95,30 @@ def show_planted_redundancy() -> bool:
         routed = engine.generate(prompt, max_new_tokens=200)
         assert routed.route is not None
         identical = identical and routed.token_ids == plain.token_ids
-        speed = plain.stats.decode_sec / routed.stats.decode_sec
-        table.add_row(name, routed.route.domain, routed.plan.describe(), *counts(routed, plain), f"{speed:.2f}x")
+        table.add_row(name, routed.route.plan_name, routed.plan.describe(), *comparison(routed, plain))
     console.print(table)
     return identical
 
 
-def counts(drafted: Generation, plain: Generation) -> tuple[str, str, str]:
-    """Drafted, accepted, and whether the output is that of plain decoding, for a row."""
+def new_table(title: str, *columns: str) -> Table:
+    """A table with some columns for a prompt and its plan, and those of `comparison`."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for column in ("accepted", "as plain", "speed-up"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def comparison(drafted: Generation, plain: Generation) -> tuple[str, str, str]:
+    """Accepted and drafted tokens, whether the output is that of plain decoding, and the speed-up over it."""
     same = "yes" if drafted.token_ids == plain.token_ids else "[bold red]NO[/]"
-    return str(drafted.stats.drafted), str(drafted.stats.accepted), same
+    speedup = plain.stats.decode_sec / drafted.stats.decode_sec
+    return f"{drafted.stats.accepted} of {drafted.stats.drafted}", same, f"{speedup:.2f}x"
 
 
 def run() -> int:
-    """The whole demonstration; 0 if all output was identical to plain decoding."""
+    """Runs the demonstration; 0 if all output was identical to plain decoding."""
     OUT.mkdir(parents=True, exist_ok=True)
     path = calibrate_the_real_model()
     atlas = Atlas.load(path)
@@ -132,8 +129,8 @@ def run() -> int:
     identical = show_routed_decoding(engine, fresh)
     identical = show_forced_drafts(engine, atlas, fresh) and identical
     console.print(
-        "On a model this small skipping alone does not pay; low-bit drafts and look-up may. Where sublayers are\n"
-        "redundant, calibration finds them:\n"
+        "On a model this small skipping alone does not pay; 4-bit drafts and lookup may. Where sublayers\n"
+        "are redundant, calibration finds them:\n"
     )
     identical = show_planted_redundancy() and identical
     main(["plot", str(path), "--out", str(OUT / "atlas.png")])

@@ -1,4 +1,4 @@
-"""A model, a plan, a stream. Runs as it is: `python examples/quickstart.py ["A PROMPT"]`."""
+"""Streams one prompt with a plan made by hand. Run it with `python examples/quickstart.py ["A PROMPT"]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from knn_ssd import Engine, Plan, Policy
 
 
 def main(prompt: str) -> None:
-    """Decodes a prompt plainly, then with drafts that skip two sublayers, and compares."""
+    """Decodes a prompt plainly, then with drafts that skip two sublayers, and compares the output."""
     engine = Engine.from_pretrained(dtype="float32")  # a Hub id, a directory or a .gguf file may be named
     plain = engine.generate(prompt, max_new_tokens=48)
 

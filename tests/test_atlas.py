@@ -1,4 +1,4 @@
-"""The atlas on disk: what was saved is what is loaded, it is there whole or not at all, and damage is told in words."""
+"""The atlas on disk: what was saved is what is loaded, it is there whole or not at all, and damage is a clear error."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_in_words_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_options: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -196,20 +196,20 @@ def test_a_place_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
         (lambda folder: edit(folder, lambda m: m.pop("pooling")), "is damaged: pooling: Field required"),
         (lambda folder: edit(folder, lambda m: m.update(pooling="max")), "is damaged: pooling: .* got 'max'"),
         (lambda folder: edit(folder, lambda m: m["fingerprint"].pop("dtype")), "is damaged"),
-        (lambda folder: edit(folder, lambda m: m["anchor_domains"].pop()), "3 anchors have 2 labels"),
+        (lambda folder: edit(folder, lambda m: m["anchor_domains"].pop()), "3 anchors have 2 domains"),
         (lambda folder: edit(folder, lambda m: m["domains"].pop("story")), "not name the same domains: story"),
         (lambda folder: edit(folder, lambda m: m["fallback"]["plan"].update(num_layers=5)), "a plan for 5 layers"),
         (lambda folder: edit(folder, lambda m: m["fingerprint"].update(hidden_size=9)), "3 dimensions .* of 9"),
     ],
 )
-def test_damage_is_told_in_words(folder: Path, damage: Callable[[Path], None], fact: str) -> None:
+def test_damage_is_a_clear_error(folder: Path, damage: Callable[[Path], None], fact: str) -> None:
     damage(folder)
     with pytest.raises(AtlasError, match=fact) as refusal:
         Atlas.load(folder)
     assert refusal.value.hint
 
 
-def test_no_atlas_at_all_is_told_in_words(tmp_path: Path) -> None:
+def test_a_missing_atlas_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match=r"there is no atlas at .* Make one with `knn-ssd calibrate"):
         Atlas.load(tmp_path / "nowhere")
 
@@ -280,9 +280,9 @@ def test_a_value_of_the_wrong_kind_is_damage(folder: Path, change: Callable[[dic
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
-        ({"anchor_domains": ("math", "story")}, "3 anchors have 2 labels"),
+        ({"anchor_domains": ("math", "story")}, "3 anchors have 2 domains"),
         ({"anchor_domains": ("math", "story", "sql")}, "do not name the same domains: sql"),
-        ({"vector_domains": ("story",)}, "2 vectors have 1 labels"),
+        ({"vector_domains": ("story",)}, "2 vectors have 1 domains"),
         ({"fallback": Plan.plain(3)}, "a plan for 3 layers, and the model has 4"),
         ({"fingerprint": replace(FINGERPRINT, hidden_size=8)}, "3 dimensions for a model of 8"),
     ],
@@ -321,7 +321,7 @@ def test_all_differences_are_listed() -> None:
 # --- Plans and costs
 
 
-def test_a_label_has_a_plan_and_no_label_is_the_fallback() -> None:
+def test_a_domain_has_a_plan_and_no_domain_gets_the_fallback_plan() -> None:
     atlas = example_atlas()
     assert atlas.plan_for("math").skipped_attention == (1, 3)
     assert atlas.plan_for(None) is atlas.fallback

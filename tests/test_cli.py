@@ -1,4 +1,4 @@
-"""The command line: what it prints where, every option's effect, and one sentence for everything a user can mend."""
+"""The command line: what it prints where, every option's effect, and one sentence for every error of a user."""
 
 from __future__ import annotations
 
@@ -246,17 +246,17 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(generate: Run, engine: En
     assert result.out.rstrip("\n") == expected.text.rstrip("\n")
     drafts = r"(nothing drafted|drafted \d+, accepted \d+ \(\d+%\))"
     rest = r"12 tokens at [\d.]+/s \| \w+ exactness \| ended by length"
-    assert re.fullmatch(rf"\[.*look-up \| {drafts} \| {rest}\]\n", result.err)
+    assert re.fullmatch(rf"\[.*lookup \| {drafts} \| {rest}\]\n", result.err)
 
 
-def test_the_summary_tells_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
+def test_the_summary_shows_route_plan_and_drafts(generate: Run, atlas_dir: Path) -> None:
     near = generate("--prompt", MATH, "--atlas", atlas_dir).err
-    assert re.match(r"\[near math at distance 0\.000 \| skip attention 2, skip MLP 1; draft up to 4", near)
+    assert re.match(r"\[near math at distance 0\.000 \| skip attention 2 and MLP 1; drafts up to 4", near)
     assert re.search(r"drafted \d+, accepted \d+ \(\d+%\)|nothing drafted", near), "as the controller finds it pays"
     far = generate("--prompt", STORY, "--atlas", atlas_dir).err
-    assert far.startswith("[fallback: far from all, nearest story at distance 0.000 | plain decoding")
+    assert far.startswith("[fallback plan: beyond the radius of the nearest, story at distance 0.000 | plain decoding")
     given = generate("--prompt", STORY, "--atlas", atlas_dir, "--domain", "math").err
-    assert given.startswith("[as math, as asked; nearest story at distance 0.000 | skip attention 2")
+    assert given.startswith("[math as requested; nearest story at distance 0.000 | skip attention 2")
 
 
 def test_json_without_an_atlas(generate: Run, engine: Engine) -> None:
@@ -373,7 +373,7 @@ def test_seeds_reproduce(generate: Run) -> None:
 def test_options_without_effect_are_told(generate: Run) -> None:
     result = generate("--prompt", MATH, "--top-k", 5, "--min-p", 0.5)
     assert result.code == 0
-    assert result.err.startswith("note: no effect at temperature 0, where the likeliest token is always taken: --top-k")
+    assert result.err.startswith("note: no effect at temperature 0, which is greedy decoding: --top-k")
 
 
 def test_a_stop_string_ends_the_text_before_it(generate: Run, engine: Engine) -> None:
@@ -716,7 +716,7 @@ def test_stats(chat: Run, atlas_dir: Path) -> None:
     assert lines[0] == "(no answer is finished yet)"
     assert "ended by length" in lines[1]
     assert re.fullmatch(r"\[2 answers \| .+ \| 16 tokens at [\d.]+/s\]", lines[2])
-    assert re.fullmatch(r"\[memory: weights \d+ MB, low-bit copies \d+ MB, in all \d+ MB, at most \d+ MB\]", lines[3])
+    assert re.fullmatch(r"\[memory: weights \d+ MB, 4-bit copies \d+ MB, in all \d+ MB, at most \d+ MB\]", lines[3])
 
 
 def test_a_conversation_beyond_the_context_loses_its_oldest_turns(chat: Run, engine: Engine) -> None:
@@ -860,8 +860,9 @@ def test_atlas_show(run: Run, atlas_dir: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "LlamaForCausalLM, 4 layers of 32, 128 tokens, in float32" in result.out
     assert "routing accuracy 1" in result.out
-    assert re.search(r"math +1 +0\.5000 +skip attention 2, skip MLP 1; draft up to 4 .* trials 20", result.out)
-    assert "timed speedup 1.25" in result.out
+    assert re.search(r"domain +anchors +radius +plan +speed-up +accepted +trials\n", result.out)
+    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to +1\.25x +– +20\n +4\n", result.out)
+    assert max(map(len, result.out.splitlines())) <= 100
     assert re.search(r"fallback +plain decoding", result.out)
     assert "math      attention ··S·\n          MLP       ·S··\nstory     attention ····\n" in result.out
 
@@ -1001,7 +1002,7 @@ def test_doctor_json(run: Run, model_dir: Path) -> None:
 def test_doctor_shows_the_same_to_people(run: Run, model_dir: Path) -> None:
     result = run("doctor", "--model", model_dir)
     assert result.code == 0
-    for words in ("read bandwidth", "GB/s", "kernels", "target", "plain step", "supported", "floor", str(model_dir)):
+    for words in ("read bandwidth", "GB/s", "kernels", "backend", "plain step", "supported", "bound", str(model_dir)):
         assert words in result.out
 
 

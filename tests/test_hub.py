@@ -294,7 +294,7 @@ def atlas_dir(tmp_path: Path) -> Path:
     return make_atlas().save(tmp_path / "atlas")
 
 
-def told(call: Callable[[], object], kind: type[KnnSsdError]) -> str:
+def refusal(call: Callable[[], object], kind: type[KnnSsdError]) -> str:
     """What a failing call says, which must be one sentence with a remedy, and soon."""
     started = time.perf_counter()
     with pytest.raises(kind) as caught:
@@ -328,7 +328,7 @@ def test_push_uploads_the_atlas_and_its_card_and_nothing_else(fake_hub: FakeHub,
     hub.push(atlas_dir, REPO)
     repo = fake_hub.repos[REPO]
     assert set(repo.files()) == {".gitattributes", "atlas.json", "anchors.safetensors", "README.md"}
-    assert len(repo.commits) == 2  # one commit, so that nobody pulls half an atlas
+    assert len(repo.commits) == 2  # one commit, so that no pull gets half an atlas
     assert not repo.private
 
 
@@ -361,7 +361,7 @@ def test_a_private_atlas_needs_the_token(
     assert fake_hub.repos[REPO].private
     hub.pull(REPO, tmp_path / "pulled")
     monkeypatch.delenv("HF_TOKEN")
-    assert "or it is private" in told(lambda: hub.pull(REPO, tmp_path / "again"), AtlasError)
+    assert "or it is private" in refusal(lambda: hub.pull(REPO, tmp_path / "again"), AtlasError)
 
 
 def test_a_public_atlas_needs_none(
@@ -372,13 +372,13 @@ def test_a_public_atlas_needs_none(
     hub.pull(REPO, tmp_path / "pulled")
 
 
-def test_the_card_tells_model_labels_and_plans() -> None:
+def test_the_card_shows_model_domains_and_plans() -> None:
     text = hub.card(make_atlas(), REPO)
     header, body = text.removeprefix("---\n").split("\n---\n", 1)
     assert "- knn-ssd" in header
     assert "LlamaForCausalLM" in header
     assert body.startswith("\n# Atlas of ada/smollm2\n")
-    assert "| math | skip attention 1 3, skip MLP 2; draft up to 5 while p >= 0.60 | 38 % |" in body
+    assert "| math | skip attention 1, 3 and MLP 2; drafts up to 5 while confidence >= 0.6 | 38 % |" in body
     assert "| a\\|b | plain decoding | 0 % |" in body
     assert "| *fallback* | skip attention 3;" in body
     assert f"knn-ssd atlas pull {REPO} --out ATLAS" in body
@@ -396,36 +396,36 @@ def test_the_card_does_not_show_a_path_of_the_machine(name: str) -> None:
 
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "a b/c", "ada/two--dashes", "../x", "", "ada/", "/x"])
 def test_not_an_id(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path, repo: str) -> None:
-    assert "Give owner/name" in told(lambda: hub.push(atlas_dir, repo), UsageError)
-    assert "Give owner/name" in told(lambda: hub.pull(repo, tmp_path / "pulled"), UsageError)
+    assert "Give owner/name" in refusal(lambda: hub.push(atlas_dir, repo), UsageError)
+    assert "Give owner/name" in refusal(lambda: hub.pull(repo, tmp_path / "pulled"), UsageError)
     assert not fake_hub.requests
     assert not leftovers(tmp_path)
 
 
 def test_a_damaged_atlas_is_not_pushed(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path) -> None:
     (atlas_dir / "anchors.safetensors").write_bytes(b"broken")
-    told(lambda: hub.push(atlas_dir, REPO), AtlasError)
-    told(lambda: hub.push(tmp_path / "nothing", REPO), AtlasError)
+    refusal(lambda: hub.push(atlas_dir, REPO), AtlasError)
+    refusal(lambda: hub.push(tmp_path / "nothing", REPO), AtlasError)
     assert not fake_hub.requests
 
 
 def test_push_without_a_token(fake_hub: FakeHub, atlas_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert "hf auth login" in told(lambda: hub.push(atlas_dir, REPO), OutputError)
+    assert "hf auth login" in refusal(lambda: hub.push(atlas_dir, REPO), OutputError)
     assert not fake_hub.requests
 
 
 def test_pull_does_not_overwrite(fake_hub: FakeHub, atlas_dir: Path) -> None:
     before = (atlas_dir / "atlas.json").read_bytes()
-    told(lambda: hub.pull(REPO, atlas_dir), OutputError)
+    refusal(lambda: hub.pull(REPO, atlas_dir), OutputError)
     assert (atlas_dir / "atlas.json").read_bytes() == before
     assert not fake_hub.requests
 
 
 def test_offline_mode(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
-    assert "HF_HUB_OFFLINE" in told(lambda: hub.push(atlas_dir, REPO), OutputError)
+    assert "HF_HUB_OFFLINE" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+    assert "HF_HUB_OFFLINE" in refusal(lambda: hub.push(atlas_dir, REPO), OutputError)
 
 
 # ---- Refused by the Hub, or by what is there
@@ -434,19 +434,19 @@ def test_offline_mode(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path, monkey
 def test_a_public_repository_does_not_take_a_private_atlas(fake_hub: FakeHub, atlas_dir: Path) -> None:
     hub.push(atlas_dir, REPO)
     commits = len(fake_hub.repos[REPO].commits)
-    assert "public" in told(lambda: hub.push(atlas_dir, REPO, private=True), UsageError)
+    assert "public" in refusal(lambda: hub.push(atlas_dir, REPO, private=True), UsageError)
     assert len(fake_hub.repos[REPO].commits) == commits
 
 
 def test_a_repository_of_something_else_is_left_alone(fake_hub: FakeHub, atlas_dir: Path) -> None:
     fake_hub.repos[REPO] = Repo()
     fake_hub.repos[REPO].commit("main", {"model.safetensors": b"weights", "README.md": b"a model"})
-    assert "model.safetensors" in told(lambda: hub.push(atlas_dir, REPO), UsageError)
+    assert "model.safetensors" in refusal(lambda: hub.push(atlas_dir, REPO), UsageError)
     assert fake_hub.repos[REPO].files()["README.md"] == b"a model"
 
 
 def test_a_repository_that_is_not_there(fake_hub: FakeHub, tmp_path: Path) -> None:
-    text = told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+    text = refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
     assert text == (
         f"there is no '{REPO}' on the Hub, or it is private. Check the spelling. "
         "Log in with `hf auth login`, or set HF_TOKEN."
@@ -456,13 +456,13 @@ def test_a_repository_that_is_not_there(fake_hub: FakeHub, tmp_path: Path) -> No
 
 def test_a_revision_that_is_not_there(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path) -> None:
     hub.push(atlas_dir, REPO)
-    assert "'v9'" in told(lambda: hub.pull(REPO, tmp_path / "pulled", revision="v9"), AtlasError)
+    assert "'v9'" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled", revision="v9"), AtlasError)
     assert not leftovers(tmp_path)
 
 
 def test_a_repository_that_is_not_an_atlas(fake_hub: FakeHub, tmp_path: Path) -> None:
     fake_hub.repos[REPO] = Repo()
-    assert "has no atlas.json" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+    assert "has no atlas.json" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
     assert not leftovers(tmp_path)
 
 
@@ -472,7 +472,7 @@ def test_a_wrong_token(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path, monke
         (lambda: hub.push(atlas_dir, REPO), OutputError),
         (lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError),
     ):
-        text = told(call, kind)
+        text = refusal(call, kind)
         assert "does not accept the token" in text
         assert "hf auth login" in text
         assert "hf_stale" not in text
@@ -481,7 +481,7 @@ def test_a_wrong_token(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path, monke
 
 def test_no_permission(fake_hub: FakeHub, atlas_dir: Path) -> None:
     fake_hub.may_write = False
-    text = told(lambda: hub.push(atlas_dir, REPO), OutputError)
+    text = refusal(lambda: hub.push(atlas_dir, REPO), OutputError)
     assert "don't have the rights" in text
     assert "hf auth login" in text
 
@@ -491,8 +491,8 @@ def test_no_hub_at_all(atlas_dir: Path, tmp_path: Path, monkeypatch: pytest.Monk
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        assert "cannot be reached" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
-        assert "cannot be reached" in told(lambda: hub.push(atlas_dir, REPO), OutputError)
+        assert "cannot be reached" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+        assert "cannot be reached" in refusal(lambda: hub.push(atlas_dir, REPO), OutputError)
     assert not leftovers(tmp_path)
 
 
@@ -502,7 +502,7 @@ def test_no_hub_at_all(atlas_dir: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_download_that_breaks_off_leaves_nothing(fake_hub: FakeHub, atlas_dir: Path, tmp_path: Path) -> None:
     hub.push(atlas_dir, REPO)
     fake_hub.cuts = [40, 0]
-    assert "status 500: the disk is on fire" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+    assert "status 500: the disk is on fire" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
     assert not leftovers(tmp_path)
 
 
@@ -539,7 +539,7 @@ def test_a_damaged_atlas_is_not_installed(
 ) -> None:
     hub.push(atlas_dir, REPO)
     fake_hub.repos[REPO].commit("main", damage)
-    text = told(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
+    text = refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), AtlasError)
     assert said in text
     assert f"'{REPO} on the Hub" in text
     assert str(tmp_path) not in text
@@ -555,5 +555,5 @@ def test_a_full_disk_is_not_blamed_on_the_hub(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("knn_ssd.tools.hub.os.replace", no_room)
-    assert "No space left on device" in told(lambda: hub.pull(REPO, tmp_path / "pulled"), OutputError)
+    assert "No space left on device" in refusal(lambda: hub.pull(REPO, tmp_path / "pulled"), OutputError)
     assert not leftovers(tmp_path)

@@ -252,7 +252,7 @@ def test_the_nearest_anchor_is_shown_on_the_map(page: Page) -> None:
         assert page.locator("#map .ring").count() == 1
         assert page.locator("#map .here").text_content() == "fox"
         assert (page.locator("#route").text_content() or "").startswith("fox at cosine distance 0.000")
-        page.get_by_text("Plan: skip MLP 2; draft up to 4").wait_for()
+        page.get_by_text("Plan: skip MLP 2; drafts up to 4").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -29,7 +29,7 @@ def test_a_plan_survives_a_trip_through_json(plan: Plan) -> None:
 
 
 @given(any_plans())
-def test_modes_are_told_layer_by_layer(plan: Plan) -> None:
+def test_modes_are_listed_layer_by_layer(plan: Plan) -> None:
     assert plan.modes[0::2] == plan.attention
     assert plan.modes[1::2] == plan.mlp
     assert plan.num_skipped == plan.modes.count(Mode.SKIP)
@@ -56,13 +56,80 @@ def test_a_description_is_one_line_that_names_what_is_skipped(plan: Plan) -> Non
     description = plan.describe()
     assert "\n" not in description
     assert plan.is_plain or ("skip attention" in description) == bool(plan.skipped_attention)
-    assert plan.is_plain or (", look-up" in description) == plan.policy.lookup
+    assert plan.is_plain or ("lookup" in description) == plan.policy.lookup
+
+
+FULL, LOW = Plan.skipping(28, policy=Policy(8, 0.6)), Plan.low(28, Policy(12, 0.4, lookup=True))
+
+
+def changed(plan: Plan, attention: dict[int, Mode], mlp: dict[int, Mode], head: Mode | None = None) -> Plan:
+    """A plan with other modes in some layers."""
+    return Plan(
+        tuple(attention.get(layer, mode) for layer, mode in enumerate(plan.attention)),
+        tuple(mlp.get(layer, mode) for layer, mode in enumerate(plan.mlp)),
+        plan.head if head is None else head,
+        plan.policy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "description"),
+    [
+        (LOW, "4-bit"),
+        (changed(LOW, {}, {13: Mode.SKIP, 27: Mode.SKIP}), "4-bit, but skip MLP 13 and 27"),
+        (changed(LOW, {}, {}, Mode.KEEP), "4-bit, but LM head in full"),
+        (changed(LOW, {9: Mode.KEEP}, {13: Mode.SKIP}), "4-bit, but skip MLP 13, with attention 9 in full"),
+        (
+            changed(LOW, {2: Mode.SKIP}, {13: Mode.KEEP}, Mode.KEEP),
+            "4-bit, but skip attention 2, with MLP 13 and LM head in full",
+        ),
+        (FULL, "full model"),
+        (changed(FULL, {}, {}, Mode.LOW), "full model, but LM head in 4 bits"),
+        (changed(FULL, {4: Mode.LOW}, {}), "full model, but attention 4 in 4 bits"),
+        (Plan.skipping(8, [5, 3], [7]), "skip attention 3, 5 and MLP 7"),
+        (Plan.skipping(28, [*range(3, 10), 12]), "skip attention 3-9 and 12"),
+        (Plan.skipping(28, [1, 2], [5, 6, 7, 20]), "skip attention 1, 2, MLP 5-7 and 20"),
+        (Plan.skipping(4, range(4), range(4)), "skip attention 0-3 and MLP 0-3"),
+        (
+            changed(FULL, {3: Mode.SKIP, 4: Mode.LOW}, {}, Mode.LOW),
+            "skip attention 3, with attention 4 and LM head in 4 bits",
+        ),
+    ],
+)
+def test_modes_are_described_by_their_exceptions(plan: Plan, description: str) -> None:
+    assert plan.describe_modes() == description
+    assert plan.describe() == f"{description}; {plan.describe_policy()}"
 
 
 def test_a_description_reads_like_this() -> None:
     plan = Plan.skipping(8, attention=[5, 3], mlp=[7], policy=Policy(8, 0.6))
-    assert plan.describe() == "skip attention 3 5, skip MLP 7; draft up to 8 while p >= 0.60"
+    assert plan.describe() == "skip attention 3, 5 and MLP 7; drafts up to 8 while confidence >= 0.6"
+    assert Plan.low(8, Policy(12, 0.7, True)).describe() == "4-bit; drafts up to 12 while confidence >= 0.7; lookup"
+    assert Plan.low(8, Policy(12, 0.0)).describe() == "4-bit; drafts up to 12"
+    assert Plan.skipping(8, policy=Policy(4, 0.25)).describe() == "full model; drafts up to 4 while confidence >= 0.25"
+    assert Plan.skipping(8, policy=Policy(4, 0.25, True)).describe() == "full model; drafts up to 4 by lookup"
     assert Plan.plain(8).describe() == "plain decoding"
+
+
+@st.composite
+def found_plans(draw: st.DrawFn) -> Plan:
+    """Plans of 28 layers as a search finds them: the full model or 4-bit weights, with a few exceptions."""
+    some = st.dictionaries(st.integers(0, 27), st.sampled_from(Mode), max_size=6)
+    policy = Policy(draw(st.integers(1, 40)), draw(st.sampled_from([0.0, 0.2, 0.25, 0.4, 0.9])), draw(st.booleans()))
+    base = draw(st.sampled_from([Plan.low(28, policy), Plan.skipping(28, policy=policy)]))
+    return changed(base, draw(some), draw(some), draw(st.sampled_from([None, Mode.KEEP, Mode.LOW])))
+
+
+@given(found_plans())
+def test_a_description_is_read_at_a_glance(plan: Plan) -> None:
+    assert len(plan.describe()) <= 200
+
+
+@given(found_plans(), found_plans())
+def test_different_modes_and_policies_have_different_descriptions(one: Plan, other: Plan) -> None:
+    assert (one.describe_modes() == other.describe_modes()) == ((one.modes, one.head) == (other.modes, other.head))
+    if one.cheapens and other.cheapens:
+        assert (one.describe() == other.describe()) == (one == other)
 
 
 def test_json_is_readable_by_a_person() -> None:

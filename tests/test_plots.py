@@ -1,4 +1,4 @@
-"""The picture of an atlas: readable at every size, right in what it shows, whole or not at all."""
+"""The picture of an atlas: readable at every size, right in what it shows, written atomically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.routing import projection
 from knn_ssd.speculation.cost_model import CostProfile
-from knn_ssd.tools import plots
+from knn_ssd.tools import plot_layout, plots
 
 WIDTH = 16
 in_two_dimensions = projection._in_two_dimensions  # the real one: t-SNE, which most tests here do without
@@ -81,15 +81,15 @@ TWELVE = (
     "chat",
     "poetry",
     "json",
-    "a label of which its user is very fond",
+    "a domain of which its user is very fond",
 )
 CASES = {
     "five domains, 30 layers": make_atlas(FIVE, 30),
     "five domains, 80 layers": make_atlas(FIVE, 80, low=True),
     "five domains, 126 layers": make_atlas(FIVE, 126),
-    "one label": make_atlas(("math",), 30),
-    "twelve labels": make_atlas(TWELVE, 32, low=True),
-    "twenty-five labels": make_atlas(tuple(f"domain {index}" for index in range(25)), 24, prompts=3, anchors=1),
+    "one domain": make_atlas(("math",), 30),
+    "twelve domains": make_atlas(TWELVE, 32, low=True),
+    "twenty-five domains": make_atlas(tuple(f"domain {index}" for index in range(25)), 24, prompts=3, anchors=1),
     "three points": make_atlas(("math",), 4, prompts=2, anchors=1),
     "two points": make_atlas(("a", "b"), 2, prompts=1, anchors=1, kept=False),
     "one point, one layer": make_atlas(("x",), 1, prompts=1, anchors=1, kept=False),
@@ -143,21 +143,26 @@ def test_the_cells_are_the_plans() -> None:
     assert drawn == expected
 
 
-def test_rows_tell_label_share_and_plain_decoding() -> None:
+def test_rows_show_domain_plan_and_plain_decoding() -> None:
     domains = {
         "math": DomainEntry(Plan.skipping(4, [1, 3], [2], Policy(5, 0.6)), 0.1),
         "story": DomainEntry(Plan.plain(4), 0.1),
     }
     low_head = Plan((Mode.LOW, Mode.KEEP), (Mode.LOW, Mode.LOW), head=Mode.LOW)
-    assert plots._Row("any", low_head, None).share == "0 % skipped, 75 % low, low head"
+    assert plot_layout.Row("any", low_head, None).modes == "4-bit, but attention 1 in full"
     atlas = make_atlas(("math", "story"), 4, domains=domains, fallback=Plan.skipping(4))
     written = words(plots.atlas_figure(atlas))
-    for text in ("math", "story", "fallback", "38 % skipped", "drafts up to 5 while p ≥ 0.60", "plain decoding"):
+    for text in ("math", "story", "fallback", "skip attention 1, 3 and MLP 2", "drafts up to 5 while confidence ≥ 0.6"):
         assert text in written
-    assert written.count("0 % skipped") == 2
-    assert {"keep", "skip"} <= set(written)
-    assert "low" not in written  # no plan uses it
-    assert "low" in words(plots.atlas_figure(CASES["twelve labels"]))
+    assert written.count("plain decoding") == written.count("full model") == 1
+    assert {"full", "skipped"} <= set(written)
+    assert "4-bit" not in written  # no plan uses it
+    assert "4-bit" in words(plots.atlas_figure(CASES["twelve domains"]))
+
+
+def test_a_plan_of_many_exceptions_is_described_by_shares() -> None:
+    every_other = Plan.skipping(40, range(0, 40, 2), range(0, 40, 2))
+    assert plot_layout.Row("any", every_other, None).modes == "50% skipped"
 
 
 def test_every_vector_and_anchor_is_drawn() -> None:
@@ -168,13 +173,13 @@ def test_every_vector_and_anchor_is_drawn() -> None:
 
 
 def test_the_title_says_when_there_are_anchors_alone() -> None:
-    assert "Anchors alone: the atlas has not kept its prompt vectors" in words(
+    assert "Anchors alone: the atlas does not have its prompt vectors" in words(
         plots.atlas_figure(CASES["anchors alone"])
     )
-    assert "Prompts and anchors" in words(plots.atlas_figure(CASES["one label"]))
+    assert "Prompts and anchors" in words(plots.atlas_figure(CASES["one domain"]))
 
 
-def test_left_out_vectors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_out_vectors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "_MAX_PROMPTS", 10)
     written = words(plots.atlas_figure(CASES["five domains, 30 layers"]))
     assert any(text.startswith("10 of 40 prompt vectors (dots) and 15 anchors") for text in written)
@@ -205,7 +210,7 @@ def test_what_is_near_is_drawn_near() -> None:
 )
 def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
     out = tmp_path / "new" / f"atlas{suffix}"
-    assert plots.plot_atlas(CASES["one label"], out) == out
+    assert plots.plot_atlas(CASES["one domain"], out) == out
     assert out.read_bytes().startswith(start)
     assert list(out.parent.iterdir()) == [out]
 
@@ -213,14 +218,14 @@ def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
 def test_an_older_picture_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "atlas.png"
     out.write_bytes(b"older")
-    plots.plot_atlas(CASES["one label"], out)
+    plots.plot_atlas(CASES["one domain"], out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["atlas.jpg", "atlas", "png", ".png"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
-        plots.plot_atlas(CASES["one label"], tmp_path / name)
+        plots.plot_atlas(CASES["one domain"], tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +242,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match=r"pip install knn-ssd\[plot\]"):
-        plots.plot_atlas(CASES["one label"], tmp_path / "atlas.png")
+        plots.plot_atlas(CASES["one domain"], tmp_path / "atlas.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -281,8 +281,8 @@ def answer(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
     monkeypatch.setattr(download.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
 
 
-def test_a_cached_model_asks_nobody(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was asked")))
+def test_a_cached_model_needs_no_network(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was used")))
     snapshot = put_in_hub_cache(directory, "owner/name")
     loaded = load_model("owner/name")
     assert (loaded.name, loaded.directory) == ("owner/name", snapshot)
@@ -308,7 +308,7 @@ def test_the_cached_default_model_comes_before_the_package(directory: Path) -> N
     assert (loaded.name, loaded.directory) == (EMBEDDED_MODEL, snapshot)
 
 
-def test_offline_is_said() -> None:
+def test_offline_mode_is_named_in_the_error() -> None:
     refused(ModelError, "owner/name", "'owner/name'", "the Hub client is set offline")
 
 
@@ -410,7 +410,7 @@ def test_bfloat16_asked_of_an_older_torch(monkeypatch: pytest.MonkeyPatch, nativ
     assert resolve._cpu_has_bfloat16() is bool(native)
 
 
-def test_bfloat16_is_kept_where_the_lean_target_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_kept_where_the_native_backend_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: False)
     for unavailable, expected in ((None, torch.bfloat16), ("no kernels", torch.float32)):
         monkeypatch.setattr(resolve, "kernels_obstacle", lambda unavailable=unavailable: unavailable)
@@ -739,13 +739,13 @@ def test_the_tokenizer_of_a_gguf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("splitting", "tokens"), [("smollm", ["ĊĊ", "1", "2"]), ("gpt-2", ["Ċ", "Ċ", "1", "2"])])
-def test_text_is_cut_as_in_training(tmp_path: Path, splitting: str, tokens: list[str]) -> None:
+def test_text_is_split_as_in_training(tmp_path: Path, splitting: str, tokens: list[str]) -> None:
     tokenizer = load_model(write_gguf(tmp_path / "tiny.gguf", splitting=splitting)).tokenizer
     assert tokenizer is not None
     assert tokenizer.tokenize("\n\n12") == tokens
 
 
-def test_an_unknown_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_pre_tokenizer_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model_dir(write_gguf(tmp_path / "tiny.gguf", splitting="of-its-own"))
     assert "'of-its-own'" in caplog.text
 
@@ -761,7 +761,7 @@ def test_all_ids_that_end_a_reply(tmp_path: Path) -> None:
     assert load_model(write_gguf(tmp_path / "plain.gguf")).model.generation_config.eos_token_id == 2
 
 
-def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_values_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def more(writer: GGUFWriter) -> None:
         writer.add_string("llama.rope.scaling.type", "yarn")
         writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
@@ -772,7 +772,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "'yarn'" in caplog.text
 
 
-def test_nothing_is_told_when_nothing_is_left_out(
+def test_there_is_no_warning_when_nothing_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.WARNING):

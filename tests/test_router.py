@@ -79,7 +79,7 @@ def test_an_anchor_itself_is_within_any_radius(case: tuple[torch.Tensor, torch.T
     assert not any(router.predict(anchor).fallback for anchor in anchors)
 
 
-def test_the_nearest_anchor_names_the_label() -> None:
+def test_the_nearest_anchor_names_the_domain() -> None:
     route = compass().predict(direction(60) * 30)
     assert route == Route("story", pytest.approx(distance(15), abs=1e-6), fallback=False, anchor=0)
     assert compass().predict(direction(65)).domain == "math"
@@ -91,7 +91,7 @@ def test_k_anchors_vote() -> None:
     assert [compass(k).predict(vector).domain for k in (1, 2, 3, 4)] == ["story", "story", "math", "math"]
 
 
-def test_the_distance_is_that_of_the_nearest_anchor_of_the_chosen_label() -> None:
+def test_the_distance_is_that_of_the_nearest_anchor_of_the_chosen_domain() -> None:
     assert compass(3).predict(direction(60)).distance == pytest.approx(distance(20), abs=1e-6)
 
 
@@ -102,14 +102,14 @@ def test_a_nearer_anchor_outvotes_a_farther_one() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "fallback"), [(45, False), (54, False), (56, True), (36, False), (34, True)])
-def test_beyond_a_labels_radius_the_fallback_runs(degrees: float, fallback: bool) -> None:
+def test_beyond_a_domains_radius_the_fallback_plan_drafts(degrees: float, fallback: bool) -> None:
     route = compass(radii={"story": distance(10)}).predict(direction(degrees))
     assert route.domain == "story"
     assert route.fallback == fallback
     assert route.plan_domain == (None if fallback else "story")
 
 
-def test_a_label_without_a_radius_has_no_limit() -> None:
+def test_a_domain_without_a_radius_has_no_limit() -> None:
     assert not compass(radii={"story": 0.0}).predict(direction(-90)).fallback
 
 

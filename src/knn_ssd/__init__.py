@@ -1,15 +1,15 @@
-"""knn-ssd: a language model that drafts for itself, and knows how from where the prompt lies.
+"""knn-ssd: lossless self-speculative decoding whose draft plan is chosen per prompt by nearest-neighbour search.
 
      offline   calibrate/   prompts ─ target's own continuations ─┬─ prompt vectors ─ k-means ──► anchors ─┐
                                                                   └─ search(plans) ─ acceptance × cost ────┴─► atlas/
-     online    engine       prefill ─ embed ─ route ─► plan ─► decode:  draft ─ verify ─ accept ─ rewind ─► tokens
+     online    engine       prefill ─ vector ─ route ─► plan ─► decode:  draft ─ verify ─ accept ─ rewind ─► tokens
 
     from knn_ssd import Engine
 
     engine = Engine.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", atlas="atlas/")
     print(engine.generate("What is the capital of France?").text)
 
-Importing this package imports neither torch nor transformers: what is named here is fetched when it is first used.
+Importing this package imports neither torch nor transformers: each name below is imported when it is first used.
 Calibration is `knn_ssd.calibrate.pipeline.calibrate`.
 """
 

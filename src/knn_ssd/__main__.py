@@ -1,4 +1,4 @@
-"""`python -m knn_ssd` is `knn-ssd`."""
+"""`python -m knn_ssd` runs the command `knn-ssd`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""The atlas: anchors, domains, plans, the model they belong to, what things cost there, and the evidence.
+"""The atlas of a model: anchors, domains and their plans, the model's fingerprint, a cost profile, and the evidence.
 
-On disk a folder that explains itself: `atlas.json` for people, `anchors.safetensors` for the vectors. Written
-atomically; no pickle. Needs neither torch nor a model to be read.
+On disk it is a folder: `atlas.json`, which people can read, and `anchors.safetensors` with the vectors. The folder is
+written atomically and holds no pickle. Reading it needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ANCHORS = "anchors.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class DomainEntry:
-    """What an atlas knows of one domain.
+    """One domain of an atlas.
 
     Args:
-        plan: how to draft for its prompts.
-        radius: largest cosine distance of a prompt of this domain to its nearest anchor.
-        evidence: what the search found; JSON values.
+        plan: the plan that drafts for prompts of this domain.
+        radius: the largest cosine distance to the nearest anchor at which a prompt counts as of this domain.
+        evidence: what the search measured, as JSON values.
     """
 
     plan: Plan
@@ -46,23 +46,23 @@ class DomainEntry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Atlas:
-    """Everything that calibration learned of a model.
+    """The result of calibrating a model.
 
     Args:
-        fingerprint: which model.
-        pooling: how prompt vectors are taken.
+        fingerprint: identifies the model.
+        pooling: how a prompt vector is pooled from the prompt's hidden states.
         anchors: (A, D) float32.
-        anchor_domains: the domain that each anchor stands for, A of them.
-        domains: by name.
-        fallback: the plan for prompts far from every anchor.
-        fallback_evidence: what the search on the mixture found.
-        cost: measured where the atlas was made.
-        evidence: of the whole: versions, settings, held-out routing accuracy.
-        vectors: (N, D) float32, the prompt vectors that the anchors were made of; None where they were not kept.
-        vector_domains: their domains, N of them.
+        anchor_domains: the domain of each of the A anchors.
+        domains: the domains by name.
+        fallback: the fallback plan, for prompts beyond the radius of every domain.
+        fallback_evidence: what the search on prompts of all domains measured.
+        cost: the cost profile, measured on the machine that calibrated.
+        evidence: what holds for the whole atlas: versions, settings, held-out routing accuracy.
+        vectors: (N, D) float32, the prompt vectors that were clustered into anchors; None where they were not kept.
+        vector_domains: the domain of each of the N prompt vectors.
 
     Raises:
-        AtlasError: parts that do not fit together.
+        AtlasError: the parts are inconsistent.
     """
 
     fingerprint: Fingerprint
@@ -81,16 +81,16 @@ class Atlas:
         num_anchors, width = self.anchors.shape
         num_vectors = 0 if self.vectors is None else len(self.vectors)
         _require(
-            num_vectors == len(self.vector_domains), f"{num_vectors} vectors have {len(self.vector_domains)} labels"
+            num_vectors == len(self.vector_domains), f"{num_vectors} vectors have {len(self.vector_domains)} domains"
         )
         _require(
             num_anchors == len(self.anchor_domains),
-            f"{num_anchors} anchors have {len(self.anchor_domains)} labels",
+            f"{num_anchors} anchors have {len(self.anchor_domains)} domains",
         )
         _require(width == self.fingerprint.hidden_size, f"anchors of {width} dimensions for a model of "
                  f"{self.fingerprint.hidden_size}")  # fmt: skip
         unknown = sorted(set(self.anchor_domains) ^ set(self.domains))
-        _require(not unknown, f"anchors and labels do not name the same domains: {', '.join(unknown)}")
+        _require(not unknown, f"anchors and plans do not name the same domains: {', '.join(unknown)}")
         plans = [domain.plan for domain in self.domains.values()] + [self.fallback]
         wrong = [plan.num_layers for plan in plans if plan.num_layers != self.fingerprint.num_layers]
         _require(
@@ -99,10 +99,10 @@ class Atlas:
         )
 
     def plan_for(self, domain: str | None) -> Plan:
-        """The plan of a domain; None is the fallback.
+        """The plan of a domain; None stands for the fallback plan.
 
         Raises:
-            UsageError: a domain that the atlas does not know.
+            UsageError: the atlas has no such domain.
         """
         if domain is None:
             return self.fallback
@@ -111,11 +111,11 @@ class Atlas:
         return self.domains[domain].plan
 
     def evidence_of(self, domain: str | None) -> Mapping[str, Any]:
-        """What the search for a domain's plan found; None is the fallback's."""
+        """What the search for a domain's plan measured; None stands for the fallback plan."""
         return self.fallback_evidence if domain is None else self.domains[domain].evidence
 
     def check(self, fingerprint: Fingerprint) -> None:
-        """Raises AtlasMismatchError, listing the differences, if the atlas belongs to another model."""
+        """Raises AtlasMismatchError, with a list of the differences, if the atlas belongs to another model."""
         differences = self.fingerprint.differences(fingerprint)
         if differences:
             raise AtlasMismatchError(
@@ -125,10 +125,10 @@ class Atlas:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Writes the folder, whole or not at all.
+        """Writes the folder atomically.
 
         Raises:
-            OutputError: there is something at `path`, or it cannot be written.
+            OutputError: `path` exists already or cannot be written.
         """
         path = Path(path)
         with atomic_directory(path) as folder:
@@ -141,7 +141,7 @@ class Atlas:
         """Reads a folder that `save` wrote.
 
         Raises:
-            AtlasError: not an atlas, of a newer schema, or damaged.
+            AtlasError: the folder is no atlas, has a newer schema, or is damaged.
         """
         path = Path(path)
         manifest = _read_manifest(path)
@@ -191,7 +191,7 @@ class Atlas:
 
 
 def _validate(manifest: dict[str, Any]) -> Any:
-    """The manifest with every value of its kind. Pydantic is imported here: only reading needs it."""
+    """Checks the type of every value in a manifest. Pydantic is imported here because only reading needs it."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from pydantic.dataclasses import dataclass as validated
 
@@ -264,7 +264,7 @@ def _read_arrays(path: Path, expected_hash: str | None) -> dict[str, np.ndarray[
 
 
 def _readable_json(manifest: dict[str, Any]) -> str:
-    """Indented, with lists of plain values on one line each. JSON strings hold no line breaks: none is touched."""
+    """Indented JSON with each list of scalars on one line. JSON strings contain no line breaks, so none is changed."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text) + "\n"
 

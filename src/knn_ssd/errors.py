@@ -1,28 +1,28 @@
-"""Everything that can go wrong for a user, in one tree.
+"""The errors that a user can meet, in one tree.
 
-    KnnSsdError                   the fact, the value, the remedy (`hint`)
+    KnnSsdError                   states the fact, the value and the remedy (`hint`)
     ├── UsageError                an option or argument that cannot be used (also a ValueError)
     ├── PromptError               a prompt or prompt file that cannot be used (also a ValueError)
     ├── ModelError                a model that cannot be found or read
-    │   └── UnsupportedModelError a model that was read but cannot draft for itself
+    │   └── UnsupportedModelError a model that was read but cannot run here
     ├── AtlasError                an atlas that cannot be found or read
-    │   └── AtlasMismatchError    an atlas of another model; lists the differences
-    ├── OutputError               a place that cannot be written
+    │   └── AtlasMismatchError    an atlas that was calibrated on another model; lists the differences
+    ├── OutputError               a file or folder that cannot be written
     ├── BenchError                a benchmark that cannot be run, or records that cannot be read
-    └── CalibrationError          a calibration that cannot go on
+    └── CalibrationError          a calibration that cannot continue
         └── Interrupted           a calibration that was stopped and can be resumed
 
-The command line shows these as one sentence and exits with 2; any other exception is a bug.
+The command line shows such an error as one sentence and exits with code 2. Any other exception is a bug.
 """
 
 from __future__ import annotations
 
 
 class KnnSsdError(Exception):
-    """Root of the tree.
+    """The root of the tree.
 
     Args:
-        message: the fact and the value, as a sentence without the final full stop.
+        message: the fact and the value: a sentence without its full stop.
         hint: what the user can do about it, if anything.
     """
 
@@ -72,8 +72,8 @@ class BenchError(KnnSsdError):
 
 
 class CalibrationError(KnnSsdError):
-    """A calibration that cannot go on."""
+    """A calibration that cannot continue."""
 
 
 class Interrupted(CalibrationError):
-    """A calibration that was stopped before its end; what it found so far is kept."""
+    """A calibration that was stopped early; its results so far are kept, and it can be resumed."""

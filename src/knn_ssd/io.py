@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON lines that survive a kill, the cache directory, and provenance."""
+"""Files: atomic writes, JSON lines that survive a kill, the cache directory, and provenance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("knn-ssd", "torch", "transformers", "optuna", "numpy", "scikit-lear
 
 
 def provenance() -> dict[str, Any]:
-    """What an artefact was made with: versions, machine and time."""
+    """Versions, machine and time with which an artefact is made."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -36,7 +36,7 @@ def provenance() -> dict[str, Any]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` when the block ends well, and never otherwise.
+    """Yields an empty folder that is moved to `path` when the block succeeds, and removed when it fails.
 
     Raises:
         OutputError: `path` exists already, or cannot be written.
@@ -57,7 +57,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the file system within the block into an `OutputError` about `path`."""
+    """Turns an OSError within the block into an `OutputError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -67,46 +67,47 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically, text as UTF-8, and makes its folder if need be.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text, "utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 class JsonLines:
-    """A file of one JSON object a line, which grows as work is done. A line that a kill cut short is dropped.
+    """A file of JSON objects, one on each line, that is appended to. A last line that a kill cut short is dropped.
 
     Args:
-        path: of the file; it need not exist yet.
+        path: the file's path; it need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """All objects; none where there is no file.
+        """All objects; empty where there is no file.
 
         Raises:
-            ValueError: a whole line that is not JSON.
+            ValueError: a complete line is not JSON.
         """
         cut_torn_line(self.path)
         text = self.path.read_text("utf-8") if self.path.exists() else ""
         return [json.loads(line) for line in text.split("\n") if line.strip()]
 
     def append(self, objects: Iterable[Mapping[str, Any]]) -> None:
-        """Adds objects, all of them or none.
+        """Appends objects, one on each line.
 
         Raises:
-            OutputError: a full disk, or no permission.
+            OutputError: the file cannot be written.
         """
         lines = "".join(json.dumps(each) + "\n" for each in objects)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -114,7 +115,7 @@ class JsonLines:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cuts off a last line without its newline, which a killed process left."""
+    """Removes a last line without a newline, which a killed process left behind."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -125,7 +126,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def cache_directory() -> Path:
-    """Where converted models and compiled kernels are kept: $KNN_SSD_CACHE, else the user's cache directory."""
+    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory."""
     if own := os.environ.get("KNN_SSD_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"

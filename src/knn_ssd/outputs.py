@@ -1,4 +1,4 @@
-"""What comes back from an engine: a finished output with its stats, and a stream of its pieces."""
+"""What an engine returns: a finished generation with its statistics, or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from knn_ssd.tools.memory import MemoryUse
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What one generation took and brought.
+    """The statistics of one generation.
 
     Args:
-        tokens: how many were emitted.
-        rounds: in how many rounds, the prefill's first token being one.
-        drafted: tokens drafted.
-        accepted: drafted tokens that were emitted.
-        prefill_sec: the pass over the prompt.
-        route_sec: from prompt vector to plan.
-        decode_sec: drafting, verifying and accepting.
-        exactness: what the target's passes promise.
-        memory: what the engine and the process held at the end.
-        reused: how many of the prompt's tokens an earlier request had run.
+        tokens: number of emitted tokens.
+        rounds: number of rounds; the prefill, which gives the first token, counts as one.
+        drafted: number of drafted tokens.
+        accepted: number of drafted tokens that were emitted.
+        prefill_sec: seconds of the prefill.
+        route_sec: seconds from the prompt vector to the plan.
+        decode_sec: seconds of drafting, verification and acceptance.
+        exactness: what the backend's forward passes guarantee.
+        memory: memory of the engine and the process at the end.
+        reused: number of prompt tokens whose keys and values came from the prefix cache.
     """
 
     tokens: int
@@ -43,7 +43,7 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """accepted / drafted; None if nothing was drafted."""
+        """accepted / drafted; None where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
@@ -52,7 +52,7 @@ class Stats:
 
     @property
     def tokens_per_sec(self) -> float:
-        """Tokens over all seconds, the prompt's included."""
+        """Tokens per second from end to end, the prefill included."""
         return self.tokens / (self.prefill_sec + self.route_sec + self.decode_sec)
 
 
@@ -61,13 +61,13 @@ class Generation:
     """A finished output.
 
     Args:
-        text: without special tokens, and without the stop string that ended it.
-        token_ids: as transformers returns them after the prompt, the end-of-sequence token included.
-        route: which anchor was nearest; None without an atlas.
-        plan: what drafted; a plain one where nothing did.
-        stats: what it took.
+        text: the output without special tokens and without the stop string that ended it.
+        token_ids: the output as transformers returns it after the prompt, the end-of-sequence token included.
+        route: the prompt's route; None without an atlas.
+        plan: the plan that drafted; the plain one where nothing did.
+        stats: the statistics.
         finish_reason: why it ended.
-        logprobs: of each of `token_ids`, where they were asked for.
+        logprobs: one entry for each of `token_ids` if they were asked for, else empty.
     """
 
     text: str
@@ -81,10 +81,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One round of a stream, and the text that became certain with it.
+    """One round of a stream, and the text that became final with it.
 
     Args:
-        pieces: what became certain with each of the round's tokens; it may belong to those before it, too.
+        pieces: the text that became final with each token of the round; it may include text of earlier tokens.
         round: the round.
     """
 
@@ -97,12 +97,12 @@ class Chunk:
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of one output. It can be left at any time; `close` frees its memory at once.
+    """Iterates over the chunks of one output. It can be abandoned at any time; `close` frees its memory at once.
 
     Attributes:
-        route: known before the first chunk; None without an atlas.
-        plan: what drafts.
-        prompt_tokens: length of the prompt.
+        route: the prompt's route, known before the first chunk; None without an atlas.
+        plan: the plan that drafts.
+        prompt_tokens: number of tokens in the prompt.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Stream(Iterator[Chunk]):
 
     @property
     def result(self) -> Generation:
-        """The whole output, once the stream has ended; runs it to its end if it has not."""
+        """The finished output. Runs the stream to its end if it has not ended yet."""
         for _ in self:
             pass
         if self._result is None:

@@ -1,4 +1,6 @@
-"""Plans: how the target is cheapened while it drafts. Plain values that know nothing of torch or of models."""
+"""Plans: what the target model skips or reads in 4 bits while it drafts. Plain values that need neither torch nor a
+model.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +14,25 @@ from knn_ssd.errors import UsageError
 
 
 class Mode(StrEnum):
-    """What a sublayer does while drafting; when verifying, every sublayer runs as it is."""
+    """What a sublayer does while drafting. Verification always runs the full model."""
 
-    KEEP = "keep"
-    SKIP = "skip"  # contributes zero to the residual stream
-    LOW = "low"  # runs on low-bit weights
+    KEEP = "keep"  # runs as in the full model
+    SKIP = "skip"  # adds nothing to the residual stream
+    LOW = "low"  # runs on 4-bit copies of its weights
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long to draft.
+    """The draft policy: how many tokens to draft at a time, and when to stop earlier.
 
     Args:
-        max_draft: the longest draft in tokens; 0 is plain decoding.
-        threshold: drafting stops after a token whose draft's own top probability is under this, in [0, 1]. A controller
-            finds its own.
-        lookup: draft from the longest earlier occurrence of the context's suffix too, where there is one.
+        max_draft: the longest draft, in tokens; 0 is plain decoding.
+        threshold: drafting stops after a token whose confidence (the draft's own top-1 probability) is below this
+            value, in [0, 1]. A controller replaces it by a threshold of its own.
+        lookup: also draft by copying what followed the longest earlier occurrence of the context's suffix.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value is outside its range.
     """
 
     max_draft: int = 12
@@ -49,13 +51,13 @@ class Plan:
     """The modes of all 2L sublayers and of the LM head while drafting, and the draft policy.
 
     Args:
-        attention: the mode of each layer's attention, L of them.
-        mlp: the mode of each layer's MLP, L of them.
+        attention: the mode of the attention sublayer in each of the L layers.
+        mlp: the mode of the MLP sublayer in each of the L layers.
         head: the mode of the LM head, `keep` or `low`.
-        policy: how long to draft.
+        policy: how many tokens to draft at a time.
 
     Raises:
-        UsageError: different numbers of attentions and MLPs, none at all, or a skipped head.
+        UsageError: `attention` and `mlp` differ in length or are empty, or the LM head is skipped.
     """
 
     attention: tuple[Mode, ...]
@@ -89,7 +91,7 @@ class Plan:
 
     @classmethod
     def low(cls, num_layers: int, policy: Policy | None = None) -> Plan:
-        """The plan that runs everything, the head too, on low-bit weights."""
+        """The plan that runs every sublayer and the LM head on 4-bit weights."""
         every = (Mode.LOW,) * num_layers
         return cls(every, every, Mode.LOW, policy or Policy())
 
@@ -105,15 +107,15 @@ class Plan:
     @property
     def modes(self) -> tuple[Mode, ...]:
         """All 2L modes, layer by layer: attention 0, MLP 0, attention 1, …"""
-        return _in_turn(self.attention, self.mlp)
+        return _interleaved(self.attention, self.mlp)
 
     @property
     def skipped_attention(self) -> tuple[int, ...]:
-        return _where(self.attention, Mode.SKIP)
+        return _layers_in(self.attention, Mode.SKIP)
 
     @property
     def skipped_mlp(self) -> tuple[int, ...]:
-        return _where(self.mlp, Mode.SKIP)
+        return _layers_in(self.mlp, Mode.SKIP)
 
     @property
     def num_skipped(self) -> int:
@@ -126,42 +128,59 @@ class Plan:
 
     @property
     def cheapens(self) -> bool:
-        """Whether its passes cost less than the full model's."""
+        """Whether a forward pass under this plan costs less than one of the full model."""
         return self.num_skipped > 0 or self.uses_low
 
     @property
     def uses_low(self) -> bool:
+        """Whether anything runs on 4-bit weights."""
         return Mode.LOW in self.attention or Mode.LOW in self.mlp or self.head is Mode.LOW
 
     def with_policy(self, policy: Policy) -> Plan:
         return replace(self, policy=policy)
 
     def describe(self) -> str:
-        """One line for a person: `skip attention 3 5, MLP 7; draft up to 8 while p >= 0.60`."""
+        """One line for a person: `4-bit, but skip MLP 13 and 27; drafts up to 12 while confidence >= 0.4; lookup`."""
+        return self.describe_policy() if self.is_plain else f"{self.describe_modes()}; {self.describe_policy()}"
+
+    def describe_modes(self) -> str:
+        """The modes by their exceptions from the full model or from 4-bit weights, whichever is more frequent."""
+        modes = (*self.modes, self.head)
+        is_low = modes.count(Mode.LOW) > modes.count(Mode.KEEP)
+        skipped, others = self._names(Mode.SKIP), self._names(Mode.KEEP if is_low else Mode.LOW)
+        exceptions = [f"skip {skipped}"] if skipped else []
+        if others:
+            exceptions.append(f"{others} in full" if is_low else f"{others} in 4 bits")
+        text = ", with ".join(exceptions)
+        if skipped and not is_low:
+            return text
+        return ", but ".join(filter(None, ("4-bit" if is_low else "full model", text)))
+
+    def describe_policy(self) -> str:
+        """The draft policy in a few words: `drafts up to 12 while confidence >= 0.4; lookup`."""
+        max_draft, threshold, lookup = self.policy.max_draft, self.policy.threshold, self.policy.lookup
         if self.is_plain:
             return "plain decoding"
-        parts = [
-            f"{mode.value} {name} {' '.join(map(str, layers))}"
-            for mode in (Mode.SKIP, Mode.LOW)
-            for name, modes in (("attention", self.attention), ("MLP", self.mlp))
-            if (layers := _where(modes, mode))
-        ]
-        if self.head is Mode.LOW:
-            parts.append("low head")
-        if self == Plan.low(self.num_layers, self.policy):
-            parts = ["all low"]
-        sublayers = ", ".join(parts) or "skip nothing"
-        lookup = ", look-up" if self.policy.lookup else ""
-        return f"{sublayers}; draft up to {self.policy.max_draft} while p >= {self.policy.threshold:.2f}{lookup}"
+        if lookup and not self.cheapens:  # the full model does not draft for itself where lookup may
+            return f"drafts up to {max_draft} by lookup"
+        stop = f" while confidence >= {threshold:.3g}" if threshold else ""
+        return f"drafts up to {max_draft}{stop}{'; lookup' if lookup else ''}"
+
+    def _names(self, mode: Mode) -> str:
+        """What runs in a mode: `attention 3-9, 12, MLP 7 and LM head`."""
+        names = [*_named("attention", self.attention, mode), *_named("MLP", self.mlp, mode)]
+        if self.head is mode:
+            names.append("LM head")
+        return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
     def to_json(self) -> dict[str, Any]:
-        """A readable JSON object; `from_json` is its inverse."""
+        """A JSON object that people can read; `from_json` is its inverse."""
         return {
             "num_layers": self.num_layers,
             **{
                 mode.value: {
-                    "attention": list(_where(self.attention, mode)),
-                    "mlp": list(_where(self.mlp, mode)),
+                    "attention": list(_layers_in(self.attention, mode)),
+                    "mlp": list(_layers_in(self.mlp, mode)),
                 }
                 for mode in (Mode.SKIP, Mode.LOW)
             },
@@ -175,11 +194,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """Reads what `to_json` wrote.
+        """The plan that `to_json` wrote.
 
         Raises:
-            UsageError: a layer out of range or given two modes, or a policy out of range.
-            KeyError, TypeError: not such an object at all.
+            UsageError: a layer is out of range or has two modes, or the policy is out of range.
+            KeyError, TypeError: `data` is not such an object.
         """
         num_layers = data["num_layers"]
         attention, mlp = (
@@ -190,11 +209,23 @@ class Plan:
 
 
 @functools.lru_cache
-def _in_turn(attention: tuple[Mode, ...], mlp: tuple[Mode, ...]) -> tuple[Mode, ...]:
+def _interleaved(attention: tuple[Mode, ...], mlp: tuple[Mode, ...]) -> tuple[Mode, ...]:
     return tuple(mode for pair in zip(attention, mlp, strict=True) for mode in pair)
 
 
-def _where(modes: tuple[Mode, ...], wanted: Mode) -> tuple[int, ...]:
+def _named(sublayer: str, modes: tuple[Mode, ...], mode: Mode) -> list[str]:
+    """The layers in which a sublayer has a mode, three or more in a row as a range: `attention 3-9`, `12`."""
+    runs: list[list[int]] = []
+    for layer in _layers_in(modes, mode):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    texts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
+    return [f"{sublayer} {text}" if index == 0 else text for index, text in enumerate(texts)]
+
+
+def _layers_in(modes: tuple[Mode, ...], wanted: Mode) -> tuple[int, ...]:
     return tuple(index for index, mode in enumerate(modes) if mode is wanted)
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: what the work reports, and bars on stderr that show it."""
+"""Progress of long-running work: the interface it reports to, and progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Receives how far some work is."""
+    """Receives the progress of some work."""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A new stage of `total` steps begins; None where their number is unknown."""
+        """Begins a stage of `total` steps; None where their number is unknown."""
 
     def advance(self, note: str = "") -> None:
-        """One step is done."""
+        """Marks one step of the stage as done."""
 
 
 class NoProgress:
@@ -29,7 +29,7 @@ class NoProgress:
 
 
 class ProgressBars:
-    """Shows a bar per stage on stderr; where that is no terminal, a line per stage. A context manager."""
+    """A context manager that shows one bar per stage on stderr, or one line per stage where stderr is no terminal."""
 
     def __init__(self) -> None:
         self._progress: rich.progress.Progress | None = None

@@ -21,10 +21,10 @@ class Prompt:
     """One line of a prompt file.
 
     Args:
-        prompt: a user's message.
-        domain: what it is about; None if the file does not say.
-        id: its name; the file's name and the line number if the file gives none.
-        reference: an answer that somebody else gave.
+        prompt: the user's message.
+        domain: the domain it belongs to; None if the file gives none.
+        id: its name; made from the file's name and the line number if the file gives none.
+        reference: a reference answer.
     """
 
     prompt: str
@@ -34,10 +34,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a JSON lines file; empty lines are passed over.
+    """The prompts of a JSON lines file; empty lines are skipped.
 
     Raises:
-        PromptError: no such file, no prompts in it, or a line that is not a prompt (with its number).
+        PromptError: there is no such file, it has no prompts, or a line is not a prompt (named by its number).
     """
     path = Path(path)
     try:
@@ -53,15 +53,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def parse_prompts(lines: Iterable[str], name: str) -> list[Prompt]:
-    """The prompts of JSON lines that come from `name`, a file's name for the error messages."""
+    """The prompts in some JSON lines; error messages call their source `name`."""
     return [_parse(line, name, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def builtin_prompts(domains: Sequence[str] = BUILTIN_DOMAINS) -> list[Prompt]:
-    """The sets written for this project.
+    """The prompts of the built-in sets, which were written for this project.
 
     Raises:
-        UsageError: an unknown domain.
+        UsageError: there is no built-in set for a domain.
     """
     prompts = []
     for domain in domains:

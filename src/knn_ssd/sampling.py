@@ -1,7 +1,7 @@
-"""From logits to the distribution the next token is drawn from. Target and draft go through the same processors.
+"""From logits to the distribution of the next token. Target and draft logits go through the same processors.
 
-The processors are transformers' own, in its order, so that plain decoding here is what `generate` does there. This
-module knows nothing of rounds.
+The processors are transformers' own, in its order, so that plain decoding equals its `generate`. This module knows
+nothing of rounds.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from knn_ssd.errors import UsageError
 
 _STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
-# Below it, float32 logits that differ at all leave the most likely token alone, and divided by it they would overflow.
+# Below this temperature only the most likely token has a probability above zero, and dividing by it would overflow.
 _COLDEST = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen; the names and meanings are those of transformers' `GenerationConfig`.
+    """How tokens are chosen, with the names and meanings of transformers' `GenerationConfig`.
 
     Args:
-        temperature: 0, or next to nothing, is greedy; otherwise logits are divided by it.
-        top_k: only the k most likely tokens; 0 is all.
-        top_p: only the smallest set of most likely tokens with this much probability; 1 is all.
-        min_p: only tokens at least this likely relative to the most likely one; 0 is all.
-        repetition_penalty: tokens of prompt and output so far get this much less likely; 1 is none.
-        seed: of the request's own random numbers; None draws one.
+        temperature: logits are divided by it; 0, or a value close to it, is greedy decoding.
+        top_k: draws from the k most likely tokens only; 0 is no limit.
+        top_p: draws from the smallest set of most likely tokens with at least this probability; 1 is no limit.
+        min_p: draws from tokens at least this likely relative to the most likely one; 0 is no limit.
+        repetition_penalty: above 1 it makes tokens of the prompt and the output so far less likely; 1 is none.
+        seed: seeds the request's own random numbers; None draws a seed.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value is outside its range.
     """
 
     temperature: float = 0.0
@@ -63,7 +63,7 @@ class SamplingParams:
         return self.temperature < _COLDEST
 
     def processors(self) -> LogitsProcessorList:
-        """The processors that these settings ask for, in transformers' order."""
+        """The logits processors for these settings, in transformers' order."""
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -82,7 +82,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Certain:
-    """Distributions with one possible token each, as greedy decoding has them; indexed like probabilities (n, V)."""
+    """Distributions with one possible token each, as in greedy decoding; indexed like probabilities (n, V)."""
 
     tokens: tuple[int, ...]
 
@@ -95,7 +95,7 @@ class Certain:
 
 @dataclass(frozen=True, slots=True)
 class CertainRow:
-    """One of them; indexed like probabilities (V,)."""
+    """A distribution with one possible token; indexed like probabilities (V,)."""
 
     token: int
 
@@ -108,12 +108,12 @@ Row = torch.Tensor | CertainRow  # (V,)
 
 
 class Sampler:
-    """One request's way of choosing tokens, with its own random numbers.
+    """Chooses the tokens of one request, with random numbers of its own.
 
     Args:
-        processors: applied to the logits of target and draft alike; each a function of context and logits alone.
-        greedy: choose the most likely token instead of drawing one.
-        generator: the random numbers; None takes torch's global ones.
+        processors: logits processors for target and draft alike; each is a function of context and logits alone.
+        greedy: whether to choose the most likely token instead of drawing one.
+        generator: the source of random numbers; None takes torch's global one.
     """
 
     def __init__(self, processors: LogitsProcessorList, greedy: bool, generator: torch.Generator | None = None) -> None:
@@ -133,10 +133,10 @@ class Sampler:
         return cls(params.processors(), greedy=False, generator=generator)
 
     def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> Probs:
-        """What the next token is drawn from, (n, V) float32; greedy decoding draws from the most likely token alone.
+        """The distributions of the next token, (n, V) float32; `Certain` in greedy decoding.
 
         Args:
-            logits: (n, V); row i follows `context` and the first i of `tokens`.
+            logits: (n, V); row i follows `context` and the first i tokens of `tokens`.
             context: the tokens that row 0 follows.
             tokens: at least n - 1 of them.
         """
@@ -146,7 +146,7 @@ class Sampler:
         return Certain(most_likely(scores)) if self.greedy else scores.softmax(dim=-1)
 
     def pick(self, probs: Row) -> int:
-        """A token drawn from probs (V,), which need not sum to one."""
+        """Draws a token from `probs` (V,), which need not sum to one."""
         if isinstance(probs, CertainRow):
             return probs.token
         if self.greedy:
@@ -154,7 +154,7 @@ class Sampler:
         return int(torch.multinomial(probs, 1, generator=self.generator))
 
     def uniform(self, count: int) -> list[float]:
-        """Random numbers in [0, 1); greedy decoding needs none and uses none up."""
+        """Random numbers in [0, 1); zeros in greedy decoding, which draws none."""
         if self.greedy:
             return [0.0] * count
         device = self.generator.device if self.generator is not None else None
@@ -172,14 +172,14 @@ class Sampler:
 
 
 def most_likely(scores: torch.Tensor) -> tuple[int, ...]:
-    """The first of the highest of each row's scores (n, V)."""
+    """The most likely token of each row of scores (n, V): the first one where several are equal."""
     if scores.dtype is torch.float32 and scores.device.type == "cpu":  # where numpy is ten times as fast
         return tuple(scores.detach().numpy().argmax(axis=-1).tolist())
     return tuple(scores.argmax(dim=-1).tolist())
 
 
 def refuse_stateful(processors: LogitsProcessorList) -> None:
-    """Raises a `UsageError` for a processor that keeps state between calls, in which rejected drafts leave traces."""
+    """Raises a `UsageError` for a processor that keeps state between calls, which rejected drafts would corrupt."""
     stateful = [name for processor in processors if (name := type(processor).__name__) in _STATEFUL_PROCESSORS]
     if stateful:
         raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")

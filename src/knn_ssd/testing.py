@@ -1,6 +1,6 @@
-"""Tiny random models, a tokenizer for them, and planted redundancy: what tests of this package and of others' need.
+"""For tests, of this package and of others: tiny random models, a tokenizer for them, and planted redundancy.
 
-Nothing here is random without a seed, downloads anything, or takes more than a second.
+Everything random has a seed, nothing is downloaded, and nothing takes more than a second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SIZES: dict[str, Any] = {
 }
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2}
 
-# What a family's configuration needs beyond the sizes.
+# Configuration values of each model family beyond the sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -80,7 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(
     family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """A random model of a transformers `model_type`, of a few thousand weights; `overrides` go to its configuration."""
+    """A random model of a transformers `model_type` with a few thousand weights; `overrides` go to its config."""
     settings = {**_SIZES, **FAMILIES.get(family, {}), **overrides}
     config = AutoConfig.for_model(
         family, **{k: v for k, v in settings.items() if v is not None or k == "sliding_window"}
@@ -92,7 +92,7 @@ def tiny_model(
 
 
 def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer over printable ASCII for the tiny models: id = character code, 0 to 2 special."""
+    """A byte-level tokenizer over printable ASCII for the tiny models: ids are character codes, 0 to 2 are special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
@@ -122,12 +122,12 @@ def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True)
 class PlantedModel:
-    """A tiny model in which other sublayers are redundant for each domain.
+    """A tiny model in which each domain has its own redundant sublayers.
 
     Args:
-        model: a Llama whose text stays in the domain it began in.
-        tokens: the token ids of each domain; a prompt of a domain is made of its tokens.
-        redundant: by domain, the sublayers that do nothing there, by their place in `Plan.modes`.
+        model: a Llama whose output stays in the domain of the prompt.
+        tokens: the token ids of each domain; a prompt of a domain consists of its tokens.
+        redundant: for each domain, the sublayers that have no effect there, as indices into `Plan.modes`.
     """
 
     model: PreTrainedModel
@@ -144,10 +144,11 @@ class PlantedModel:
 def planted_tiny_model(
     redundant: Mapping[str, Collection[int]], num_layers: int = 8, leftover: float = 0.0, seed: int = 0
 ) -> PlantedModel:
-    """A tiny model with a different redundant set of sublayers per domain: the claim of arXiv 2505.16162 made true.
+    """A tiny model with a different redundant set of sublayers per domain, as arXiv 2505.16162 assumes of real models.
 
-    A token's domain stands in its embedding, along a direction that no sublayer writes to and that the LM head reads,
-    so that text stays in its domain. A redundant sublayer's output is multiplied by `leftover` on that domain's tokens.
+    The embedding of a token holds its domain along a direction that no sublayer writes to and that the LM head reads,
+    so that text stays in its domain. The output of a redundant sublayer is multiplied by `leftover` for tokens of that
+    domain.
     """
     domains = list(redundant)
     size = (_LAST_CHARACTER - _FIRST_CHARACTER + 1) // len(domains)
@@ -178,13 +179,13 @@ def plant(
     leftover: float = 0.0,
     directions: torch.Tensor | None = None,
 ) -> None:
-    """Makes sublayers of a model redundant: what they give is multiplied by `leftover`, zero or nearly so.
+    """Makes sublayers of a model redundant: their output is multiplied by `leftover`, which is zero or nearly so.
 
     Args:
-        model: changed in place.
-        redundant: sublayers by their place in `Plan.modes`; one set for each direction, or one for all tokens.
-        leftover: what is left of their output.
-        directions: (domains, D); a token is of the domain along whose direction its hidden state points most.
+        model: the model, which is changed in place.
+        redundant: sets of sublayers, as indices into `Plan.modes`: one for each direction, or one for all tokens.
+        leftover: the factor for their output.
+        directions: (domains, D); a token belongs to the domain whose direction its hidden state is most aligned with.
     """
     structure = find_structure(model)
     for index, modules in enumerate(zip(structure.layers, structure.attention, structure.mlp, strict=True)):
@@ -197,7 +198,7 @@ def plant(
 
 
 class _Gated(nn.Module):
-    """A sublayer whose output is multiplied by `leftover` for tokens of the domains it is redundant in."""
+    """A sublayer whose output is multiplied by `leftover` for tokens of the domains in which it is redundant."""
 
     def __init__(
         self, inner: nn.Module, directions: torch.Tensor | None, redundant: torch.Tensor, leftover: float

@@ -1,10 +1,10 @@
 """The `knn-ssd` command: its table of commands, and how errors become one sentence and an exit code.
 
-A command is a module with `add_parser(subparsers)` and `run(args) -> int`. Only the module of the command that was
-asked for is imported, and none of them imports torch before `run`. This module knows nothing of what commands do.
+A command is a module with `add_parser(subparsers)` and `run(args) -> int`. Only the module of the given command is
+imported, and no module imports torch before `run`. This module knows nothing of what commands do.
 
-Exit codes: 0 done; 1 a difference found (`atlas diff`, `bench`) or a bug, with its traceback; 2 what a user can mend;
-130 Ctrl-C; 141 the reader of the output went away.
+Exit codes: 0 success; 1 a difference (`atlas diff`, `bench`) or a bug, with its traceback; 2 an error that the user can
+correct; 130 Ctrl-C; 141 a broken pipe.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from knn_ssd.cli.parser import Parser, Version
 from knn_ssd.errors import KnnSsdError
 
 COMMANDS = {
-    "calibrate": "find out how a model drafts best for each kind of prompt, and write an atlas",
+    "calibrate": "search for the best draft plan of each domain of prompts, and write an atlas",
     "generate": "answer prompts",
     "chat": "talk with a model in the terminal",
-    "serve": "answer over HTTP as OpenAI's API does",
-    "bench": "measure methods side by side, against plain decoding",
+    "serve": "serve an OpenAI-compatible API over HTTP",
+    "bench": "compare decoding methods with plain decoding",
     "atlas": "show, verify, compare and share atlases",
-    "plot": "draw an atlas: where prompts lie, and what is skipped for them",
-    "doctor": "what this machine gives, and how fast a model can be on it",
+    "plot": "draw an atlas: its prompt vectors, its anchors and its plans",
+    "doctor": "show what this machine offers, and how fast a model can run on it",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and gives the exit code.
+    """Runs one command and returns the exit code.
 
     Args:
-        argv: the arguments after `knn-ssd`; None takes the process's own.
+        argv: the arguments after `knn-ssd`; None takes those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     output.prepare()
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: KnnSsdError) -> str:
-    """The fact and the remedy; a fact that stands alone comes without its full stop."""
+    """The fact and the remedy, each with its full stop."""
     return str(error) if error.hint else f"{error}."
 
 
@@ -71,10 +71,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser(arguments: list[str]) -> Parser:
-    """The parser, in which the command asked for has its own options and the others are names with a line of help."""
+    """The parser. Only the given command gets its options; the others are names with a line of help."""
     parser = Parser(
         prog="knn-ssd",
-        description="Faster answers from a language model that drafts for itself, without changing what it says.",
+        description="Lossless self-speculative decoding of language models: the same output, sooner.",
         epilog="`knn-ssd COMMAND --help` shows the options of a command.",
     )
     parser.add_argument("--version", action=Version, help="show the version and exit")

@@ -1,4 +1,4 @@
-"""`knn-ssd atlas`: look at atlases, hold them against a model or each other, and share them."""
+"""`knn-ssd atlas`: shows atlases, compares them with a model or with each other, and shares them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from knn_ssd.cli import options, output
 
-_EXIT_DIFFERENT = 1
+_EXIT_DIFFERENCE = 1
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the command, its own commands, and their options."""
+    """Adds the command, its subcommands, and their options."""
     parser = subparsers.add_parser("atlas", description="Shows, verifies, compares and shares atlases.")
     commands = parser.add_subparsers(dest="atlas_command", metavar="COMMAND", title="commands", required=True)
 
     show = _command(commands, "show", "show what an atlas holds", _show)
-    show.add_argument("--json", action="store_true", help="the manifest as JSON")
+    show.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     verify = _command(commands, "verify", "check that an atlas belongs to a model", _verify)
     options.add_model_options(verify)
 
-    diff = _command(commands, "diff", "tell two atlases apart; exit code 1 if they differ", _diff)
+    diff = _command(commands, "diff", "compare two atlases; exit code 1 if they differ", _diff)
     diff.add_argument("other", metavar="OTHER", help="the folder of another atlas")
 
     push = _command(commands, "push", "upload an atlas to the Hugging Face Hub", _push)
     push.add_argument("repo", metavar="REPO", type=options.filled, help="owner/name of the repository on the Hub")
-    push.add_argument("--private", action="store_true", help="if the repository is new, let nobody else see it")
+    push.add_argument("--private", action="store_true", help="make the repository private if it is new")
     push.add_argument("--revision", metavar="R", help="the branch to upload to (default: main)")
 
     pull = commands.add_parser(
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command of `atlas` that was asked for."""
+    """Runs a subcommand of `atlas`."""
     return int(args.atlas_run(args))
 
 
@@ -75,14 +75,14 @@ def _verify(args: argparse.Namespace) -> int:
     from knn_ssd.loading.fingerprint import fingerprint
     from knn_ssd.loading.resolve import load_model
 
-    options.tell_loading(args)
+    options.note_loading(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     found = fingerprint(loaded.model, loaded.tokenizer)
     atlas.check(found)
     if found.dtype != atlas.fingerprint.dtype:
         output.note(
             f"note: the atlas was calibrated in {atlas.fingerprint.dtype}, and the model runs in {found.dtype}; "
-            "its plans hold, its costs differ"
+            "its plans remain valid, its costs differ"
         )
     output.write_line(f"OK: '{args.atlas}' belongs to {loaded.name}")
     return 0
@@ -95,7 +95,7 @@ def _diff(args: argparse.Namespace) -> int:
     differences = atlas_view.differences(Atlas.load(args.atlas), Atlas.load(args.other))
     for line in differences or ["no difference"]:
         output.write_line(line)
-    return _EXIT_DIFFERENT if differences else 0
+    return _EXIT_DIFFERENCE if differences else 0
 
 
 def _push(args: argparse.Namespace) -> int:

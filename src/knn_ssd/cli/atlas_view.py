@@ -1,7 +1,8 @@
-"""Atlases in words: tables and sentences. It reads and writes nothing."""
+"""Formats atlases as tables and sentences. It reads and writes nothing."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from knn_ssd.plan import Plan
 
 FALLBACK = "fallback"
-_NOT_TOLD = ("model", "settings", "versions")  # told elsewhere, or too long for a line
+_LINE_WIDTH, _LONGEST_NAME = 100, 16
+_LEFT_OUT = ("model", "settings", "versions")  # shown elsewhere, or too long for a line
 _MARKS = {Mode.KEEP: "·", Mode.SKIP: "S", Mode.LOW: "l"}
 
 
 def headline(atlas: Atlas) -> str:
-    """Which model, how prompts are placed, and where the atlas comes from."""
+    """Lines about the model, the anchors, the cost profile, and how the atlas was made."""
     model = atlas.fingerprint
     name = atlas.evidence.get("model")
     lines = [
@@ -27,40 +29,43 @@ def headline(atlas: Atlas) -> str:
         f"{model.hidden_size}, {model.vocab_size} tokens, in {model.dtype}",
         f"weights  {model.weights_hash}, tokenizer {model.tokenizer_hash or 'none'}",
         f"anchors  {len(atlas.anchor_domains)} for {len(atlas.domains)} domains, by {atlas.pooling.value} pooling",
-        f"costs    {1000 * atlas.cost.step_sec:.2f} ms a token, of which an attention takes "
-        f"{1000 * atlas.cost.attention_sec:.2f} ms and an MLP {1000 * atlas.cost.mlp_sec:.2f} ms",
+        f"costs    {1000 * atlas.cost.step_sec:.2f} ms per token, {1000 * atlas.cost.attention_sec:.2f} ms per "
+        f"attention, {1000 * atlas.cost.mlp_sec:.2f} ms per MLP",
     ]
-    if evidence := _told(atlas.evidence):
+    if evidence := _scalars(atlas.evidence):
         lines.append(f"made     {evidence}")
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, _LINE_WIDTH, subsequent_indent=9 * " ") for line in lines)
 
 
 def domains_table(atlas: Atlas) -> Table:
-    """Per domain: its anchors, its radius, how its prompts are drafted for, and what speaks for that."""
+    """Each domain: its number of anchors, its radius, its plan, and the calibration's evidence for the plan."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in ("domain", "anchors", "radius"):
-        table.add_column(title, justify="left" if title == "domain" else "right", no_wrap=True)
+    caption = "speed-up: the best one timed over plain decoding; accepted: acceptance rate\n"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table.add_column("domain", overflow="fold", min_width=min(_LONGEST_NAME, max(map(len, (*atlas.domains, FALLBACK)))))
+    for title in ("anchors", "radius"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    table.add_column("evidence", overflow="fold")
+    for title in ("speed-up", "accepted", "trials"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, domain in atlas.domains.items():
         count = str(atlas.anchor_domains.count(name))
-        row = (name, count, f"{domain.radius:.4f}", domain.plan.describe(), _told(domain.evidence))
+        row = (name, count, f"{domain.radius:.4f}", domain.plan.describe(), *_evidence(domain.evidence))
         table.add_row(*map(Text, row))
-    table.add_row(*map(Text, (FALLBACK, "", "", atlas.fallback.describe(), _told(atlas.fallback_evidence))))
+    table.add_row(*map(Text, (FALLBACK, "", "", atlas.fallback.describe(), *_evidence(atlas.fallback_evidence))))
     return table
 
 
 def skip_map(atlas: Atlas) -> str:
-    """Two rows of characters per plan, one character a layer."""
+    """The modes of every plan: a row for attention and one for MLP, with one character per layer."""
     plans = list(_plans(atlas))
     width = max(len(name) for name, _ in plans)
     num_layers = atlas.fingerprint.num_layers
     ruler = "".join(f"{tens:<10}" for tens in range(0, num_layers, 10))[: max(num_layers, 2)].rstrip()
-    lines = ["skip map, layer by layer: · keep, S skip, l low", f"{'':{width}}            {ruler}"]
+    lines = ["skip map, one character per layer: · keep, S skip, l low (4-bit)", f"{'':{width}}            {ruler}"]
     for name, plan in plans:
         lines.append(f"{name:{width}}  attention {_marks(plan.attention)}")
         lines.append(f"{'':{width}}  MLP       {_marks(plan.mlp)}")
@@ -68,7 +73,7 @@ def skip_map(atlas: Atlas) -> str:
 
 
 def differences(a: Atlas, b: Atlas) -> list[str]:
-    """What makes one atlas draft otherwise than another, as sentences; costs and evidence are left aside."""
+    """The differences that make two atlases draft differently, as sentences; costs and evidence are not compared."""
     found = [
         f"model: {name.replace('_', ' ')} is {ours or 'none'} in the first, {theirs or 'none'} in the second"
         for name in a.fingerprint.__slots__
@@ -117,7 +122,7 @@ def _plans(atlas: Atlas) -> Iterator[tuple[str, Plan]]:
 
 
 def _anchors(atlas: Atlas, name: str) -> list[list[float]]:
-    """The anchors of a domain, in an order of their own."""
+    """The anchors of a domain, sorted."""
     return sorted(atlas.anchors[index].tolist() for index, domain in enumerate(atlas.anchor_domains) if domain == name)
 
 
@@ -129,17 +134,24 @@ def _marks(modes: tuple[Mode, ...]) -> str:
     return "".join(_MARKS[mode] for mode in modes)
 
 
-def _told(evidence: Mapping[str, Any]) -> str:
-    """What evidence says in single values, its own or one level down, and the best of what was timed."""
+def _evidence(evidence: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The best timed speed-up, the acceptance rate of the plan's drafts, and the number of trials."""
+    speedup = max((timed["speedup"] for timed in evidence.get("timed") or () if "speedup" in timed), default=None)
+    agreement, trials = evidence.get("agreement"), evidence.get("trials")
+    return (
+        "–" if speedup is None else f"{speedup:.2f}x",
+        "–" if agreement is None else f"{agreement:.0%}",
+        "–" if trials is None else str(trials),
+    )
+
+
+def _scalars(evidence: Mapping[str, Any]) -> str:
+    """The strings and numbers in evidence, at its top and one level below, on one line."""
     values: dict[str, Any] = {}
     for name, value in evidence.items():
-        if name in _NOT_TOLD:
-            continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name not in _LEFT_OUT:
             values |= {f"{name} {inner}": item for inner, item in value.items()}
-        elif name == "timed" and isinstance(value, list):
-            values["timed speedup"] = max((entry["speedup"] for entry in value if "speedup" in entry), default=None)
-        else:
+        elif name not in _LEFT_OUT:
             values[name] = value
     return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"

@@ -1,4 +1,4 @@
-"""`knn-ssd bench`: methods side by side on the same prompts; records, a summary and a report."""
+"""`knn-ssd bench`: runs methods on the same prompts, and writes records, a summary and a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ examples:
   knn-ssd bench --atlas atlas/ --prompts questions.jsonl --methods plain,knn-ssd,auto --limit 8 --out runs/second
   knn-ssd bench --prompts hf:openai/gsm8k:main/test:question --limit 8 --prompt-tokens 2048 --out runs/third
 
-A run that was interrupted goes on when it is asked for again. The last line on stdout is the summary's path.
+The same command resumes an interrupted run. The last line on stdout is the path of summary.json.
 """
 
 
@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "bench",
-        description="Measures methods side by side on the same prompts, against plain decoding. Exits with 1 if one "
-        "that must say what plain decoding says did not.",
+        description="Measures decoding methods on the same prompts and compares them with plain decoding. Exits "
+        "with 1 if a lossless method gave another output than plain decoding.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="M,…",
-        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, low, auto "
-        "(default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
+        help="methods to compare, of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
+        "low, auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
     )
     stream = parser.add_argument_group("prompts")
     stream.add_argument(
@@ -57,12 +57,14 @@ def add_parser(subparsers: Any) -> None:
         help="JSON lines with 'prompt' and 'domain', Spec-Bench's questions, or a data set of the Hugging Face Hub as "
         "hf:NAME[:[CONFIG/]SPLIT[:COLUMN]], with `pip install knn-ssd[datasets]` (default: the built-in sets)",
     )
-    stream.add_argument("--limit", metavar="N", type=options.whole_number(1), help="N prompts of each domain only")
+    stream.add_argument(
+        "--limit", metavar="N", type=options.whole_number(1), help="only the first N prompts of each domain"
+    )
     stream.add_argument(
         "--prompt-tokens",
         metavar="N",
         type=options.whole_number(1),
-        help="bring each prompt to N tokens: other prompts, of its domain first, before it, cut at the front",
+        help="lengthen each prompt to N tokens: other prompts, of its domain first, are put before it",
     )
     stream.add_argument(
         "--mix-ratio",
@@ -71,27 +73,37 @@ def add_parser(subparsers: Any) -> None:
         default=1.0,
         help="probability that the next prompt is of another domain (default: 1)",
     )
-    stream.add_argument("--no-chat", action="store_true", help="continue prompts, without the model's chat template")
+    stream.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     parser.add_argument(
         "--max-new-tokens",
         metavar="N",
         type=options.whole_number(2),
         default=128,
-        help="the longest answer (default: 128)",
+        help="maximum number of output tokens (default: 128)",
     )
     parser.add_argument(
-        "--repeats", metavar="N", type=options.whole_number(1), default=1, help="times that all is run (default: 1)"
+        "--repeats",
+        metavar="N",
+        type=options.whole_number(1),
+        default=1,
+        help="number of times that everything is run (default: 1)",
     )
     parser.add_argument(
         "--temperature", metavar="T", type=options.number, default=0.0, help="0 is greedy (the default)"
     )
-    parser.add_argument("--seed", metavar="S", type=options.whole_number(0), default=0, help="of stream and sampling")
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=options.whole_number(0),
+        default=0,
+        help="seed of the order of prompts and of sampling (default: 0)",
+    )
     options.add_model_options(parser)
     options.add_atlas_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes, and shows the table."""
+    """Runs the methods, writes the files, and shows the table."""
     from knn_ssd.bench.methods import check_names, make_methods
     from knn_ssd.bench.peers import APART, read_run
     from knn_ssd.bench.report import report
@@ -132,9 +144,9 @@ def run(args: argparse.Namespace) -> int:
     if summary["peers"]:
         output.note(f"note: {', '.join(summary['peers'])}: {APART}")
     for each in summary["differing"]:
-        output.note(f"DIFFERENT: {each['method']} said something else than plain decoding on '{each['prompt']}'")
+        output.note(f"DIFFERENT: the output of {each['method']} is not that of plain decoding on '{each['prompt']}'")
     if summary["baseline_slowed"]:
-        output.note("note: plain decoding was much slower than a bare step of the model; do not trust these speed-ups")
+        output.note("note: plain decoding was much slower than a single decode step; do not trust these speed-ups")
     output.write_json(str(out / "summary.json"))
     return 1 if summary["differing"] else 0
 
@@ -145,9 +157,9 @@ def _table(methods: dict[str, Any]) -> Table:
 
     from knn_ssd.bench.summary import display_name, formatted, formatted_interval
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("method")
-    for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "same as plain"):
+    for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "as plain"):
         table.add_column(name, justify="right")
     for name, own in methods.items():
         table.add_row(

@@ -1,4 +1,4 @@
-"""`knn-ssd calibrate`: prompts to an atlas, with progress on stderr and the atlas's path on stdout."""
+"""`knn-ssd calibrate`: makes an atlas from prompts, with progress on stderr and the atlas's path on stdout."""
 
 from __future__ import annotations
 
@@ -22,36 +22,43 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "calibrate",
-        description="Finds out how a model drafts best for each kind of prompt, and writes an atlas. "
-        "Without --prompts, five built-in sets are used.",
+        description="Searches for the best draft plan of each domain of prompts, and writes an atlas. "
+        "Without --prompts, it takes the five built-in sets.",
         epilog="The published calibration (arXiv 2505.16162) is --search paper --trials 1000 --search-prompts 8 "
-        "--new-tokens 32 --max-draft 12 --threshold 0.8 --anchors 10. An interrupted one goes on with --resume.",
+        "--new-tokens 32 --max-draft 12 --threshold 0.8 --anchors 10. --resume continues an interrupted one.",
     )
     options.add_model_options(parser)
     whole = options.whole_number
     group = parser.add_argument_group("prompts")
-    group.add_argument("--out", metavar="ATLAS", type=options.filled, required=True, help="the folder to write")
+    group.add_argument(
+        "--out", metavar="ATLAS", type=options.filled, required=True, help="folder to write the atlas to"
+    )
     group.add_argument(
         "--prompts",
         metavar="FILE",
         nargs="+",
         action="extend",
         default=[],
-        help="JSON lines with 'prompt' and 'domain'; several files can be given (default: the built-in sets)",
+        help="one or more files of JSON lines with 'prompt' and 'domain' (default: the built-in sets)",
     )
-    group.add_argument("--domains", metavar="A,B,…", help="only these domains of the prompts")
+    group.add_argument("--domains", metavar="A,B,…", help="calibrate for these domains only")
     group.add_argument(
         "--vector-prompts",
         metavar="N",
         type=whole(2),
         default=1000,
-        help="prompts per domain that anchors are made of, at most (default: %(default)s)",
+        help="maximum number of prompts per domain to make anchors from (default: %(default)s)",
     )
-    group.add_argument("--anchors", metavar="N", type=whole(1), default=10, help="per domain (default: %(default)s)")
     group.add_argument(
-        "--pooling", choices=("mean", "last"), default="mean", help="how a prompt becomes a vector (default: mean)"
+        "--anchors", metavar="N", type=whole(1), default=10, help="number of anchors per domain (default: %(default)s)"
     )
-    group.add_argument("--no-chat", action="store_true", help="take prompts as they are, without a chat template")
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        default="mean",
+        help="how hidden states are pooled into a prompt vector (default: mean)",
+    )
+    group.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     _add_search_options(parser)
 
 
@@ -62,49 +69,59 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         "--search",
         choices=STRATEGIES,
         default="bayes",
-        help="paper times real decoding of every plan; the others foretell speed from one pass (default: bayes)",
+        help="paper times every plan; the others predict its speed from one forward pass (default: bayes)",
     )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--trials", metavar="N", type=whole(1), help="plans tried per domain (default: by model)")
-    budget.add_argument("--minutes", metavar="T", type=options.number, help="time for all searches together")
+    budget.add_argument(
+        "--trials", metavar="N", type=whole(1), help="number of plans to try per domain (default: depends on the model)"
+    )
+    budget.add_argument("--minutes", metavar="T", type=options.number, help="time limit of all searches, in minutes")
     group.add_argument(
         "--search-prompts",
         metavar="N",
         type=whole(1),
         default=8,
-        help="prompts per domain that plans are scored on (default: %(default)s)",
+        help="number of prompts per domain to score plans on (default: %(default)s)",
     )
     group.add_argument(
         "--new-tokens",
         metavar="N",
         type=whole(2),
         default=32,
-        help="tokens of the model's own after each of them (default: %(default)s)",
+        help="number of tokens that the model generates after each of them (default: %(default)s)",
     )
     group.add_argument(
         "--modes",
         metavar="M,…",
         default=",".join(MODES),
-        help="what sublayers may do while drafting besides running as they are; low is passed over where the model has "
-        "no low-bit weights (default: %(default)s)",
+        help="modes that sublayers may have besides keep while drafting; low (4-bit weights) is ignored where the "
+        "backend has none (default: %(default)s)",
     )
-    group.add_argument("--no-lookup", action="store_true", help="do not draft from earlier occurrences of the text")
+    group.add_argument("--no-lookup", action="store_true", help="no lookup drafts")
     group.add_argument(
-        "--max-draft", metavar="N", type=whole(1), help="longest draft of --search paper (default: 12, as published)"
+        "--max-draft", metavar="N", type=whole(1), help="longest draft, for --search paper (default: 12, as published)"
     )
     group.add_argument(
-        "--threshold", metavar="P", type=options.number, help="stop threshold of --search paper (default: 0.8)"
+        "--threshold", metavar="P", type=options.number, help="confidence threshold, for --search paper (default: 0.8)"
     )
-    group.add_argument("--workers", metavar="N", type=whole(1), default=1, help="processes that search side by side")
     group.add_argument(
-        "--storage", metavar="URL", help="database for the trials, shared by machines, such as sqlite:///trials.db"
+        "--workers",
+        metavar="N",
+        type=whole(1),
+        default=1,
+        help="number of processes that search in parallel (default: 1)",
     )
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted calibration")
-    group.add_argument("--seed", metavar="S", type=whole(0, 2**32 - 1), default=0, help="of clustering and search")
+    group.add_argument(
+        "--storage", metavar="URL", help="database of trials that machines can share, such as sqlite:///trials.db"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted calibration")
+    group.add_argument(
+        "--seed", metavar="S", type=whole(0, 2**32 - 1), default=0, help="seed of clustering and search (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrates, and says where the atlas is."""
+    """Calibrates, and prints the atlas's path."""
     prompts = _prompts(args)
     _check(args)
     from knn_ssd.calibrate.pipeline import calibrate
@@ -135,7 +152,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be told before the model is loaded."""
+    """Checks what can be checked before the model is loaded."""
     if Path(args.out).exists():
         raise UsageError(f"there is already something at '{args.out}'", "Choose another --out, or remove it first.")
     unknown = [mode for mode in args.modes.split(",") if mode not in MODES]

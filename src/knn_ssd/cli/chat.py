@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from knn_ssd.outputs import Generation
 
 _COMMANDS = {
-    "/stats": "what the last answer took, and all so far",
+    "/stats": "statistics of the last answer and of all answers",
     "/reset": "forget the conversation",
     "/help": "these lines",
     "/quit": "leave (so does Ctrl-D)",
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "chat",
-        description="Talks with a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.",
+        description="Chats with a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.",
     )
     options.add_model_options(parser)
     options.add_atlas_options(parser)
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until the user leaves."""
+    """Chats until the user leaves."""
     atlas = options.read_atlas(args)
     stream_options = options.sampling(args)
     engine = options.load_engine(args, atlas)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if text == "/quit":
             break
         if _COMMAND.fullmatch(text):
-            _obey(text, conversation)
+            _run_command(text, conversation)
         elif text:
             _reply(conversation, text)
     return 0
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(slots=True)
 class Conversation:
-    """The messages so far, as many as the model's context holds, and what the answers took.
+    """The messages that fit the model's context, and the finished answers.
 
     Args:
-        engine: answers.
-        stream_options: of `Engine.stream`.
+        engine: generates the answers.
+        stream_options: options of `Engine.stream`.
     """
 
     engine: Engine
@@ -76,10 +76,10 @@ class Conversation:
         self.messages.append({"role": role, "content": text})
 
     def fit(self) -> int:
-        """Drops the oldest turns until there is room for an answer, and says how many.
+        """Drops the oldest turns until there is room for an answer, and returns how many.
 
         Raises:
-            PromptError: the last message is too long even alone; nothing is dropped.
+            PromptError: the last message alone is too long; nothing is dropped.
         """
         self.engine.encode(self.messages[-1:])
         dropped = 0
@@ -97,12 +97,12 @@ class Conversation:
             return False
 
     def _drop_turn(self) -> None:
-        """A turn is a message of the user and the answer to it."""
+        """Drops the oldest turn: a message of the user and its answer."""
         del self.messages[:2]
 
 
 def _reply(conversation: Conversation, text: str) -> None:
-    """Answers one message; an answer that Ctrl-C cut short stays in the conversation as far as it came."""
+    """Answers one message. The part of an answer that came before Ctrl-C stays in the conversation."""
     conversation.add("user", text)
     try:
         options.check_text(text)
@@ -122,7 +122,7 @@ def _reply(conversation: Conversation, text: str) -> None:
 
 
 def _stream_answer(conversation: Conversation) -> tuple[str, bool]:
-    """Shows the answer as it comes, and gives it, and whether it is whole."""
+    """Shows the answer as it is generated, and returns it and whether it is complete."""
     pieces: list[str] = []
     try:
         with closing(conversation.engine.stream(conversation.messages, **conversation.stream_options)) as stream:
@@ -139,12 +139,12 @@ def _stream_answer(conversation: Conversation) -> tuple[str, bool]:
     return "".join(pieces), True
 
 
-def _obey(command: str, conversation: Conversation) -> None:
+def _run_command(command: str, conversation: Conversation) -> None:
     if command == "/reset":
         conversation.messages.clear()
         output.note("(the conversation is forgotten)")
     elif command == "/stats":
-        _tell_stats(conversation.answers)
+        _show_stats(conversation.answers)
     else:
         if command != "/help":
             output.note(f"There is no {command}. There are:")
@@ -152,7 +152,7 @@ def _obey(command: str, conversation: Conversation) -> None:
             output.note(f"  {name:8} {line}")
 
 
-def _tell_stats(answers: list[Generation]) -> None:
+def _show_stats(answers: list[Generation]) -> None:
     if not answers:
         output.note("(no answer is finished yet)")
         return
@@ -172,7 +172,7 @@ def _greet(engine: Engine) -> None:
 
 
 def _read_line() -> str | None:
-    """The next line from the user; None once there are no more."""
+    """The next line from the user; None at the end of the input."""
     is_terminal = sys.stdin.isatty()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`knn-ssd doctor`: what this machine gives, and how fast a model can be on it."""
+"""`knn-ssd doctor`: shows what this machine offers, and how fast a model can run on it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "doctor",
-        description="Tells what this machine gives (kernels, read bandwidth) and how fast a model can be on it: "
-        "whether it can draft for itself, what its exactness is, and the floor of seconds per token.",
+        description="Shows what this machine offers (kernels, read bandwidth) and how fast a model can run on it: "
+        "whether it is supported, its backend and exactness, and the lower bound of seconds per token.",
     )
-    parser.add_argument("--no-model", action="store_true", help="look at the machine only")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--no-model", action="store_true", help="examine the machine only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options.add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examines, then shows."""
+    """Examines the machine and the model, and shows the result."""
     if args.no_model and (args.model is not None or args.device is not None or args.dtype != "auto"):
-        raise UsageError("--no-model leaves out what --model, --dtype and --device are for", "Drop one or the other.")
+        raise UsageError(
+            "--no-model leaves out the model, which --model, --dtype and --device are about", "Drop one or the other."
+        )
     examination = _examine(args)
     if args.json:
         output.write_json(examination.to_json(), indent=1)
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if examination.model is not None:
         output.write_table(_table(examination.model.model, _model_rows(examination.model)))
     elif not args.no_model:
-        output.note("note: the embedded model is not installed; name another with --model to have it examined")
+        output.note("note: the embedded model is not installed; name another with --model")
     return 0
 
 
@@ -58,11 +60,11 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
         "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
         "cpu flags": _yes_and_no(machine.cpu_flags),
         "devices": ", ".join(machine.devices),
-        "kernels": machine.kernels + (", with a tile unit" if machine.tiles else ""),
+        "kernels": machine.kernels + (", with a tile unit (AMX)" if machine.tiles else ""),
         "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
         "memory": f"{_gib(machine.memory_bytes)}, {_gib(machine.available_memory_bytes)} available",
         "cache directory": machine.cache_directory,
-        "embedded model": machine.embedded_model or "not there",
+        "embedded model": machine.embedded_model or "not installed",
     }
 
 
@@ -74,12 +76,12 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         and f"{report.architecture}, {report.num_layers} layers, {_millions(report.parameters)} parameters",
         "runs in": report.dtype and f"{report.dtype} on {report.device}",
         "weights": report.weight_bytes
-        and f"{_megabytes(report.weight_bytes)}, of which a token reads {_megabytes(report.read_bytes_per_token)}",
-        "floor": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
-        "target": report.backend and f"{report.backend}{_because(report.why_not_native)}",
+        and f"{_megabytes(report.weight_bytes)}; {_megabytes(report.read_bytes_per_token)} are read per token",
+        "lower bound": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
+        "backend": report.backend and f"{report.backend}{_because(report.why_not_native)}",
         "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
         "draft step": report.draft_step_sec
-        and f"{_speed(report.draft_step_sec)}, all low-bit; its copies take {_megabytes(report.low_bit_bytes)}",
+        and f"{_speed(report.draft_step_sec)}, in 4 bits; the 4-bit copies take {_megabytes(report.low_bit_bytes)}",
         "exactness": report.exactness and report.exactness.value,
         "context": report.context_length and f"{report.context_length} tokens",
     }
@@ -91,10 +93,10 @@ def _because(reason: str | None) -> str:
 
 
 def _share(report: ModelReport) -> str:
-    """How far a step is from the floor."""
+    """The share of the read bandwidth that a plain step uses."""
     if not report.floor_sec_per_token or not report.step_sec:
         return ""
-    return f"; {report.floor_sec_per_token / report.step_sec:.0%} of the read bandwidth"
+    return f"; uses {report.floor_sec_per_token / report.step_sec:.0%} of the read bandwidth"
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:
@@ -111,9 +113,9 @@ def _table(title: str, rows: dict[str, str]) -> Table:
 
 
 def _yes_and_no(found: dict[str, bool]) -> str:
-    there = ", ".join(name for name, is_there in found.items() if is_there) or "none"
-    missing = ", ".join(name for name, is_there in found.items() if not is_there)
-    return f"{there}; without {missing}" if missing else there
+    present = ", ".join(name for name, is_present in found.items() if is_present) or "none"
+    missing = ", ".join(name for name, is_present in found.items() if not is_present)
+    return f"{present}; without {missing}" if missing else present
 
 
 def _gib(size_bytes: int | None) -> str:
@@ -129,4 +131,4 @@ def _millions(count: int | None) -> str:
 
 
 def _speed(seconds: float) -> str:
-    return f"{1000 * seconds:.2f} ms a token, {1 / seconds:.1f} tokens/s"
+    return f"{1000 * seconds:.2f} ms per token, {1 / seconds:.1f} tokens/s"

@@ -1,4 +1,4 @@
-"""`knn-ssd generate`: prompts in, answers out, one after the other."""
+"""`knn-ssd generate`: answers prompts, one after the other."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "generate",
-        description="Answers prompts. Answers go to stdout as they come, a line about each to stderr.",
+        description="Answers prompts. Answers are streamed to stdout; a line of statistics for each goes to stderr.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prompts = parser.add_argument_group("prompts (one of these)").add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    prompts.add_argument("--prompts", metavar="FILE.jsonl", help="JSON lines with 'prompt' and, if wanted, 'id'")
+    prompts.add_argument(
+        "--prompts", metavar="FILE.jsonl", help="a file of JSON lines with 'prompt' and optionally 'id'"
+    )
     prompts.add_argument("stdin", metavar="-", nargs="?", help="a minus sign: one prompt, read from stdin")
-    parser.add_argument("--limit", metavar="N", type=options.whole_number(1), help="the file's first N prompts only")
-    parser.add_argument("--no-chat", action="store_true", help="continue the prompt, without the model's chat template")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt instead of text")
+    parser.add_argument(
+        "--limit", metavar="N", type=options.whole_number(1), help="only the first N prompts of the file"
+    )
+    parser.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     options.add_model_options(parser)
     drafts = options.add_atlas_options(parser, plain=True)
     drafts.add_argument(
@@ -45,13 +49,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         type=options.whole_number(4),
         default=0,
-        help="look up in N tokens of earlier prompts and answers of the same domain too (default: in the prompt's own)",
+        help="lookup also searches N tokens of earlier prompts and answers of the same domain (default: only the "
+        "request's own text)",
     )
     options.add_sampling_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the prompts; none of them if one cannot be used."""
+    """Answers the prompts, or none of them if one cannot be used."""
     prompts = _prompts(args)
     for prompt in prompts:
         options.check_text(prompt.prompt, _name(prompt, args))
@@ -59,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
     stream_options = {**options.sampling(args), "plain": args.plain, "domain": args.domain}
     engine = options.load_engine(args, atlas)
     encoded = [_encode(engine, prompt, args) for prompt in prompts]
-    tells = not args.json or (output.stderr_is_terminal() and not output.stdout_is_terminal())
+    shows_summary = not args.json or (output.stderr_is_terminal() and not output.stdout_is_terminal())
     for prompt, token_ids in zip(prompts, encoded, strict=True):
         if len(prompts) > 1 and not args.json:
             output.note(f"── {prompt.id} ──")
         generation = _answer(engine, token_ids, stream_options, shows_text=not args.json)
         if args.json:
             output.write_json(results.generation_json(prompt.id, generation))
-        if tells:
+        if shows_summary:
             output.note(results.summary(generation, args.domain))
     return 0
 
@@ -89,7 +94,7 @@ def _encode(engine: Engine, prompt: Prompt, args: argparse.Namespace) -> list[in
 
 
 def _name(prompt: Prompt, args: argparse.Namespace) -> str:
-    """What errors call a prompt; one that stands alone needs no name."""
+    """The name of a prompt in error messages; empty for a single prompt."""
     return prompt.id if args.prompts is not None else ""
 
 

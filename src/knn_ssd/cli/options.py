@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they are turned into.
+"""Options that several commands share, and the values made from them.
 
 What can be checked without the model is checked before it is loaded. This module knows nothing of what commands do.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# Options that are without effect while decoding is greedy, and the value that is no choice at all.
+# Options that have no effect in greedy decoding, each with the value that turns it off.
 _SAMPLING_ONLY = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` on."""
+    """The type of an option that takes whole numbers in [least, most]."""
 
     def parse(text: str) -> int:
         try:
@@ -41,7 +41,7 @@ def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def number(text: str) -> float:
-    """The type of an option that takes numbers; which of them is for others to say."""
+    """The type of an option that takes finite numbers; their range is checked elsewhere."""
     try:
         value = float(text)
     except ValueError:
@@ -52,14 +52,14 @@ def number(text: str) -> float:
 
 
 def filled(text: str) -> str:
-    """The type of an option that takes text, but not the empty one."""
+    """The type of an option that takes text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("must have at least one character, got an empty text")
     return text
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype and --device."""
+    """Adds --model, --dtype and --device."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -71,39 +71,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="precision (default: auto, the checkpoint's own where the device computes it, else float32)",
+        help="precision (default: auto: that of the checkpoint if the device supports it, else float32)",
     )
-    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    group.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)"
+    )
 
 
 def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> Any:
-    """--atlas, --neighbours and, if wanted, --plain and --domain; gives their group."""
+    """Adds --atlas, --neighbours and, if wanted, --plain and --domain; returns their group."""
     group = parser.add_argument_group("drafts")
     sources = group.add_mutually_exclusive_group() if plain else group
-    sources.add_argument("--atlas", metavar="A", help="how to draft: the folder that calibrate wrote")
+    sources.add_argument(
+        "--atlas", metavar="A", help="draft with the plans of this atlas, a folder that calibrate wrote"
+    )
     if plain:
         sources.add_argument("--plain", action="store_true", help="decode without drafts")
         group.add_argument(
-            "--domain", metavar="NAME", help="draft as for this domain of the atlas, whatever the prompt"
+            "--domain", metavar="NAME", help="use the plan of this domain for every prompt, whatever its route"
         )
     group.add_argument(
         "--neighbours",
         metavar="K",
         type=whole_number(1),
-        help="how many anchors of the atlas vote on the domain of a prompt (default: 1)",
+        help="number of nearest anchors that vote on the domain of a prompt (default: 1)",
     )
     return group
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
-    """--max-new-tokens, --stop, and everything that chooses among tokens."""
+    """Adds --max-new-tokens, --stop, and the options of sampling."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--max-new-tokens",
         metavar="N",
         type=whole_number(1),
         default=max_new_tokens,
-        help="the longest answer (default: %(default)s)",
+        help="maximum number of output tokens (default: %(default)s)",
     )
     group.add_argument(
         "--stop",
@@ -111,50 +115,55 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         type=filled,
         action="append",
         default=[],
-        help="end the answer before this text; can be given several times",
+        help="end the output before this text; may be given several times",
     )
     group.add_argument(
         "--temperature",
         metavar="T",
         type=number,
         default=0.0,
-        help="0 always takes the likeliest token (the default); higher is more varied",
+        help="0 is greedy decoding (the default); higher values give more varied output",
     )
-    group.add_argument("--top-k", metavar="K", type=whole_number(0), default=0, help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--top-k", metavar="K", type=whole_number(0), default=0, help="sample from the K most likely tokens"
+    )
     group.add_argument(
         "--top-p",
         metavar="P",
         type=number,
         default=1.0,
-        help="draw from the likeliest tokens that have probability P together",
+        help="sample from the most likely tokens whose probabilities add up to P",
     )
     group.add_argument(
         "--min-p",
         metavar="P",
         type=number,
         default=0.0,
-        help="draw from tokens at least P times as likely as the likeliest",
+        help="sample from tokens at least P times as likely as the most likely one",
     )
     group.add_argument(
         "--repetition-penalty",
         metavar="R",
         type=number,
-        help="above 1 makes tokens that were there before less likely (default: what the model was published with)",
+        help="above 1 makes tokens that occurred before less likely (default: that of the model's generation config)",
     )
     group.add_argument(
-        "--seed", metavar="S", type=whole_number(0), help="of the random numbers; the same gives the same"
+        "--seed",
+        metavar="S",
+        type=whole_number(0),
+        help="seed of the random numbers; the same seed gives the same output",
     )
 
 
 def check_text(text: str, name: str = "") -> None:
-    """Refuses what no tokenizer takes.
+    """Checks that a prompt can be tokenised.
 
     Args:
-        text: a prompt.
-        name: of the prompt, for the error messages.
+        text: the prompt.
+        name: the prompt's name in error messages.
 
     Raises:
-        PromptError: an empty prompt, or one with halves of characters, as a command line that is not UTF-8 gives.
+        PromptError: the prompt is empty, or has lone surrogates, as from a command line that is not UTF-8.
     """
     the_prompt = f"prompt '{name}'" if name else "the prompt"
     if not text.strip():
@@ -166,7 +175,7 @@ def check_text(text: str, name: str = "") -> None:
 
 
 def read_atlas(args: argparse.Namespace) -> Atlas | None:
-    """The atlas that the options name, once they fit it."""
+    """The atlas that the options name, checked against the other options; None without one."""
     domain = getattr(args, "domain", None)
     if args.atlas is None:
         for name, value in (("--domain", domain), ("--neighbours", args.neighbours)):
@@ -186,25 +195,25 @@ def read_atlas(args: argparse.Namespace) -> Atlas | None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `Engine.stream`, checked."""
+    """The sampling options for `Engine.stream`, checked."""
     from knn_ssd.sampling import SamplingParams
 
     params = {
         name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     }
     SamplingParams(**{name: value for name, value in params.items() if value is not None})
-    idle = [name for name, no_choice in _SAMPLING_ONLY.items() if params[name] != no_choice]
+    idle = [name for name, off in _SAMPLING_ONLY.items() if params[name] != off]
     if idle and args.temperature == 0:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        output.note(f"note: no effect at temperature 0, where the likeliest token is always taken: {names}")
+        output.note(f"note: no effect at temperature 0, which is greedy decoding: {names}")
     return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop}
 
 
 def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
-    """The engine for the options of the model and of the atlas."""
+    """The engine for the options of the model and the atlas."""
     from knn_ssd.engine import Engine
 
-    tell_loading(args)
+    note_loading(args)
     return Engine.from_pretrained(
         args.model,
         atlas=atlas,
@@ -217,18 +226,17 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
 
 
 def add_prefix_option(parser: Any) -> None:
-    """What is kept of earlier requests' keys and values."""
+    """Adds --prefix-cache."""
     parser.add_argument(
         "--prefix-cache",
         metavar="MIB",
         type=whole_number(0),
         default=512,
-        help="memory for keys and values of earlier turns, which then need not be computed again; 0 is none "
-        "(default: 512)",
+        help="memory of the prefix cache, which keeps keys and values of earlier turns; 0 turns it off (default: 512)",
     )
 
 
-def tell_loading(args: argparse.Namespace) -> None:
-    """Somebody who watches is told what takes so long."""
+def note_loading(args: argparse.Namespace) -> None:
+    """Notes on a terminal that the model is being loaded, which takes a while."""
     if output.stderr_is_terminal():
         output.note(f"loading {args.model or 'the embedded model'} …")

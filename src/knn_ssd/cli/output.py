@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, everything else to stderr. The only place that writes to either.
+"""Writes results to stdout and everything else to stderr; no other module writes to either.
 
 It knows nothing of what is written.
 """
@@ -17,24 +17,24 @@ from knn_ssd.errors import OutputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_PIPE_WIDTH = 160  # of tables that nobody's terminal limits
+_PIPE_WIDTH = 100  # characters of a table that does not go to a terminal
 
 
 def prepare() -> None:
-    """A terminal that cannot show a character shows a question mark instead of ending the program."""
+    """Makes a stream that cannot encode a character write a question mark instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def write(text: str) -> None:
-    """Puts text on stdout at once.
+    """Writes text to stdout at once.
 
     Raises:
         OutputError: stdout cannot be written.
-        BrokenPipeError: its reader went away.
+        BrokenPipeError: the reader of stdout closed it.
     """
-    if sys.stdout is None:  # closed by whoever started us: nobody listens
+    if sys.stdout is None:  # it was closed before the process started
         return
     try:
         sys.stdout.write(text)
@@ -51,13 +51,13 @@ def write_line(text: str) -> None:
 
 
 def write_json(value: Any, indent: int | None = None) -> None:
-    """One JSON value on stdout, on one line unless an indent is given."""
+    """Writes a JSON value to stdout, on one line unless an indent is given."""
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     write_line(json.dumps(value, ensure_ascii=not is_utf8, indent=indent))
 
 
 def write_table(table: RenderableType) -> None:
-    """A table of rich on stdout."""
+    """Writes a table of rich to stdout."""
     from rich.console import Console
 
     is_terminal = stdout_is_terminal()
@@ -69,19 +69,19 @@ def write_table(table: RenderableType) -> None:
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Writes a line to stderr."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Writes out what argparse or others left in the buffer of stdout."""
+    """Writes what argparse and others left in the buffer of stdout."""
     write("")
 
 
 def abandon_stdout() -> None:
-    """Nothing more can be written: what is left in the buffer goes nowhere, so that leaving does not fail again."""
+    """Discards what is left in the buffer of stdout, so that exiting does not fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,4 +1,4 @@
-"""An argument parser whose errors are `UsageError`s, and which says what a mistyped word was probably meant to be."""
+"""An argument parser that raises `UsageError`s and suggests a correction for a mistyped word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"-\.?\d")
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` without abbreviations, exits, or guesses at what an unknown word belongs to."""
+    """`argparse.ArgumentParser` that accepts no abbreviations, never exits on an error, and checks words first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See `{self.prog} --help`.")
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Looks at the words before argparse does, which would first miss what a mistyped option was to give."""
+        """Checks options and commands before argparse does, whose error would be about a missing required option."""
         for argument in arguments:
             if argument == "--":
                 return
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """Shows the version, and looks it up only then."""
+    """Shows the version, which is looked up only when it is asked for."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "nargs": 0, "default": argparse.SUPPRESS})

@@ -1,4 +1,4 @@
-"""`knn-ssd plot`: pictures of an atlas."""
+"""`knn-ssd plot`: draws an atlas."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "plot",
-        description="Draws an atlas: prompt vectors and anchors in two dimensions, and which sublayers are skipped.",
+        description="Draws an atlas: prompt vectors and anchors in two dimensions, and the plan of each domain.",
     )
     parser.add_argument("atlas", metavar="ATLAS", help="the folder of an atlas")
     parser.add_argument(
-        "--out", metavar="FILE", required=True, type=options.filled, help="the picture; its ending says which kind"
+        "--out",
+        metavar="FILE",
+        required=True,
+        type=options.filled,
+        help="the picture to write: a .png, .svg or .pdf file",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws the picture and says where it is."""
+    """Draws the picture and prints its path."""
     from knn_ssd.atlas import Atlas
     from knn_ssd.tools.plots import plot_atlas
 

@@ -1,4 +1,4 @@
-"""Finished answers in words: a line for people, an object for programs. It knows nothing of how answers are made."""
+"""Formats finished answers: lines for people, JSON objects for programs. Knows nothing of how answers are made."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def summary(generation: Generation, domain: str | None = None) -> str:
-    """One line: where the prompt lies, how it was drafted for, and what that brought.
+    """One line: the route, the plan and the statistics of an answer.
 
     Args:
-        generation: a finished one.
-        domain: the domain whose plan was asked for, whatever the route.
+        generation: the answer.
+        domain: the domain whose plan was requested, whatever the route; None if none was.
     """
     stats = generation.stats
     parts = [
-        _whereabouts(generation.route, domain),
+        _route(generation.route, domain),
         generation.plan.describe(),
         _drafts(stats.drafted, stats.accepted),
         f"{_count(stats.tokens, 'token')} at {stats.tokens_per_sec:.1f}/s",
@@ -31,7 +31,7 @@ def summary(generation: Generation, domain: str | None = None) -> str:
 
 
 def total(answers: Sequence[Stats]) -> str:
-    """One line about several answers together."""
+    """One line: the statistics of several answers in total."""
     tokens = sum(stats.tokens for stats in answers)
     seconds = sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
     drafts = _drafts(sum(stats.drafted for stats in answers), sum(stats.accepted for stats in answers))
@@ -39,10 +39,10 @@ def total(answers: Sequence[Stats]) -> str:
 
 
 def memory(use: MemoryUse) -> str:
-    """One line: what the weights, their low-bit copies and the process take."""
+    """One line: the memory of the weights, their 4-bit copies and the process."""
     parts = {
         "weights": use.weights,
-        "low-bit copies": use.low_bit,
+        "4-bit copies": use.low_bit,
         "in all": use.resident,
         "at most": use.peak,
     }
@@ -87,13 +87,13 @@ def _stats_json(stats: Stats) -> dict[str, Any]:
     }
 
 
-def _whereabouts(route: Route | None, domain: str | None) -> str:
+def _route(route: Route | None, domain: str | None) -> str:
     if route is None:
         return ""
-    nearest = f"{route.domain} at distance {max(0.0, route.distance):.3f}"  # rounding can leave it just under zero
+    nearest = f"{route.domain} at distance {max(0.0, route.distance):.3f}"  # rounding can make it slightly negative
     if domain is not None:
-        return f"as {domain}, as asked; nearest {nearest}"
-    return f"fallback: far from all, nearest {nearest}" if route.fallback else f"near {nearest}"
+        return f"{domain} as requested; nearest {nearest}"
+    return f"fallback plan: beyond the radius of the nearest, {nearest}" if route.fallback else f"near {nearest}"
 
 
 def _drafts(drafted: int, accepted: int) -> str:

@@ -18,55 +18,59 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "serve",
-        description="Answers over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models; "
-        "besides, a page to try it at /, and /health, /ready and /metrics. Clients may stream. "
+        description="Serves an OpenAI-compatible API over HTTP: /v1/chat/completions, /v1/completions, /v1/models; "
+        "also a page to try it at /, and /health, /ready and /metrics. Clients may stream. "
         "Needs `pip install knn-ssd[serve]`.",
     )
     group = parser.add_argument_group("server")
-    group.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    group.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument(
-        "--port", metavar="P", type=options.whole_number(0, 65535), default=8000, help="(default: 8000; 0 takes any)"
+        "--port",
+        metavar="P",
+        type=options.whole_number(0, 65535),
+        default=8000,
+        help="port to listen on; 0 takes any free one (default: 8000)",
     )
-    group.add_argument("--name", metavar="NAME", type=options.filled, help="what clients call the model")
+    group.add_argument("--name", metavar="NAME", type=options.filled, help="name of the model for clients")
     group.add_argument(
         "--running",
         metavar="N",
         type=options.whole_number(1),
         default=8,
-        help="requests that are answered at once, in shared passes of the model (default: 8)",
+        help="maximum number of running requests, which are decoded with continuous batching (default: 8)",
     )
     group.add_argument(
         "--waiting",
         metavar="N",
         type=options.whole_number(1),
         default=64,
-        help="requests that may wait beyond these; more are told to try again (default: 64)",
+        help="maximum number of waiting requests; further ones are refused with status 429 (default: 64)",
     )
     group.add_argument(
-        "--deadline", metavar="SEC", type=options.number, default=600.0, help="of a request (default: 600)"
+        "--deadline", metavar="SEC", type=options.number, default=600.0, help="time limit of a request (default: 600)"
     )
     group.add_argument(
         "--max-body",
         metavar="BYTES",
         type=options.whole_number(1),
         default=4 * 2**20,
-        help="longest body of a request (default: 4 MiB)",
+        help="maximum size of a request body (default: 4 MiB)",
     )
     group.add_argument(
         "--drain",
         metavar="SEC",
         type=options.number,
         default=30.0,
-        help="how long answers may go on after Ctrl-C (default: 30)",
+        help="time that running requests get to finish after Ctrl-C (default: 30)",
     )
     options.add_prefix_option(group)
-    parser.epilog = f"Clients must give the API key that the environment variable {_KEY} has, if it is set."
+    parser.epilog = f"If the environment variable {_KEY} is set, clients must send its value as their API key."
     options.add_model_options(parser)
     options.add_atlas_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is told to stop."""
+    """Serves until it is stopped."""
     for name in ("deadline", "drain"):
         if getattr(args, name) <= 0:
             raise UsageError(f"--{name} must be above 0, got {getattr(args, name):g}")
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         config = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=int(args.drain) + 1, timeout_keep_alive=30
         )
-        with suppress(KeyboardInterrupt):  # which is given on once everything has ended
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
             uvicorn.Server(config).run(sockets=[socket])
     finally:
         socket.close()

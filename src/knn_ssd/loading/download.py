@@ -1,4 +1,4 @@
-"""From the Hub into its local cache: of a model's repository, what loading it needs and no more."""
+"""Downloads from the Hub into its local cache what loading a model needs, and no more."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ _PROBE_SECONDS = 10
 
 
 def download(hub_id: str) -> Path:
-    """The directory in the local Hub cache, once everything that is needed of a model has been fetched."""
+    """Downloads what loading a model needs, and returns its directory in the local Hub cache.
+
+    Raises:
+        ModelError: the Hub cannot be reached, refuses, or has no such model.
+    """
     try:
-        # One request without retries: a machine without network hears so at once.
+        # One request without retries, so that a machine without network gets its error at once.
         siblings = HfApi().model_info(hub_id, timeout=_PROBE_SECONDS).siblings or ()
     except Exception as error:
         raise _refusal(hub_id, error) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_needed([sibling.rfilename for sibling in siblings])))
-    except errors.GatedRepoError as error:  # everybody may read what files there are, not the files
+    except errors.GatedRepoError as error:  # the list of files is public, the files are not
         raise _refusal(hub_id, error) from error
     except Exception as error:
         raise ModelError(
@@ -32,7 +36,7 @@ def download(hub_id: str) -> Path:
 
 
 def _needed(names: list[str]) -> list[str]:
-    """Of the files of a repository: configuration, vocabulary, and one form of the weights."""
+    """The files to download from a repository: configuration, vocabulary, and one form of the weights."""
     top = [name for name in names if "/" not in name]
     side = [name for name in top if name.endswith(_SIDE_FILES)]
     for single, index in WEIGHTS:

@@ -1,7 +1,4 @@
-"""The files of a checkpoint in a directory: configuration and weights, as transformers looks for them.
-
-This module imports no torch.
-"""
+"""Finds and reads the configuration and weights of a checkpoint in a directory, as transformers does, without torch."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""The forms of weights, by the order transformers looks for them: in one file, or the index of several."""
+"""The forms of weights in the order in which transformers looks for them: a single file, or the index of several."""
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files of the weights by the order transformers looks for them; none if there are none."""
+    """The weight files that transformers would load; empty if there are none."""
     for single, index in WEIGHTS:
         if (directory / single).is_file():
             return [directory / single]
@@ -33,10 +30,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file.
+    """The JSON object in a file of a checkpoint.
 
     Raises:
-        ModelError: no such file, or no such object in it.
+        ModelError: there is no such file, or it holds no JSON object.
     """
     directory = path.parent
     try:
@@ -56,13 +53,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def how_to_restore(directory: Path) -> str:
-    """What a user can do about a damaged directory."""
+    """The remedy for a damaged directory, for error messages."""
     if directory.is_relative_to(cache_directory()):
         return f"Delete '{directory}': it will be converted again."
     return "Download or copy the model again."
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of what another library says, to stand inside one of ours."""
+    """The first sentence of another library's error, to be quoted in an error message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".: ")

@@ -1,4 +1,4 @@
-"""Tells one model from another by samples of all its weights and by its vocabulary."""
+"""Identifies a model by samples of all its weights and by its vocabulary."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
-_NOT_LOADED = ".rotary_emb.inv_freq"  # stored by old checkpoints, and computed by their models
-_SAMPLES = 1024  # of each weight: fine-tuning changes all of them, so a few tell
+_NOT_LOADED = ".rotary_emb.inv_freq"  # some old checkpoints store it, and transformers computes it instead
+_SAMPLES = 1024  # of each weight; fine-tuning changes all values, so a few are enough
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Which model an atlas belongs to.
+    """Identifies the model that an atlas belongs to.
 
     Args:
-        architecture: name of the model's class.
-        num_layers, hidden_size, vocab_size: its sizes.
-        weights_hash: of samples of every weight, in bfloat16, so that the dtype it was loaded in does not matter.
-        tokenizer_hash: of the vocabulary; empty where there was no tokenizer.
-        dtype: in which it was calibrated. Not part of the model's identity.
+        architecture: the name of the model's class.
+        num_layers, hidden_size, vocab_size: the model's sizes.
+        weights_hash: a hash of samples of every weight, taken in bfloat16 so that it is the same in any dtype.
+        tokenizer_hash: a hash of the vocabulary; empty where there is no tokenizer.
+        dtype: the dtype in which the model was loaded. It is not compared.
     """
 
     architecture: str
@@ -42,7 +42,7 @@ class Fingerprint:
     dtype: str
 
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """What makes `other` another model, as sentences; empty if it is the same."""
+        """The differences to another fingerprint, as sentences; empty if both are of the same model."""
         names = [f.name for f in fields(self) if f.name != "dtype"]
         pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
         return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
@@ -56,17 +56,17 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 def fingerprint_of_checkpoint(
     directory: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Fingerprint:
-    """The fingerprint of the model that transformers would load from a directory, for those who load it otherwise.
+    """The fingerprint of the model that transformers would load from a directory, without loading it.
 
     Args:
-        directory: with its weights as safetensors.
-        config: the checkpoint's.
-        tokenizer: the checkpoint's.
+        directory: the directory of a checkpoint with safetensors files.
+        config: the checkpoint's configuration.
+        tokenizer: the checkpoint's tokenizer.
 
     Raises:
-        ModelError: no such weights, or in a dtype that no fingerprint is made of.
+        ModelError: the directory has no safetensors weights, or weights in another dtype than those of a fingerprint.
     """
-    weights = _stored(directory, bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
+    weights = _mapped_weights(directory, bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
     return _fingerprint((config.architectures or [""])[0], config, config.dtype, weights, tokenizer)
 
 
@@ -101,8 +101,8 @@ def _weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _stored(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
-    """The weights in a directory, mapped and not read: of each only what is looked at comes from the disk."""
+def _mapped_weights(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
+    """The weights in a directory, memory-mapped: only the sampled parts are read from the disk."""
     from safetensors import safe_open
 
     weights: dict[str, torch.Tensor] = {}

@@ -1,7 +1,8 @@
-"""From a GGUF file to a directory that transformers loads: converted once, whole or not at all.
+"""Converts a GGUF file, once and atomically, to a directory that transformers loads.
 
-transformers reads the tensors and the metadata; here its blocks become plain numbers, and what it gets wrong or leaves
-out (where text is cut, what ends a reply) is mended or told. What becomes of the directory is `resolve.py`'s affair.
+transformers reads the tensors and the metadata. This module turns quantised blocks into plain numbers, corrects what
+transformers gets wrong (the pre-tokenizer, the ids that end a reply), and warns of what it leaves out. The directory is
+then loaded by `resolve.py`.
 """
 
 from __future__ import annotations
@@ -36,47 +37,47 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Raised whenever a conversion gives another result than before, so that old results are not used again.
+# Increased whenever conversion gives another result than before, so that old results are not used again.
 _CONVERSION_VERSION = 1
 _STALE_SECONDS = 24 * 3600
 
-_AGAIN = "Download or copy the file again."
-_OTHER_FORM = "Use the model's safetensors form instead."
+_COPY_AGAIN = "Download or copy the file again."
+_USE_SAFETENSORS = "Use the model's safetensors form instead."
 
-# Values of `tokenizer.ggml.pre` by how they cut text before byte-pair merging (llama.cpp, src/llama-vocab.cpp).
+# Values of `tokenizer.ggml.pre` by how they split text before byte-pair merging (llama.cpp, src/llama-vocab.cpp).
 _DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What a GGUF file says that transformers does not carry over."""
+    """The facts in a GGUF file that transformers does not carry over."""
 
-    dtype: torch.dtype  # the narrowest that loses nothing a user would miss: blocks become bfloat16
-    splitting: str | None  # the rule by which text is cut before it is tokenized
-    end_ids: tuple[int, ...]  # of what ends a reply: end of sequence, of turn, of message
+    dtype: torch.dtype  # of the converted weights; quantised blocks become bfloat16
+    splitting: str | None  # the name of the pre-tokenizer
+    end_ids: tuple[int, ...]  # ids that end a reply: end of sequence, of turn, of message
     context_length: int | None
     has_vocabulary: bool
-    values: int  # how many numbers its tensors hold
-    scaling: str | None  # how positions are stretched, if they are
+    values: int  # number of values in all tensors
+    scaling: str | None  # the RoPE scaling, if any
 
 
 def converted(gguf: Path, cache: Path) -> Path:
-    """The directory of a converted GGUF file in the cache; converts it the first time.
+    """The directory of a converted GGUF file in the cache. Converts the file the first time.
 
     Raises:
-        ModelError: the file cannot be read, or not as a model that transformers knows.
+        ModelError: the file cannot be read, or transformers does not know its model.
         OutputError: the cache cannot be written.
     """
     target = _target(gguf, cache)
     if os.path.isdir(target):
         return target
-    _sweep(target.parent)
+    _remove_stale(target.parent)
     try:
         with atomic_directory(target) as directory, ProgressBars() as progress:
             _write_checkpoint(gguf, directory, lambda name: progress.stage(f"converting {gguf.name}: {name}", None))
     except (OutputError, SafetensorError) as error:
-        if os.path.isdir(target):  # another process was first; its result is as good as ours
+        if os.path.isdir(target):  # another process has converted it meanwhile
             return target
         raise OutputError(
             f"the converted model cannot be written to '{target.parent}': {reason(error.__cause__ or error)}",
@@ -91,12 +92,12 @@ def _target(gguf: Path, cache: Path) -> Path:
     return cache / "converted" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed runs left behind, once it is too old to belong to a living one."""
+def _remove_stale(parent: Path) -> None:
+    """Removes what killed conversions left behind, once it is too old to belong to a running one."""
     with suppress(OSError):
-        for left in parent.glob(".*"):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+        for folder in parent.glob(".*"):
+            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None]) -> None:
@@ -108,13 +109,13 @@ def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None])
         tokenizer = _read_tokenizer(gguf, facts) if facts.has_vocabulary else None
         stage("reading weights")
         model = _read_model(gguf, config, facts)
-        _mend_generation(model, tokenizer, facts)
-        _tell_losses(gguf, model, facts)
+        _complete_generation_config(model, tokenizer, facts)
+        _warn_of_losses(gguf, model, facts)
         stage("writing")
         model.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-    # safetensors makes its files readable for their owner alone; a cache may be shared
+    # safetensors makes its files readable for their owner alone, and a cache may be shared
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", file)
 
@@ -137,7 +138,7 @@ def _read_facts(gguf: Path) -> _Facts:
             scaling=_text(reader, f"{architecture}.rope.scaling.type"),
         )
     except Exception as error:
-        raise ModelError(f"'{gguf}' cannot be read as GGUF: {reason(error)}", _AGAIN) from error
+        raise ModelError(f"'{gguf}' cannot be read as GGUF: {reason(error)}", _COPY_AGAIN) from error
 
 
 def _stored_dtype(types: set[str]) -> torch.dtype:
@@ -161,7 +162,8 @@ def _read_config(gguf: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
         raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot build the model in '{gguf}': {reason(error)}", _OTHER_FORM
+            f"transformers {transformers.__version__} cannot build the model in '{gguf}': {reason(error)}",
+            _USE_SAFETENSORS,
         ) from error
     check_causal(config, str(gguf))
     return config
@@ -171,8 +173,10 @@ def _read_tokenizer(gguf: Path, facts: _Facts) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
-        raise ModelError(f"transformers cannot read the tokenizer in '{gguf}': {reason(error)}", _OTHER_FORM) from error
-    _mend_splitting(tokenizer, facts.splitting)
+        raise ModelError(
+            f"transformers cannot read the tokenizer in '{gguf}': {reason(error)}", _USE_SAFETENSORS
+        ) from error
+    _correct_splitting(tokenizer, facts.splitting)
     if tokenizer.eos_token_id is None and facts.end_ids:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(facts.end_ids[0])
     if facts.context_length is not None:
@@ -182,11 +186,11 @@ def _read_tokenizer(gguf: Path, facts: _Facts) -> PreTrainedTokenizerBase:
 
 def _read_model(gguf: Path, config: PreTrainedConfig, facts: _Facts) -> PreTrainedModel:
     options: dict[str, Any] = {"gguf_file": gguf.name, "config": config, "dtype": facts.dtype}
-    # Without it, newer versions keep the blocks of some architectures packed and compute from those.
+    # Without it, newer versions keep some architectures' weights quantised and compute from those.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet_reader():
-        model = load_complete(gguf.parent, str(gguf), _AGAIN, **options)
+        model = load_complete(gguf.parent, str(gguf), _COPY_AGAIN, **options)
     # What is left of the quantisation would make `save_pretrained` refuse.
     vars(model).update(hf_quantizer=None, is_quantized=False)
     vars(model.config).pop("quantization_config", None)
@@ -195,7 +199,7 @@ def _read_model(gguf: Path, config: PreTrainedConfig, facts: _Facts) -> PreTrain
 
 @contextmanager
 def _quiet_reader() -> Iterator[None]:
-    """The reader of GGUF tensors draws a bar that none of transformers' switches turns off."""
+    """Hides the progress bar of the tensor reader, which none of transformers' switches turns off."""
     try:
         reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
         bar = reader.tqdm
@@ -209,11 +213,11 @@ def _quiet_reader() -> Iterator[None]:
         reader.tqdm = bar
 
 
-# ---- Mending
+# ---- Correcting
 
 
-def _mend_splitting(tokenizer: PreTrainedTokenizerBase, splitting: str | None) -> None:
-    """Cut text as the vocabulary's merges were learned, where transformers falls back on GPT-2's rule."""
+def _correct_splitting(tokenizer: PreTrainedTokenizerBase, splitting: str | None) -> None:
+    """Sets the pre-tokenizer that the vocabulary was trained with, where transformers falls back on GPT-2's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         return
@@ -223,14 +227,16 @@ def _mend_splitting(tokenizer: PreTrainedTokenizerBase, splitting: str | None) -
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     elif splitting is not None and splitting not in _LIKE_GPT2:
         logger.warning(
-            "the GGUF file splits text by the rule '%s', which is not known here: GPT-2's is used and some "
+            "the GGUF file has the pre-tokenizer '%s', which is not known here: GPT-2's is used and some "
             "text will be tokenized otherwise than in training",
             splitting,
         )
 
 
-def _mend_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, facts: _Facts) -> None:
-    """Give `generate` all ids that end a reply, and the padding, from wherever the file states them."""
+def _complete_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, facts: _Facts
+) -> None:
+    """Adds all ids that end a reply, and the padding id, to the generation config."""
     generation = model.generation_config
     if generation is None:
         return
@@ -241,15 +247,15 @@ def _mend_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     generation.eos_token_id = ends[0] if len(ends) == 1 else (ends or None)
     if generation.pad_token_id is None and tokenizer is not None:
         generation.pad_token_id = tokenizer.pad_token_id
-    # Otherwise `generate` may derive it from the model's config once more, and lose what was added.
+    # Otherwise `generate` may derive it from the model's config again and lose what was added here.
     generation._from_model_config = False
 
 
-def _tell_losses(gguf: Path, model: PreTrainedModel, facts: _Facts) -> None:
-    """transformers leaves out in silence what it has no place for: biases, factors of long contexts."""
-    left = facts.values - sum(parameter.numel() for parameter in model.parameters())
-    if left > 0:
-        logger.warning("%d of %d values in %s were left out by transformers", left, facts.values, gguf)
+def _warn_of_losses(gguf: Path, model: PreTrainedModel, facts: _Facts) -> None:
+    """Warns of what transformers leaves out in silence: biases, scaling factors of long contexts."""
+    missing = facts.values - sum(parameter.numel() for parameter in model.parameters())
+    if missing > 0:
+        logger.warning("%d of %d values in %s were left out by transformers", missing, facts.values, gguf)
     rope = getattr(model.config, "rope_parameters", None) or {}
     if facts.scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
         logger.warning("the position scaling '%s' of %s was left out by transformers", facts.scaling, gguf)

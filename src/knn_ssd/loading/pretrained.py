@@ -1,7 +1,7 @@
-"""Reading with transformers, quietly and strictly: what a checkpoint and a GGUF file have in common.
+"""Loads with transformers, quietly and strictly; shared by checkpoints and GGUF files.
 
-It knows what a decoder is and what transformers says of a failure; not where files lie. Code from a checkpoint is
-never run.
+This module knows what a decoder is and how transformers fails. It does not know where files lie. Code from a checkpoint
+is never run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within, neither transformers nor the Hub client writes warnings or draws bars."""
+    """Silences the warnings and progress bars of transformers and the Hub client."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub_bars = not are_progress_bars_disabled()  # transformers switches them together with its own
+    hub_bars = not are_progress_bars_disabled()  # transformers switches them off together with its own
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -43,13 +43,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_causal(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what is no decoder, and a decoder whose checkpoint has no language-model head."""
+    """Raises an `UnsupportedModelError` for a model that is no decoder or has no language-model head."""
     looked_for = "Looked for a decoder-only language model (…ForCausalLM)."
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"'{name}' is an encoder-decoder ({config.model_type})", looked_for)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"'{name}' is no language model ({config.model_type})", looked_for)
-    # BERT and its kin have a causal class as well, but attend in both directions unless told otherwise.
+    # BERT and similar models have a causal class as well, but attend in both directions by default.
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if masked and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(f"'{name}' is a bidirectional encoder ({config.model_type})", looked_for)
@@ -59,12 +59,17 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(f"'{name}' is a {', '.join(heads)}", looked_for)
 
 
-def load_complete(directory: Path, name: str, again: str, **options: Any) -> PreTrainedModel:
-    """`from_pretrained`, in eval mode and without gradients; an error where it would fill a gap with random weights.
+def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> PreTrainedModel:
+    """Loads a model in eval mode and without gradients.
 
     Args:
-        name: what an error calls the model.
-        again: what helps against files that are damaged.
+        directory: the directory to load from.
+        name: the model's name in error messages.
+        remedy: the remedy for damaged files in error messages.
+        options: options of `from_pretrained`.
+
+    Raises:
+        ModelError: the weights cannot be read or are not complete; transformers would fill gaps with random weights.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -76,7 +81,6 @@ def load_complete(directory: Path, name: str, again: str, **options: Any) -> Pre
             **options,
         )
     except Exception as error:
-        remedy = again
         if isinstance(error, ImportError):
             remedy = "Install the package it needs."
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -84,12 +88,12 @@ def load_complete(directory: Path, name: str, again: str, **options: Any) -> Pre
         raise ModelError(f"the weights of '{name}' cannot be loaded: {reason(error)}", remedy) from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]):
-        raise ModelError(f"the weights of '{name}' lack {_some(absent)}", again)
+        raise ModelError(f"the weights of '{name}' lack {_first(absent)}", remedy)
     if misfits := sorted(key[0] for key in report["mismatched_keys"]):
-        raise ModelError(f"the weights of '{name}' do not fit its config in {_some(misfits)}", again)
+        raise ModelError(f"the weights of '{name}' do not fit its config in {_first(misfits)}", remedy)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

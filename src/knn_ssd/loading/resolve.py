@@ -1,11 +1,11 @@
-"""From the name of a model to the model: where it lies, in which dtype and on which device it runs.
+"""From the name of a model to the loaded model: finds its files, and chooses its dtype and device.
 
-A name is nothing (the embedded default), a directory, a GGUF file or a Hub id. Whatever it is becomes a
-directory of `config.json`, safetensors and tokenizer files, and only such a directory is ever loaded; so there
-is one set of checks and one way to load. A GGUF file is converted once, into the cache directory (`gguf.py`).
+A name is None (the embedded default), a directory, a GGUF file or a Hub id. Each is resolved to a directory of
+`config.json`, safetensors and tokenizer files, and only such a directory is loaded, so there is one set of checks and
+one way to load. A GGUF file is converted once, into the cache directory (`gguf.py`).
 
-This module knows file layouts, the Hub's cache and what a device computes natively. It knows nothing about layers,
-drafts, or whether a model that loads can draft for itself (`contract.py`). Code from a checkpoint is never run.
+This module knows file layouts, the Hub's cache and what a device computes natively. It knows nothing of layers, drafts,
+or whether a model that loads can draft for itself (`backends`). Code from a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ _VOCABULARIES = (
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run: in eval mode, without gradients."""
+    """A loaded model, in eval mode and without gradients."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    """None where the directory holds no vocabulary: such a model takes token ids only."""
+    """None where the directory holds no vocabulary; such a model takes token ids only."""
     name: str
-    """What the user would call it."""
+    """The name that the user gave."""
     directory: Path | None
-    """Where its files lie."""
+    """The directory of its files."""
 
 
 def load_model(
@@ -84,12 +84,16 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> LoadedModel:
-    """Find, check and load a model.
+    """Finds, checks and loads a model.
 
     Args:
         name: a directory, a GGUF file, a Hub id, or None for the embedded default.
         dtype: `auto` is the checkpoint's own where the device computes it natively, else float32.
-        device: None is CUDA, else MPS, else the CPU.
+        device: None is CUDA if available, else MPS, else the CPU.
+
+    Raises:
+        ModelError: the model cannot be found or read, or is not supported.
+        UsageError: the dtype or the device cannot be used.
     """
     wanted, place = _parse_dtype(dtype), _parse_device(device)
     directory = model_dir(name) or download(str(name))
@@ -105,9 +109,9 @@ def load_model(
 
 
 def model_dir(name: str | Path | None = None) -> Path | None:
-    """The directory of a model that is on this machine, without loading it; None for a Hub id that is not.
+    """The directory of a model on this machine, without loading it; None for a Hub id that is not in the cache.
 
-    A GGUF file, the embedded one included, is converted if it was not yet.
+    A GGUF file, the embedded one included, is converted if it has not been yet.
     """
     if name is None:
         source = find_embedded()
@@ -126,10 +130,10 @@ def model_dir(name: str | Path | None = None) -> Path | None:
 
 
 def find_embedded() -> Path | None:
-    """The default model as it is on this machine, unconverted: a directory in the Hub cache, else a GGUF file."""
+    """The default model on this machine, without converting it: a directory in the Hub cache, else a GGUF file."""
     if snapshot := _cached_snapshot(EMBEDDED_MODEL):
         return snapshot
-    # Found, not imported: the package's own dependencies are a llama.cpp that nobody here needs.
+    # Found without importing it: the package depends on a llama.cpp that is not needed here.
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     locations = spec.submodule_search_locations if spec is not None else None
     files = (Path(location) / _EMBEDDED_FILE for location in locations or ())
@@ -137,7 +141,7 @@ def find_embedded() -> Path | None:
 
 
 def _find(name: str | Path) -> Path | None:
-    """The directory or file that a name stands for; None for a Hub id that is not in the cache."""
+    """The directory or file of a name; None for a Hub id that is not in the cache."""
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Path(path)
@@ -157,7 +161,7 @@ def _looks_like_path(name: str | Path) -> bool:
 
 
 def _cached_snapshot(hub_id: str) -> Path | None:
-    """The directory of a model in the local Hub cache, if all of it is there. Never asks the network."""
+    """The directory of a model in the local Hub cache if it is complete. Never uses the network."""
     try:
         config = try_to_load_from_cache(hub_id, "config.json")
         if not isinstance(config, str):
@@ -196,7 +200,7 @@ def _check_weights(directory: Path) -> None:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(f"weights are missing in '{directory}': {', '.join(missing)}", how_to_restore(directory))
     for file in [file for file in files if file.suffix == ".safetensors"]:
-        try:  # opening compares the header with the length of the file: a copy that broke off shows here, by name
+        try:  # opening compares the header with the file's length, so a copy that broke off is found and named here
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
@@ -226,8 +230,8 @@ def _load_weights(
     if wanted is None and own is not None:
         wanted = default_dtype(own, device, config.model_type)
     model = load(wanted or "auto")
-    # A config that names no dtype: the weights tell, once loaded. Casting them would also cast buffers that
-    # have to stay in float32 (rotary frequencies), hence a second reading.
+    # Where the config names no dtype, it is known once the weights are loaded. Casting them would also cast buffers
+    # that have to stay in float32 (rotary frequencies), so they are loaded again.
     if wanted is None and (native := default_dtype(model.dtype, device, config.model_type)) != model.dtype:
         model = load(native)
     if own is not None and model.dtype != own:
@@ -254,10 +258,10 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 
 
 def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device, model_type: str = "") -> torch.dtype:
-    """The checkpoint's own dtype where the device or the lean target's kernels compute it natively, else float32."""
+    """The checkpoint's own dtype where the device or the native backend's kernels compute it natively, else float32."""
     if checkpoint_dtype == torch.bfloat16:
-        lean = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
-        native = lean or _has_bfloat16(device)
+        kernels = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
+        native = kernels or _has_bfloat16(device)
     else:
         native = checkpoint_dtype == torch.float16 and device.type != "cpu"
     return checkpoint_dtype if native else torch.float32
@@ -268,13 +272,13 @@ def _has_bfloat16(device: torch.device) -> bool:
         return _cpu_has_bfloat16()
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    asks = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    if asks is None:
+    is_supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if is_supported is None:
         return False
     try:
-        return bool(asks(including_emulation=False))
-    except TypeError:  # not every backend, nor every version, can be asked about emulation
-        return bool(asks())
+        return bool(is_supported(including_emulation=False))
+    except TypeError:  # not every backend and version has the option
+        return bool(is_supported())
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -289,7 +293,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype asked for; None where the checkpoint and the device decide."""
+    """The requested dtype; None where the checkpoint and the device decide."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if not isinstance(dtype, str) or dtype not in _DTYPES:

@@ -1,1 +1,1 @@
-"""From a prompt vector to a domain by its nearest anchors."""
+"""Routing: from a prompt vector to a domain by the nearest anchors, and to the plan of the request."""

@@ -1,4 +1,4 @@
-"""The plan of each request: the one asked for, that of its domain, the fallback plan, or the general plan."""
+"""Chooses the plan of each request: the requested one, that of its domain, the fallback plan, or the general plan."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _GENERAL_POLICY = Policy(max_draft=12, threshold=0.7, lookup=True)
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """How a request asks to be drafted for.
+    """What a request demands of its plan.
 
     Args:
-        plain: decode without drafts.
-        domain: use this domain's plan, whatever the route; None follows the route.
-        plan: use this plan, whatever the route and the domain.
-        adaptive: choose drafter, length and stop by expected tokens per second, within the plan's policy.
-        reproducible: do so by the cost profile and by this request alone.
+        plain: whether to decode without drafts.
+        domain: the domain whose plan to use, whatever the route; None follows the route.
+        plan: the plan to use, whatever the route and the domain; None uses that of the domain.
+        adaptive: whether a controller chooses drafter, draft length and threshold by expected tokens per second,
+            within the plan's policy.
+        reproducible: whether the controller decides by the cost profile and this request alone.
     """
 
     plain: bool = False
@@ -37,10 +38,10 @@ class ChosenPlan:
     """The plan of one request.
 
     Args:
-        route: None without an atlas.
-        plan: how to draft.
-        domain: whose statistics it shares; None is the fallback, or no atlas.
-        agreement: the acceptance rate that calibration measured for this plan; None where it did not.
+        route: the prompt's route; None without an atlas.
+        plan: the plan that drafts.
+        domain: the domain whose acceptance statistics the request shares; None with the fallback plan or no atlas.
+        agreement: the acceptance rate that calibration measured for this plan; None where it measured none.
     """
 
     route: Route | None
@@ -54,8 +55,8 @@ class PlanChooser:
 
     Args:
         backend: executes the model.
-        atlas: None gives every request the general plan.
-        neighbours: how many anchors vote on a route.
+        atlas: the atlas to choose from; None gives every request the general plan.
+        neighbours: the number of anchors that vote on a route.
     """
 
     def __init__(self, backend: Backend, atlas: Atlas | None, neighbours: int = 1) -> None:
@@ -65,7 +66,7 @@ class PlanChooser:
 
     @property
     def plans(self) -> list[Plan]:
-        """All plans that requests may get without asking for one."""
+        """All plans that a request may get without naming one."""
         atlas = self._atlas
         if atlas is None:
             return [general_plan(self._backend)]
@@ -75,13 +76,13 @@ class PlanChooser:
         """Routes a prompt and chooses its plan.
 
         Raises:
-            UsageError: a domain that the atlas does not know, or one without an atlas.
+            UsageError: the request names a domain that the atlas does not have, or there is no atlas.
         """
         route = None
         if self._atlas is not None and self._router is not None:
             route = self._router.predict(prefill.vector(self._atlas.pooling))
         elif wanted.domain is not None:
-            raise UsageError(f"a domain needs an atlas that knows it, got '{wanted.domain}' and no atlas")
+            raise UsageError(f"a domain needs an atlas that has it, got '{wanted.domain}' and no atlas")
         domain = wanted.domain or (route.plan_domain if route is not None else None)
         own = self._atlas.plan_for(domain) if self._atlas is not None else None
         evidence = self._atlas.evidence_of(domain) if self._atlas is not None else {}
@@ -93,7 +94,7 @@ class PlanChooser:
 
 
 def general_plan(backend: Backend) -> Plan:
-    """A good plan where nothing was calibrated: everything in 4 bits where the backend can, and lookup."""
+    """The plan without calibration: 4-bit where the backend supports it, and lookup."""
     if Mode.LOW in backend.modes:
         return Plan.low(backend.num_layers, _GENERAL_POLICY)
     return Plan.skipping(backend.num_layers, policy=_GENERAL_POLICY)

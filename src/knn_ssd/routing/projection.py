@@ -1,4 +1,4 @@
-"""The vectors of an atlas in two dimensions, as the paper's figure has them. Knows nothing of how they are drawn."""
+"""Projects the vectors of an atlas to two dimensions, as in the paper's figure. Knows nothing of how they are drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from knn_ssd.atlas import Atlas
 
 _MAX_PROMPTS = 2000  # t-SNE of more takes minutes and shows no more
-_FEWEST = 3  # points that t-SNE can place
+_MIN_POINTS = 3  # that t-SNE needs
 _SEED = 0
 
 
@@ -19,10 +19,10 @@ class Points:
     """The vectors of an atlas in two dimensions."""
 
     places: np.ndarray[Any, Any]  # (N + A, 2), prompts before anchors, each axis in [0, 1]
-    domains: tuple[str, ...]  # N + A of them
+    domains: tuple[str, ...]  # of the N + A points
     num_prompts: int  # N
-    names: tuple[str, ...]  # domains in the order of their styles
-    left_out: int  # prompt vectors that are not drawn
+    names: tuple[str, ...]  # of the domains, in the atlas's order
+    left_out: int  # number of prompt vectors that are not drawn
     kept: bool  # whether the atlas has its prompt vectors
 
     @classmethod
@@ -46,14 +46,14 @@ class Points:
 
     def where(self, name: str, *, anchors: bool) -> np.ndarray[Any, Any]:
         """The places (n, 2) of a domain's anchors or prompts."""
-        some = range(self.num_prompts, len(self.domains)) if anchors else range(self.num_prompts)
-        chosen = [index for index in some if self.domains[index] == name]
+        indices = range(self.num_prompts, len(self.domains)) if anchors else range(self.num_prompts)
+        chosen = [index for index in indices if self.domains[index] == name]
         places: np.ndarray[Any, Any] = self.places[chosen]
         return places
 
     @property
     def title(self) -> str:
-        return "Prompts and anchors" if self.kept else "Anchors alone: the atlas has not kept its prompt vectors"
+        return "Prompts and anchors" if self.kept else "Anchors alone: the atlas does not have its prompt vectors"
 
     @property
     def caption(self) -> str:
@@ -61,13 +61,13 @@ class Points:
         prompts = f"{self.num_prompts} of {total} prompt vectors" if self.left_out else count(total, "prompt vector")
         anchors = count(len(self.domains) - self.num_prompts, "anchor") + " (outlined)"
         drawn = f"{prompts} (dots) and {anchors}" if self.kept else anchors
-        how = "too few for t-SNE" if len(self.domains) < _FEWEST else "by t-SNE on cosine distance"
+        how = "too few for t-SNE" if len(self.domains) < _MIN_POINTS else "by t-SNE on cosine distance"
         return f"{drawn}, {how}; the axes have no unit"
 
 
 def _in_two_dimensions(vectors: np.ndarray[Any, Any], num_domains: int) -> np.ndarray[Any, Any]:
     """t-SNE by cosine distance, (N, D) to (N, 2), each axis scaled to [0, 1]; fewer than three points on a line."""
-    if len(vectors) < _FEWEST:
+    if len(vectors) < _MIN_POINTS:
         places = np.column_stack([np.arange(len(vectors)), np.zeros(len(vectors))])
     else:
         from sklearn.manifold import TSNE

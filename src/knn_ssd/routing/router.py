@@ -1,4 +1,4 @@
-"""From a prompt vector to a domain by the nearest anchors (arXiv 2505.16162, section 4). Knows nothing of models."""
+"""Routes a prompt vector to a domain by its nearest anchors (arXiv 2505.16162, section 4). Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from knn_ssd.atlas import Atlas
 from knn_ssd.errors import UsageError
 
-_ROUNDING = 1e-6  # of a cosine in float32
+_ROUNDING = 1e-6  # error of a cosine in float32
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What was chosen for one prompt.
+    """The route of one prompt.
 
     Args:
         domain: the domain of the nearest anchors.
-        distance: cosine distance to the nearest anchor of that domain, in [0, 2].
-        fallback: whether that is beyond the domain's radius, so that the fallback plan runs.
-        anchor: which of the anchors that nearest one is.
+        distance: the cosine distance to the nearest anchor of that domain, in [0, 2].
+        fallback: whether the distance is beyond the domain's radius, so that the fallback plan drafts.
+        anchor: the index of that nearest anchor.
     """
 
     domain: str
@@ -31,25 +31,27 @@ class Route:
 
     @property
     def plan_domain(self) -> str | None:
-        """The domain whose plan runs; None is the fallback."""
+        """The domain whose plan drafts; None stands for the fallback plan."""
         return None if self.fallback else self.domain
 
     @property
     def plan_name(self) -> str:
-        """That domain, or `fallback`."""
+        """The domain whose plan drafts, or `fallback`."""
         return self.plan_domain or "fallback"
 
 
 class Router:
-    """k-nearest anchors by cosine distance, after scikit-learn's conventions; runs on the device of its anchors.
+    """Classifies by the k nearest anchors in cosine distance, after scikit-learn's conventions.
+
+    Computes on the device of the anchors.
 
     Args:
-        k: how many anchors vote, each by its similarity; 1 as published.
+        k: the number of anchors that vote, weighted by similarity; 1 as published.
 
     Attributes:
-        anchors_: (A, D) of length one.
-        labels_: A of them.
-        radii_: by domain; a domain without one has no limit.
+        anchors_: (A, D), each of length one.
+        domains_: the domain of each of the A anchors.
+        radii_: the radius of each domain; a domain that is missing here has no limit.
     """
 
     def __init__(self, k: int = 1) -> None:
@@ -57,23 +59,23 @@ class Router:
 
     @classmethod
     def of(cls, atlas: Atlas, k: int = 1, device: torch.device | str = "cpu") -> Router:
-        """The router by an atlas's anchors and radii.
+        """The router for an atlas's anchors and radii.
 
         Raises:
-            UsageError: k outside [1, A].
+            UsageError: k is outside [1, A].
         """
         radii = {name: domain.radius for name, domain in atlas.domains.items()}
         return cls(k).fit(torch.from_numpy(atlas.anchors).to(device), atlas.anchor_domains, radii)
 
     def fit(self, anchors: torch.Tensor, domains: Sequence[str], radii: Mapping[str, float] | None = None) -> Router:
-        """Learns anchors (A, D) and their domains.
+        """Stores anchors (A, D) and their domains, and returns the router itself.
 
         Raises:
-            UsageError: no anchors, another number of domains, or k outside [1, A].
+            UsageError: there are no anchors, not as many domains as anchors, or k is outside [1, A].
         """
         if len(anchors) != len(domains) or not len(anchors):
             raise UsageError(
-                f"as many anchors as labels are needed, and at least one, got {len(anchors)} and {len(domains)}"
+                f"as many anchors as domains are needed, and at least one, got {len(anchors)} and {len(domains)}"
             )
         if not 1 <= self.k <= len(anchors):
             raise UsageError(f"k must be in [1, {len(anchors)}], the number of anchors, got {self.k}")

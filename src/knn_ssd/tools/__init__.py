@@ -1,1 +1,1 @@
-"""What users look at beside generating: doctor, memory, the Hub, plots."""
+"""Tools beside generation: doctor, memory, the Hub, plots."""

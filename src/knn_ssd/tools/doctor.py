@@ -1,6 +1,6 @@
-"""What a machine gives, and how fast a model can be on it: measured, not looked up.
+"""Measures what a machine offers and how fast a model can run on it.
 
-It knows torch, transformers and the target. It knows nothing of atlases or drafts, and prints nothing.
+It knows torch, transformers and the backends. It knows nothing of atlases, and prints nothing.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ _STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is.
+    """The facts about a machine.
 
     Args:
-        versions: of what matters, by package.
+        versions: the versions of Python and the main packages.
         cpu: the processor's name.
-        cores: that this process may use.
-        threads: that torch uses.
-        cpu_flags: the instructions that matter here, and whether the processor has them.
-        devices: that torch can use.
-        kernels: "ready", or why the lean target and low-bit drafts are not to be had here.
-        tiles: whether they multiply bfloat16 weights in the processor's tile unit (AMX).
-        read_bandwidth_bytes_per_sec: of the device a model would run on, measured.
-        memory_bytes: of the machine.
-        available_memory_bytes: of that, not in use. Both are None where the system does not say.
-        cache_directory: where converted models are kept.
-        embedded_model: where the default model comes from; None if it is not there.
+        cores: the number of cores that this process may use.
+        threads: the number of threads that torch uses.
+        cpu_flags: for each relevant instruction set, whether the processor has it.
+        devices: the devices that torch can use.
+        kernels: "ready", or why the native backend and 4-bit drafts are not available.
+        tiles: whether the kernels multiply bfloat16 weights in the processor's tile unit (AMX).
+        read_bandwidth_bytes_per_sec: measured read bandwidth of the device that a model would run on.
+        memory_bytes: memory of the machine; None where the system does not report it.
+        available_memory_bytes: the part that is not in use; None where the system does not report it.
+        cache_directory: the directory of converted models.
+        embedded_model: the source of the default model; None if it is not installed.
     """
 
     versions: dict[str, str]
@@ -87,23 +87,23 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """What a model is and can reach here; None for what nobody can know of a model that is not supported.
+    """The facts about a model on this machine; None for what is unknown of a model that is not supported.
 
     Args:
-        model: its name.
-        supported: whether it can draft for itself.
-        unsupported_because: why not.
-        model_dir: where its files lie.
-        architecture, dtype, device, num_layers, context_length, parameters: of the loaded model.
-        weight_bytes: all weights.
-        read_bytes_per_token: those that one token's pass reads.
-        floor_sec_per_token: the time that reading them takes: no plain step is faster.
-        target: which one it runs on, "lean" or "general".
-        why_not_native: why not on the lean one.
-        exactness: what its passes promise.
-        step_sec: one token of plain decoding, the median of a few.
-        draft_step_sec: one token of a draft with everything low-bit; None where the target has no low-bit weights.
-        low_bit_bytes: memory of the low-bit copies that such drafts need.
+        model: the model's name.
+        supported: whether the model can run here.
+        unsupported_because: the reason if it cannot.
+        model_dir: the directory of its files.
+        architecture, dtype, device, num_layers, context_length, parameters: facts about the loaded model.
+        weight_bytes: size of all weights.
+        read_bytes_per_token: size of the weights that one decode step reads.
+        floor_sec_per_token: the time that reading them takes, a lower bound of a plain decode step.
+        backend: the backend that executes the model, "native" or "transformers".
+        why_not_native: the reason if it is not the native backend.
+        exactness: what the backend's forward passes guarantee.
+        step_sec: median seconds of a plain decode step.
+        draft_step_sec: median seconds of a draft step with all weights in 4 bits; None where the backend has none.
+        low_bit_bytes: memory of the 4-bit copies.
     """
 
     model: str
@@ -129,26 +129,26 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """A machine and, if there was one to look at, a model."""
+    """The facts about a machine and, if one was examined, a model."""
 
     machine: Machine
     model: ModelReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object; what is of a model is null where there is none."""
+        """One flat JSON object; the values about a model are null where none was examined."""
         nothing = dict.fromkeys(field.name for field in fields(ModelReport))
         return {**asdict(self.machine), **(asdict(self.model) if self.model is not None else nothing)}
 
 
 def examine(model: str | None, dtype: str = "auto", device: str | None = None) -> Examination:
-    """Looks at a model and at the machine that it runs on.
+    """Examines a model and the machine that it runs on.
 
     Args:
-        model: its name; None is the embedded default.
+        model: the model's name; None is the embedded default.
         dtype, device: as for `load_model`.
 
     Raises:
-        ModelError: a model that cannot be found or read. One that was read and cannot be used is part of the report.
+        ModelError: the model cannot be found or read. One that is not supported is no error: the report says why.
     """
     try:
         loaded = load_model(model, dtype=dtype, device=device)
@@ -160,10 +160,10 @@ def examine(model: str | None, dtype: str = "auto", device: str | None = None) -
 
 
 def examine_machine(device: torch.device | None = None) -> Machine:
-    """Looks around and measures how fast memory is read.
+    """Examines the machine and measures its read bandwidth.
 
     Args:
-        device: whose memory.
+        device: the device whose memory is read; None is the CPU.
     """
     return Machine(
         versions={
@@ -186,7 +186,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
 
 
 def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> ModelReport:
-    """Looks at a loaded model, probes its exactness and times plain steps."""
+    """Examines a loaded model: its sizes, its backend and exactness, and the time of decode steps."""
     model = loaded.model
     read_bytes = read_bytes_per_token(model)
     report = ModelReport(
@@ -209,7 +209,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
     report = replace(
         report,
         context_length=backend.context_length,
-        backend="lean" if isinstance(backend, NativeBackend) else "general",
+        backend="native" if isinstance(backend, NativeBackend) else "transformers",
         why_not_native=native_obstacle(model),
         exactness=backend.exactness,
         step_sec=measure_step(backend),
@@ -221,14 +221,14 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a device reads in one long sweep; the best of a few."""
+    """Read bandwidth of a device in bytes per second: the best of a few sums over a large tensor."""
     values = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
     values.sum().item()
     return _BANDWIDTH_BYTES / min(_time(lambda: values.sum().item()) for _ in range(_BANDWIDTH_REPEATS))
 
 
 def measure_step(backend: Backend, plan: Plan | None = None) -> float:
-    """Seconds of one token of plain decoding, or of a draft, the median of a few."""
+    """Median seconds of a plain decode step, or of a draft step under a plan."""
     if plan is not None:
         backend.prepare(plan)
     session = backend.open(_PROMPT_LENGTH + _STEPS + 1)
@@ -247,14 +247,14 @@ def measure_step(backend: Backend, plan: Plan | None = None) -> float:
 
 
 def read_bytes_per_token(model: PreTrainedModel) -> int:
-    """The weights that one token's pass reads: one row of the embedding, and of the experts those that are asked."""
+    """Size of the weights that one decode step reads: one row of the embedding, and the experts that are active."""
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     share = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / num_experts)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     total = 0.0
-    for name, weight in model.named_parameters():  # tied weights come once
+    for name, weight in model.named_parameters():  # tied weights are listed once
         size = weight.numel() * weight.element_size()
         if weight is embedding and (head is None or head.weight is not embedding):
             size //= len(embedding)
@@ -263,7 +263,7 @@ def read_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def embedded_source() -> str | None:
-    """Where the default model would come from, without converting it."""
+    """The source of the default model, without converting it; None if it is not installed."""
     found = find_embedded()
     if found is None:
         return None
@@ -283,8 +283,8 @@ def _cores() -> int:
 
 
 def _capabilities() -> dict[str, object]:
-    asks = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
-    return dict(asks()) if asks is not None else {}
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
+    return dict(get_capabilities()) if get_capabilities is not None else {}
 
 
 def _cpu_name() -> str:

@@ -1,8 +1,8 @@
-"""Atlases on the Hugging Face Hub: pushed with a card that explains them, pulled whole or not at all.
+"""Atlases on the Hugging Face Hub: pushed with a card that explains them, pulled atomically.
 
-Knows the Hub's client and the names of an atlas's files; what is in them it leaves to `Atlas`. Knows nothing of models.
-An atlas is checked before it goes up and before it is installed. Whatever the client raises is told as one sentence:
-about a push as an OutputError, about a pull as an AtlasError.
+This module knows the Hub's client and the names of an atlas's files; their contents are `Atlas`'s. It knows nothing of
+models. An atlas is checked before it is uploaded and before it is installed. Any error of the client becomes one
+sentence: an OutputError in a push, an AtlasError in a pull.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILES = (MANIFEST, ANCHORS)
 CARD = "README.md"
 
 _TAGS = ("knn-ssd", "speculative-decoding", "self-speculative-decoding", "layer-skipping")
-_PROBE_SECONDS = 10.0  # one request, never repeated: a machine without network hears so at once
+_PROBE_SECONDS = 10.0  # for one request without retries, so that a machine without network gets its error at once
 _COMES_WITH_A_NEW_REPO = {CARD, ".gitattributes", "LICENSE"}
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 
@@ -38,10 +38,10 @@ _CARD = """---
 
 # Atlas of {name}
 
-How this model best drafts for itself, by the kind of prompt. Its {num_anchors} anchors are points in the space of the
-model's prompt vectors and stand for {num_domains} domains; the domain of the anchor nearest to a prompt names the plan,
-which says what of the model is skipped while drafting. The whole model verifies every token, so that what it says
-stays the same. Made with knn-ssd, after [KNN-SSD](https://arxiv.org/abs/2505.16162).
+Draft plans for lossless self-speculative decoding of this model, chosen per prompt. The atlas has {num_anchors} anchors
+in the space of the model's prompt vectors for {num_domains} domains. A prompt is routed to the domain of its nearest
+anchor, whose plan says which sublayers the model skips or runs in 4 bits while it drafts. The full model verifies every
+token, so that its output stays the same. Made with knn-ssd, after [KNN-SSD](https://arxiv.org/abs/2505.16162).
 
 | domain | plan | sublayers skipped |
 |---|---|--:|
@@ -62,31 +62,31 @@ knn-ssd atlas pull {repo} --out ATLAS
 knn-ssd generate --model MODEL --atlas ATLAS --prompt TEXT
 ```
 
-It fits the model with these weights and no other: `knn-ssd atlas verify ATLAS --model MODEL` tells.
+It fits the model with these weights and no other; `knn-ssd atlas verify ATLAS --model MODEL` checks that.
 """
 
 
 def push(atlas_dir: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads an atlas and a card that describes it, in one commit; makes the repository and the branch if need be.
+    """Uploads an atlas and a card that describes it in one commit; creates the repository and the branch if need be.
 
     Args:
-        atlas_dir: the folder that calibrate wrote.
+        atlas_dir: the folder of the atlas.
         repo: `owner/name`.
-        private: if the repository is new, let nobody else see it.
+        private: whether to make the repository private if it is new.
         revision: the branch; None is `main`.
 
     Returns:
         The address of the atlas on the Hub.
 
     Raises:
-        AtlasError: no atlas at `atlas_dir`, or a damaged one.
-        UsageError: not a repository's id, or a repository that holds something else or is public against `private`.
-        OutputError: the Hub cannot be reached, or refuses.
+        AtlasError: `atlas_dir` is no atlas, or is damaged.
+        UsageError: `repo` is no id of a repository, holds something else, or is public although `private` is set.
+        OutputError: the Hub cannot be reached or refuses.
     """
     atlas = Atlas.load(atlas_dir)
     _check_id(repo)
     api = _api(token=True)
-    with _told(repo, revision, OutputError):
+    with _one_sentence(repo, revision, OutputError):
         _check_target(repo, _info_if_any(api, repo), private=private)
         api.create_repo(repo, private=private or None, exist_ok=True)
         if revision is not None:
@@ -96,17 +96,17 @@ def push(atlas_dir: Path, repo: str, *, private: bool = False, revision: str | N
 
 
 def pull(repo: str, out: Path, *, revision: str | None = None) -> Path:
-    """Downloads an atlas, checks it, and installs it at `out`, whole or not at all.
+    """Downloads an atlas, checks it, and installs it at `out` atomically.
 
     Args:
         repo: `owner/name`.
-        out: where the atlas goes; nothing may be there yet.
+        out: the folder to make; it must not exist yet.
         revision: a branch, tag or commit; None is `main`.
 
     Raises:
-        UsageError: not a repository's id.
+        UsageError: `repo` is no id of a repository.
         AtlasError: there is no such atlas on the Hub, it is damaged, or the Hub cannot be reached or refuses.
-        OutputError: there is something at `out`, or it cannot be written.
+        OutputError: `out` exists already or cannot be written.
     """
     _check_id(repo)
     api = _api()
@@ -117,7 +117,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Path:
 
 
 def card(atlas: Atlas, repo: str) -> str:
-    """The README that explains an atlas to who finds it on the Hub."""
+    """The README that explains an atlas on the Hub."""
     from huggingface_hub import ModelCardData
 
     architecture = atlas.fingerprint.architecture
@@ -145,7 +145,7 @@ def _in_table(text: str) -> str:
 
 def _model_name(atlas: Atlas) -> str:
     name = str(atlas.evidence.get("model") or "")
-    # A path on somebody's machine says nothing to others, and is nobody's business.
+    # A local path means nothing to others and may be private.
     is_public = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
     return name if name and is_public else atlas.fingerprint.architecture
 
@@ -171,7 +171,7 @@ def _info_if_any(api: HfApi, repo: str) -> ModelInfo | None:
 
 
 def _check_target(repo: str, info: ModelInfo | None, *, private: bool) -> None:
-    """Refuses to publish what was to be private, and to overwrite the card of what is not an atlas."""
+    """Raises a UsageError for a public repository of a private atlas, and for one that holds something else."""
     if info is None:
         return
     if private and info.private is False:
@@ -213,12 +213,12 @@ def _commit(api: HfApi, atlas_dir: Path, repo: str, readme: str, revision: str |
 
 
 def _download(api: HfApi, repo: str, revision: str | None, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _told(repo, revision, AtlasError):
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _one_sentence(repo, revision, AtlasError):
         info = api.model_info(repo, revision=revision, timeout=_PROBE_SECONDS)
         missing = [name for name in FILES if name not in _file_names(info)]
         if missing:
             raise AtlasError(f"'{repo}' on the Hub is not an atlas: it has no {missing[0]}", "Check the name.")
-        for name in FILES:  # both of one commit, whatever is pushed meanwhile
+        for name in FILES:  # both from the same commit, whatever is pushed meanwhile
             os.replace(api.hf_hub_download(repo, name, revision=info.sha, local_dir=scratch), folder / name)
 
 
@@ -245,10 +245,10 @@ def _not_an_id(repo: str) -> UsageError:
 
 
 @contextmanager
-def _told(repo: str, revision: str | None, kind: type[AtlasError] | type[OutputError]) -> Iterator[None]:
-    """Within, whatever the Hub's client raises is told as one sentence.
+def _one_sentence(repo: str, revision: str | None, kind: type[AtlasError] | type[OutputError]) -> Iterator[None]:
+    """Turns any error of the Hub's client within the block into one sentence, raised as `kind`.
 
-    Everything is caught: the client passes on errors of its HTTP library, of hf_xet, and of its own threads.
+    Every exception is caught, as the client passes on those of its HTTP library, of hf_xet, and of its own threads.
     """
     from huggingface_hub.errors import HFValidationError
 
@@ -268,7 +268,7 @@ def _told(repo: str, revision: str | None, kind: type[AtlasError] | type[OutputE
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What the Hub answered, if it is among the causes, or else the first cause of all."""
+    """The Hub's answer if it is among the causes, else the root cause."""
     from huggingface_hub.errors import HfHubHTTPError
 
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
@@ -290,7 +290,7 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> tuple[st
 
     known = {
         errors.LocalTokenNotFoundError: ("there is no token for the Hub on this machine", _LOG_IN),
-        errors.OfflineModeIsEnabled: ("the Hub may not be asked: HF_HUB_OFFLINE is set", "Unset it."),
+        errors.OfflineModeIsEnabled: ("the Hub client is offline: HF_HUB_OFFLINE is set", "Unset it."),
         errors.RevisionNotFoundError: (
             f"'{repo}' on the Hub has no revision '{revision}'",
             "Check --revision: a branch, tag or commit.",
@@ -316,14 +316,14 @@ def _refusal(status: int, repo: str, reason: str) -> tuple[str, str]:
     if status == 401:
         return f"the Hub does not accept the token for '{repo}': {reason}", "Log in again with `hf auth login`."
     if status == 403:
-        return f"the Hub forbids that on '{repo}': {reason}", "Log in as one who may, with `hf auth login`."
+        return f"the Hub forbids that on '{repo}': {reason}", "Log in with an account that may, with `hf auth login`."
     if status == 429:
         return f"the Hub has had too many requests from here: {reason}", "Try again in some minutes."
     return f"the Hub refused '{repo}' with status {status}: {reason}", "Try again later."
 
 
 def _reason(error: BaseException) -> str:
-    """The server's own words, or the error's, on one line."""
+    """The server's message, or else the error's, on one line."""
     words = getattr(error, "server_message", None) or str(error)
     lines = [line.strip() for line in str(words).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How much memory a process and an engine take. It knows nothing of models; what they take is told to it."""
+"""Memory use of a process and an engine. It knows nothing of models, whose sizes its callers provide."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes.
+    """Memory use in bytes.
 
     Args:
-        weights: of the model.
-        low_bit: of the low-bit copies made so far, beside the weights.
-        resident: of the process, now; None where the system does not say.
-        peak: the most the process ever had; None where the system does not say.
+        weights: the model's weights.
+        low_bit: the 4-bit copies made so far, which come on top of the weights.
+        resident: the process's resident memory now; None where the system does not report it.
+        peak: the process's peak resident memory; None where the system does not report it.
     """
 
     weights: int
@@ -29,22 +29,22 @@ class MemoryUse:
 
     @classmethod
     def now(cls, weight_bytes: int, low_bit_bytes: int) -> MemoryUse:
-        """The process's use now, beside what its owner says of the model's weights and their 4-bit copies."""
+        """The memory use now, with the given sizes of the weights and their 4-bit copies."""
         return cls(weight_bytes, low_bit_bytes, resident_bytes(), peak_bytes())
 
 
 def resident_bytes() -> int | None:
-    """What the process holds in memory now; None where the system does not say."""
+    """The process's resident memory now; None where the system does not report it."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
 def peak_bytes() -> int | None:
-    """The most the process ever held in memory; None where the system does not say."""
+    """The process's peak resident memory; None where the system does not report it."""
     with suppress(ImportError):
         import resource
 
         seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-        return max(seen, resident_bytes() or 0)  # the system counts the two apart
+        return max(seen, resident_bytes() or 0)  # the system measures the two separately
     return None
