@@ -1,4 +1,4 @@
-"""The lean target is the general one, only faster: the same tokens, the same logits up to rounding, the same rules."""
+"""The native backend gives what the transformers backend gives: the same tokens, logits equal up to rounding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(params=["vectors", "tiles"])
 def unit(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What multiplies bfloat16 weights."""
+    """The unit that multiplies bfloat16 weights."""
     used = binding.uses_tiles()
     binding.kernels().knn_ssd_enable_tiles(request.param == "tiles")
     try:
@@ -61,7 +61,7 @@ def unit(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def weights_of(copy: binding.Matrix, backend: NativeBackend) -> torch.Tensor:
-    """The weights (rows, cols) that a low-bit copy stands for."""
+    """The dequantised weights (rows, cols) of a 4-bit copy."""
     codes, scales = (
         next(tensor for tensor in backend.low._keeper.tensors if tensor.data_ptr() == at)
         for at in (copy.data, copy.scales)
@@ -76,24 +76,24 @@ def weights_of(copy: binding.Matrix, backend: NativeBackend) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
-def test_it_gives_what_the_general_target_gives_in_float64(family: str, dtype: torch.dtype, unit: str) -> None:
-    halved = unit == "tiles" and dtype is torch.bfloat16  # then 16 bits are left of an input's 24
-    lean = NativeBackend(wide_model(family, dtype)).open(160)
-    general = TransformersBackend(wide_model(family, dtype).double()).open(160)
+def test_it_gives_what_the_transformers_backend_gives_in_float64(family: str, dtype: torch.dtype, unit: str) -> None:
+    split = unit == "tiles" and dtype is torch.bfloat16  # then 16 of an input's 24 bits are kept
+    native = NativeBackend(wide_model(family, dtype)).open(160)
+    reference = TransformersBackend(wide_model(family, dtype).double()).open(160)
 
     def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=5e-3 if halved else 2e-4)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=5e-3 if split else 2e-4)
 
     text = tokens(130)
-    ours, theirs = lean.prefill(text[:100]), general.prefill(text[:100])
+    ours, theirs = native.prefill(text[:100]), reference.prefill(text[:100])
     for name in ("logits", "mean", "last"):
         same(getattr(ours, name), getattr(theirs, name))
     for plan in (None, Plan.skipping(4, attention=[0, 2], mlp=[1])):
-        same(*(session.forward(text[100:], plan).clone() for session in (lean, general)))
+        same(*(session.forward(text[100:], plan).clone() for session in (native, reference)))
     plan = Plan.skipping(4, attention=[3], mlp=[0, 1])
-    for session in (lean, general):
+    for session in (native, reference):
         session.forward(text[100:])
-    same(lean.teacher_forced_logits(text[100:], plan, 8), general.teacher_forced_logits(text[100:], plan, 8))
+    same(native.teacher_forced_logits(text[100:], plan, 8), reference.teacher_forced_logits(text[100:], plan, 8))
 
 
 def test_biases_tied_heads_and_grouped_queries() -> None:
@@ -113,8 +113,8 @@ def test_biases_tied_heads_and_grouped_queries() -> None:
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_row_is_the_same_bits_in_any_block(unit: str, family: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    backend = NativeBackend(wide_model(family, dtype, intermediate_size=608))  # wider than a stretch of the kernels
+def test_a_row_has_the_same_bits_in_any_block(unit: str, family: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    backend = NativeBackend(wide_model(family, dtype, intermediate_size=608))  # wider than the kernels' KC
     text = tokens(90, data.draw(st.integers(0, 1000)))
     one_by_one, blocks = backend.open(90), backend.open(90)
     start = data.draw(st.integers(1, 60))
@@ -178,7 +178,7 @@ def test_low_bit_copies_are_near_small_and_made_once() -> None:
     full = session.forward(tokens(30, 1)).clone()
     low = session.forward(tokens(30, 1), ALL_LOW).clone()
     likeness = torch.cosine_similarity(full, low)
-    assert 0.9 < likeness.mean() < 0.999  # a copy that errs, but not by much
+    assert 0.9 < likeness.mean() < 0.999  # the copies differ from the weights, but not by much
     weights = sum(w.numel() * 2 for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name)
     assert backend.low.bytes <= 0.3 * weights
     made = backend.low.bytes
@@ -208,20 +208,20 @@ def test_low_attentions_see_keys_and_values_in_8_bits(heads: dict[str, int]) -> 
         known[:, :, :45] -= 1.0
         rounded[:, :, :45] = rounded[:, :, :45] // 2
         scale[:, :, :45] *= 2.0
-    halved = session.forward([5], ALL_LOW)  # what is lost is half a step, and shows
-    assert not torch.equal(halved, drafted)
-    assert torch.cosine_similarity(halved, drafted).min() > 0.95
+    coarser = session.forward([5], ALL_LOW)  # half a step is lost, which shows
+    assert not torch.equal(coarser, drafted)
+    assert torch.cosine_similarity(coarser, drafted).min() > 0.95
 
 
-def test_rehearsals_see_what_drafts_see() -> None:
+def test_teacher_forced_scoring_sees_what_drafts_see() -> None:
     backend = NativeBackend(wide_model("qwen3", torch.bfloat16))
-    session, told = backend.open(40), tokens(8, seed=3)
+    session, continuation = backend.open(40), tokens(8, seed=3)
     session.prefill(tokens(20))
-    session.forward(told)
+    session.forward(continuation)
     session.commit(8)
     session.rewind(20)
-    teacher_forced = session.teacher_forced_logits(told, ALL_LOW, 8)
-    for i, token in enumerate(told):
+    teacher_forced = session.teacher_forced_logits(continuation, ALL_LOW, 8)
+    for i, token in enumerate(continuation):
         assert torch.equal(session.forward([token], ALL_LOW)[0], teacher_forced[i])
         session.commit(1)
 
@@ -236,14 +236,14 @@ def test_one_low_sublayer_makes_one_copy() -> None:
     assert 0 < backend.low.bytes <= weights * (0.5 + 4 / 64) * 128 / 96  # 96 columns fill two groups of 64
 
 
-def test_rounding_is_as_good_as_a_fit_can_be() -> None:
+def test_quantisation_is_as_good_as_a_fit_can_be() -> None:
     """On Gaussian weights, groups of 64 in 4 bits: plain rounding between the extremes errs by about 0.10."""
     backend = NativeBackend(wide_model("llama"))
     torch.manual_seed(0)
     linear = nn.Linear(640, 64, bias=False)
     weight = nn.init.normal_(linear.weight).detach()
     keeper = TensorKeeper()
-    low = backend.low._round(matrix_of(linear, keeper), torch.ones(640))
+    low = backend.low._quantise(matrix_of(linear, keeper), torch.ones(640))
     decoded = weights_of(low, backend)
     assert (low.rows, low.cols) == (64, 640)
     assert ((decoded - weight).norm() / weight.norm()).item() < 0.095
@@ -260,36 +260,36 @@ def test_rounding_is_as_good_as_a_fit_can_be() -> None:
 def test_a_matrix_is_multiplied_to_the_bits_that_inputs_keep(
     unit: str, count: int, rows: int, cols: int, low: bool
 ) -> None:
-    """Of an input 24 bits, or 16 in the tile unit, are kept; in a draft, 8 of its group's largest."""
+    """The kernels keep 24 bits of an input, 16 in the tile unit, and with 4-bit weights 8 of its group's largest."""
     torch.manual_seed(0)
     keeper, linear = TensorKeeper(), nn.Linear(cols, rows, dtype=torch.bfloat16)
     matrix, norm = matrix_of(linear, keeper), torch.ones(cols)
     weights = linear.weight.detach().double()
     if low:
         backend = NativeBackend(wide_model("llama"))
-        matrix = backend.low._round(matrix, torch.ones(cols))
+        matrix = backend.low._quantise(matrix, torch.ones(cols))
         weights = weights_of(matrix, backend).double()
     x, hidden, out = torch.randn(count, cols), torch.empty(count, cols), torch.empty(count, rows)
-    places = address(x), count, (ctypes.c_int64 * count)(*range(count)), count, address(hidden), address(out)
-    binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *places)
+    arguments = address(x), count, (ctypes.c_int64 * count)(*range(count)), count, address(hidden), address(out)
+    binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *arguments)
     exact = hidden.double() @ weights.T + linear.bias.detach().double()
     sizes = hidden.double().abs() @ weights.abs().T
     if low:
         largest = torch.nn.functional.pad(hidden.abs(), (0, -cols % 64)).view(count, -1, 64).amax(-1)
         bound = largest.repeat_interleave(64, dim=-1)[:, :cols].double() / 254 @ weights.abs().T
-        bound = bound + 2**-8 * sizes  # the zero of a group may be much larger than what it is taken from
+        bound = bound + 2**-8 * sizes  # a group's zero may be much larger than its weights
     else:
         bound = (2**-17 if unit == "tiles" else 0) * sizes
     assert ((out - exact).abs() <= 1.01 * bound + 2**-18 * sizes).all()
     alone = torch.empty(1, rows)
     row = x[-1:].clone()
-    places = address(row), 1, (ctypes.c_int64 * 1)(0), 1, address(hidden[-1:]), address(alone)
-    binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *places)
+    arguments = address(row), 1, (ctypes.c_int64 * 1)(0), 1, address(hidden[-1:]), address(alone)
+    binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *arguments)
     assert torch.equal(alone[0], out[-1])
 
 
-def test_positions_grow_with_the_text_and_never_past_the_context() -> None:
-    """Rotary embeddings of the kind `dynamic` change for positions past the context they were made for."""
+def test_rotary_tables_grow_with_the_text_and_never_past_the_context() -> None:
+    """Rotary embeddings of the type `dynamic` change for positions beyond the context length."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 3000}
     backend = NativeBackend(wide_model("llama", max_position_embeddings=3000, rope_parameters=rope))
     first = backend._rotary_tables(100)[0][:100].clone()
@@ -298,7 +298,7 @@ def test_positions_grow_with_the_text_and_never_past_the_context() -> None:
     assert torch.equal(cosines[:100], first)
 
 
-def test_it_is_bitwise_by_probe_and_chosen_by_itself() -> None:
+def test_it_is_selected_and_bitwise_by_probe() -> None:
     backend = select_backend(wide_model("llama", torch.bfloat16))
     assert isinstance(backend, NativeBackend)
     assert backend.exactness is Exactness.BITWISE
@@ -321,7 +321,7 @@ def changed(model: PreTrainedModel, how: str) -> PreTrainedModel:
     ("how", "reason"),
     [("wrapped", "Sequential"), ("hooked", "hooked"), ("replaced", "hooked"), ("half", "float16")],
 )
-def test_a_model_that_was_changed_goes_to_the_general_target(how: str, reason: str) -> None:
+def test_a_modified_model_runs_on_the_transformers_backend(how: str, reason: str) -> None:
     model = changed(wide_model("llama"), how)
     assert reason in (native_obstacle(model) or "")
     with pytest.raises(UnsupportedModelError, match=reason):
@@ -330,10 +330,23 @@ def test_a_model_that_was_changed_goes_to_the_general_target(how: str, reason: s
         assert isinstance(select_backend(model), TransformersBackend)
 
 
-def test_other_families_and_sizes_go_to_the_general_target() -> None:
+def test_other_families_and_sizes_run_on_the_transformers_backend() -> None:
     assert "gpt2" in (native_obstacle(tiny_model("gpt2")) or "")
     assert "activation" in (native_obstacle(wide_model("llama", hidden_act="gelu")) or "")
     assert "multiple" in (native_obstacle(wide_model("llama", intermediate_size=90)) or "")
+
+
+def test_a_head_with_more_rows_than_the_vocabulary_gives_all_its_logits() -> None:
+    model = wide_model("llama")
+    model.lm_head = nn.Linear(96, 4096 + 128, bias=False)
+    assert model.config.vocab_size == 128
+    backend = NativeBackend(model)
+    assert backend.vocab_size == 4096 + 128
+    native, reference = backend.open(20), TransformersBackend(model).open(20)
+    torch.testing.assert_close(native.prefill(tokens(9)).logits, reference.prefill(tokens(9)).logits, rtol=0, atol=2e-4)
+    ours, theirs = native.forward(tokens(8)), reference.forward(tokens(8))
+    assert ours.shape == (8, 4096 + 128)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
 def test_a_plan_of_another_depth_and_a_full_session_are_refused() -> None:
@@ -354,7 +367,7 @@ def test_a_plan_of_another_depth_and_a_full_session_are_refused() -> None:
         ({"CC": "false"}, "exit code 1"),
     ],
 )
-def test_without_kernels_the_general_target_takes_over(
+def test_without_kernels_the_transformers_backend_runs(
     variables: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path))
@@ -370,15 +383,15 @@ def test_without_kernels_the_general_target_takes_over(
         binding._found.cache_clear()
 
 
-def test_columns_with_large_inputs_are_rounded_with_more_care() -> None:
-    """The first eight columns get inputs ten times as large, by the norm before them: theirs are the smaller errors."""
+def test_columns_with_large_inputs_get_smaller_errors() -> None:
+    """The norm before them makes the inputs of the first eight columns ten times as large; their errors are smaller."""
     model = wide_model("llama", hidden_size=256, initializer_range=0.05)
     layer = model.model.layers[2]
     with torch.no_grad():
         layer.post_attention_layernorm.weight[:8] *= 10
     backend = NativeBackend(model)
     backend.prepare(ALL_LOW)
-    importance = backend.low._important(2, "gate")
+    importance = backend.low._column_importance(2, "gate")
     assert importance[:8].min() > 10 * importance[8:].mean()
     assert importance.mean() == pytest.approx(1, rel=0.01)
     copy = backend.low.mlp(2).gate

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
 import pytest
@@ -14,7 +17,7 @@ from test_native import DTYPES, tokens, wide_model
 
 from knn_ssd import Engine
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend
-from knn_ssd.backends.native.prefix_cache import LEAST_LENGTH, CachedPrefix, PrefixCache
+from knn_ssd.backends.native.prefix_cache import MIN_LENGTH, CachedPrefix, PrefixCache
 from knn_ssd.errors import UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.plan import Plan, Policy
@@ -31,7 +34,7 @@ PER_TOKEN = prefix([0]).bytes
 
 
 @given(
-    some=st.lists(st.lists(st.integers(0, 1), min_size=LEAST_LENGTH - 4, max_size=LEAST_LENGTH + 12), max_size=12),
+    some=st.lists(st.lists(st.integers(0, 1), min_size=MIN_LENGTH - 4, max_size=MIN_LENGTH + 12), max_size=12),
     room=st.integers(0, 80),
     asked=st.lists(st.integers(0, 1), max_size=40),
 )
@@ -45,11 +48,11 @@ def test_the_store_is_bounded_and_finds_the_longest(some: list[list[int]], room:
             while sum(map(len, kept)) + len(each) > room:
                 kept.pop(0)
             kept.append(each)
-        assert store.bytes == sum(map(len, kept)) * PER_TOKEN <= store.most_bytes
+        assert store.bytes == sum(map(len, kept)) * PER_TOKEN <= store.max_bytes
     shared = [sum(takewhile(bool, (1 if a == b else 0 for a, b in zip(k, asked, strict=False)))) for k in kept]
     found = store.find(asked)
     longest = max(shared, default=0)
-    assert (found[1] if found else 0) == (longest if longest >= LEAST_LENGTH else 0)
+    assert (found[1] if found else 0) == (longest if longest >= MIN_LENGTH else 0)
 
 
 def test_what_was_used_stays_longest() -> None:
@@ -88,7 +91,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_the_same_bits(family: str, dt
     one, other = keeping.open(200, store), forgetful.open(200)
     reused, whole = one.prefill(own), other.prefill(own)
     expected = min(ran, len(own) - 1)
-    assert reused.reused == (expected if expected >= LEAST_LENGTH else 0)
+    assert reused.reused == (expected if expected >= MIN_LENGTH else 0)
     assert whole.reused == 0
     for name in ("logits", "mean", "last"):
         assert torch.equal(getattr(reused, name), getattr(whole, name))
@@ -128,3 +131,52 @@ def test_engines_on_one_target_keep_their_own() -> None:
 def test_less_than_nothing_cannot_be_kept() -> None:
     with pytest.raises(UsageError, match="prefix_cache must be 0 or more bytes, got -1"):
         Engine(endless(wide_model("llama")), prefix_cache=-1)
+
+
+def test_a_search_survives_another_threads_search() -> None:
+    """While one search compares tokens, another one moves its own prefix to the end of the store."""
+    store = PrefixCache(2**20)
+    first, second = [1] * 40, [*[1] * 20, *[2] * 20]
+    for each in (first, second):
+        assert store.wants(each, len(each) * PER_TOKEN)
+        store.add(prefix(each))
+
+    class Interrupted(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            store.find(first)
+            return super().__iter__()
+
+    found = store.find(Interrupted(second))
+    assert found is not None
+    assert (list(found[0].token_ids), found[1]) == (second, 40)
+
+
+def test_the_same_prefix_is_added_once() -> None:
+    store = PrefixCache(2**20)
+    assert store.wants([1] * 20, 20 * PER_TOKEN)
+    assert store.wants([1] * 20, 20 * PER_TOKEN)
+    for _ in range(2):
+        store.add(prefix([1] * 20))
+    assert store.bytes == 20 * PER_TOKEN
+
+
+def test_threads_that_share_a_prefix_cache_get_what_they_would_get_alone() -> None:
+    """Prompts of some 600 tokens share their first tokens; one store keeps them all, the other one a few of them."""
+    model = endless(wide_model("llama", max_position_embeddings=1024))
+    prompts = [[*tokens(80 * (i % 7) + 40, 1), *tokens(560 - 80 * (i % 7), 2 + i)] for i in range(28)]
+    alone = Engine(model)
+    expected = [alone.generate(prompt, max_new_tokens=3).token_ids for prompt in prompts]
+    engines = [Engine(model, prefix_cache=room * 2**20) for room in (8, 256, 256, 256)]
+
+    def outputs(seed: int) -> list[bool]:
+        order = random.Random(seed).sample(range(len(prompts)), len(prompts))
+        return [e.generate(prompts[i], max_new_tokens=3).token_ids == expected[i] for e in engines for i in order * 2]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that threads meet within the store's methods
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            equal = [each for part in pool.map(outputs, range(4)) for each in part]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(equal), f"{equal.count(False)} of {len(equal)} outputs differ"

@@ -1,1 +1,1 @@
-"""The C kernels: sources in `csrc/`, compiled once for this processor, and their binding."""
+"""The C kernels: sources in `csrc/`, their build for this processor, and their Python binding."""

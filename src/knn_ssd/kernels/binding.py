@@ -1,43 +1,30 @@
-"""Compiles `kernels.c` for this processor, once, and binds it.
+"""Binds the C kernels: their structures, their entry points, and whether they can be used on this machine.
 
-A C compiler with OpenMP is needed where the kernels are to run; without one, or with KNN_SSD_KERNELS=off, everything
-works on the general target, slower and without low-bit drafts. Where the processor has a tile unit (AMX), bfloat16
-weights go through it, unless KNN_SSD_KERNELS=vectors. The compiled file is kept in the cache directory, under
-a name that changes with the source, the compiler and the processor.
+A C compiler with OpenMP is needed. Without one, or with KNN_SSD_KERNELS=off, everything runs on the transformers
+backend, slower and without low-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
+unless KNN_SSD_KERNELS=vectors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from ctypes import POINTER, c_double, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from knn_ssd.errors import KnnSsdError
-from knn_ssd.io import cache_directory, writing
-
-_SOURCE = Path(__file__).parent / "csrc" / "kernels.c"
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fPIC", "-std=gnu11", "-w")
+from knn_ssd.kernels.build import KernelsUnavailable, library_path
 
 FLOAT32, BFLOAT16, INT4 = range(3)
-GROUP = 64  # columns that share a scale in a 4-bit matrix
-
-
-class KernelsUnavailable(KnnSsdError):
-    """The kernels cannot be compiled or loaded here; says why. Never reaches a user: the general target takes over."""
+GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
 
 
 class Matrix(ctypes.Structure):
-    """A weight matrix where it lies; see kernels.c."""
+    """A weight matrix where it lies; see csrc/kernels.h, also for the other structures."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -46,7 +33,7 @@ class Matrix(ctypes.Structure):
         ("rows", c_int64),
         ("cols", c_int64),
         ("kind", c_int64),
-        ("seen", c_void_p),
+        ("input_squares", c_void_p),
     )
 
 
@@ -57,7 +44,7 @@ class Attention(ctypes.Structure):
         *((name, Matrix) for name in ("q", "k", "v", "o")),
         *((name, c_void_p) for name in ("norm", "q_norm", "k_norm")),
         *((name, c_double) for name in ("epsilon", "scale")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary", "window")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
     )
 
 
@@ -68,22 +55,38 @@ class Mlp(ctypes.Structure):
 
 
 class BatchEntry(ctypes.Structure):
-    """Where some rows of a pass stand: positions, cache, pointer, and how many they are."""
+    """The rows of one session in a batch: rotary tables, KV cache, first position, run length and number of rows."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("cosines", "sines")),
-        *((name, c_void_p) for name in ("keys", "values", "low_keys", "low_values", "key_scales", "value_scales")),
-        *((name, c_int64) for name in ("capacity", "position", "run", "count")),
+        *((name, c_void_p) for name in ("keys", "values", "int8_keys", "int8_values", "key_scales", "value_scales")),
+        *((name, c_int64) for name in ("capacity", "position", "run_length", "n_rows")),
     )
 
 
-_SIGNATURES = {
-    "knn_ssd_forward": (c_void_p, c_void_p, c_int64, POINTER(BatchEntry), c_int64, c_void_p),
+_STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Attention, Mlp, BatchEntry)
+
+
+def _check_status(status: int, function: Any, _: tuple[Any, ...]) -> None:
+    if status:
+        raise MemoryError(
+            f"{function.__name__} could not allocate its scratch memory; run fewer rows or a shorter context"
+        )
+
+
+# Entry points: the type of the result, or the check of a status, and the types of the arguments.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "knn_ssd_forward": (_check_status, c_void_p, c_void_p, c_int64, POINTER(BatchEntry), c_int64, c_void_p),
     "knn_ssd_lm_head": (
-        *(POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
+        *(_check_status, POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
-    "knn_ssd_quantise": (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
+    "knn_ssd_quantise": (None, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
+    "knn_ssd_struct_sizes": (POINTER(c_int64),),
+    "knn_ssd_lanes": (c_int64,),
+    "knn_ssd_uses_tiles": (c_int64,),
+    "knn_ssd_enable_tiles": (None, c_int64),
+    "knn_ssd_release_threads": (None,),
 }
 
 
@@ -91,7 +94,7 @@ def kernels() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        KernelsUnavailable: says why.
+        KernelsUnavailable: they cannot be compiled or loaded; the message says why.
     """
     found = _found()
     if isinstance(found, KernelsUnavailable):
@@ -107,29 +110,37 @@ def kernels_obstacle() -> str | None:
 
 @functools.cache
 def _found() -> ctypes.CDLL | KernelsUnavailable:
-    """The kernels, or why not: compiled, or tried in vain, once in a process."""
+    """The kernels, or why there are none; they are compiled and loaded at most once in a process."""
+    requested = os.environ.get("KNN_SSD_KERNELS", "").lower()
+    if requested in ("off", "0", "no"):
+        return KernelsUnavailable("the environment sets KNN_SSD_KERNELS=off")
     try:
-        return _loaded()
+        library = load(library_path())
     except KernelsUnavailable as error:
         return error
-
-
-def _loaded() -> ctypes.CDLL:
-    asked = os.environ.get("KNN_SSD_KERNELS", "").lower()
-    if asked in ("off", "0", "no"):
-        raise KernelsUnavailable("the environment says KNN_SSD_KERNELS=off")
-    try:
-        library = ctypes.CDLL(str(_compiled()))
     except (OSError, KnnSsdError) as error:
-        raise KernelsUnavailable(f"the kernels cannot be used: {error}") from error
-    for name, arguments in _SIGNATURES.items():
+        return KernelsUnavailable(f"the kernels cannot be used: {error}")
+    library.knn_ssd_enable_tiles(requested != "vectors")
+    return library
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Loads a compiled library and declares its entry points.
+
+    Raises:
+        KernelsUnavailable: its structures have other sizes than those of this module.
+        OSError: it cannot be loaded.
+    """
+    library = ctypes.CDLL(str(path))
+    for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    library.knn_ssd_lanes.restype = c_int64
-    library.knn_ssd_uses_tiles.restype = c_int64
-    library.knn_ssd_enable_tiles.argtypes, library.knn_ssd_enable_tiles.restype = (c_int64,), None
-    library.knn_ssd_enable_tiles(asked != "vectors")
-    library.knn_ssd_release_threads.restype = None
+        function.argtypes, function.restype = arguments, result
+        if result is _check_status:
+            function.restype, function.errcheck = c_int, _check_status
+    sizes = [ctypes.sizeof(each) for each in _STRUCTURES]
+    compiled = library.knn_ssd_struct_sizes()[: len(sizes)]
+    if compiled != sizes:
+        raise KernelsUnavailable(f"the compiled structures take {compiled} bytes, those of the binding {sizes}")
     return library
 
 
@@ -139,55 +150,16 @@ def uses_tiles() -> bool:
 
 
 def release_threads() -> None:
-    """Called by a thread that has run the model, before another one does so for good; else passes take twice as long
-    there. It may run the model again, at the other's cost.
+    """Ends the idle OpenMP threads of the calling thread, and frees its scratch memory.
+
+    A thread that has run the model calls it before another one takes over, whose forward passes would else take twice
+    as long. It may run the model again, at the other's cost.
     """
     if kernels_obstacle() is None:
         kernels().knn_ssd_release_threads()
 
 
 def address(array: torch.Tensor | None) -> int | None:
-    """Where a contiguous tensor lies."""
+    """Address of a contiguous tensor's data; None for None."""
     assert array is None or array.is_contiguous()
     return None if array is None else array.data_ptr()
-
-
-def _compiled() -> Path:
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if shutil.which(compiler[0]) is None:
-        raise KernelsUnavailable(f"no C compiler was found ('{compiler[0]}')", "Install gcc, or set CC.")
-    name = hashlib.sha256("\0".join([_SOURCE.read_text("utf-8"), *compiler, *_FLAGS, *_processor()]).encode())
-    path = cache_directory() / "kernels" / f"{name.hexdigest()[:16]}.so"
-    if not path.exists():
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-                made = Path(folder) / "kernels.so"
-                _compile(compiler, made)
-                os.replace(made, path)
-    return path
-
-
-def _compile(compiler: list[str], made: Path) -> None:
-    compiled = made.with_suffix(".o")
-    own = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))  # torch's, so that there is one pool
-    commands = (
-        [*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-        [*compiler, "-shared", str(compiled), "-o", str(made), *(own[:1] or ["-fopenmp"]), "-lm"],
-    )
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            first = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise KernelsUnavailable(f"{compiler[0]} failed with exit code {done.returncode} ({first})")
-
-
-def _processor() -> tuple[str, ...]:
-    """What code made for this processor depends on."""
-    flags = ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        pass
-    return (platform.machine(), platform.processor(), flags, torch.__version__)

@@ -1,1 +1,1 @@
-"""Llama-like decoders on the processor: a whole forward pass in one call of the C kernels."""
+"""Llama-like decoders on the CPU: a whole forward pass in one call of the C kernels."""

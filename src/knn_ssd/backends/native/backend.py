@@ -1,13 +1,14 @@
-"""The lean target: Llama, Mistral, Qwen2, Qwen3 and kin on the processor, a whole pass in one call of `kernels.c`.
+"""The native backend: Llama, Mistral, Qwen2, Qwen3 and kin on the CPU, a whole forward pass in one call of C code.
 
-Weights stay where the checkpoint's tensors lie; activations, keys and values are float32. A row's logits are the same
-bits whatever block it is computed in, by construction: so speculative output is plain decoding's, bit for bit, and in
-bfloat16 it is what the same weights give in float32.
+Weights are read where the checkpoint's tensors lie; activations, keys and values are float32. By construction, a row's
+logits have the same bits in whatever block of rows it is computed. So speculative output equals plain decoding's bit
+for bit, and bfloat16 weights give what the same weights give in float32.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,41 +29,41 @@ from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address,
 from knn_ssd.plan import Mode, Plan
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SAMPLE_TOKENS = 64  # whose activations 4-bit copies are fitted to
-_FIRST_POSITIONS = 2048
+_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
+_FIRST_POSITIONS = 2048  # in the rotary tables at first
 
 
 def native_obstacle(model: PreTrainedModel) -> str | None:
-    """None if the model can run on the lean target here, else the reason."""
+    """None if the model can run on the native backend on this machine, else the reason."""
     return next(_obstacles(model), None)
 
 
 def _obstacles(model: PreTrainedModel) -> Iterator[str]:
-    """Why a model cannot run here; each is looked for only where those before it are not in the way."""
+    """The reasons why a model cannot run, in order; each check relies on those before it."""
     config = model.config
     if config.model_type not in NATIVE_FAMILIES:
         yield f"the architecture {config.model_type} is not among {', '.join(NATIVE_FAMILIES)}"
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         yield "it has no LM head"
     if any(weight.device.type != "cpu" for weight in model.parameters()):
-        yield "it is not on the processor"
-    if strange := _strange_modules(model):
-        yield f"it has been changed: {strange}"
+        yield "its weights are not on the CPU"
+    if modification := _modification(model):
+        yield f"it was modified: {modification}"
     if config.hidden_act != "silu":
-        yield f"its activation is {config.hidden_act}"
+        yield f"its activation function is {config.hidden_act}"
     if unavailable := kernels_obstacle():
         yield unavailable
     lanes = kernels().knn_ssd_lanes()
     layers: Any = model.base_model.layers
     widths = {module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
     if odd := sorted(width for width in widths if width % (2 * lanes)):
-        yield f"a width of {odd[0]} is no multiple of {2 * lanes}"
+        yield f"a linear layer has {odd[0]} inputs, which is not a multiple of {2 * lanes}"
     if layers[0].self_attn.head_dim % lanes:
-        yield f"heads of {layers[0].self_attn.head_dim} are no multiple of {lanes}"
+        yield f"its head size is {layers[0].self_attn.head_dim}, which is not a multiple of {lanes}"
 
 
-def _strange_modules(model: PreTrainedModel) -> str | None:
-    """What is not as the family's own code has it: wrapped or hooked modules, other dtypes, strided weights."""
+def _modification(model: PreTrainedModel) -> str | None:
+    """The first difference from the family's own code: a wrapped or hooked module, another dtype, a strided weight."""
     for name, module in model.named_modules():
         own = (
             type(module).__module__
@@ -82,20 +83,20 @@ def _strange_modules(model: PreTrainedModel) -> str | None:
 
 
 class NativeBackend:
-    """A Llama-like decoder as a target.
+    """Executes a Llama-like target model with the C kernels; see `base.Backend`.
 
     Args:
-        model: on the processor, in float32 or bfloat16; left as it is.
+        model: a model on the CPU, in float32 or bfloat16; it is not changed.
 
     Raises:
-        UnsupportedModelError: another kind of model, or no kernels here; says why.
+        UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
     """
 
     modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
 
     def __init__(self, model: PreTrainedModel) -> None:
         if reason := native_obstacle(model):
-            raise UnsupportedModelError(f"{type(model).__name__} cannot run on the lean target: {reason}")
+            raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
         self.structure = find_structure(model)
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         config = model.config
@@ -111,9 +112,9 @@ class NativeBackend:
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
-        self.vocab_size = int(self.head.rows)  # which may be padded beyond the config's vocabulary
+        self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
         self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
-        self._rotary = base.rotary_emb
+        self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
         self._exactness: Exactness | None = None
@@ -129,7 +130,7 @@ class NativeBackend:
         return self.low.bytes
 
     def prepare(self, plan: Plan) -> None:
-        """Makes the low-bit copies that a plan uses."""
+        """Makes the 4-bit copies that a plan uses."""
         self._resolve(plan)
 
     def open(
@@ -146,10 +147,10 @@ class NativeBackend:
         """Runs the rows of several sessions; rows under the same modes read the weights once.
 
         Args:
-            requests: of sessions of this backend.
+            requests: one for each session of this backend.
 
         Returns:
-            Their outputs, in the same order; each has the bits that it would have alone.
+            The outputs in the same order; each has the bits that it would have alone.
         """
         groups: dict[int, list[ForwardRequest]] = {}
         for request in requests:
@@ -161,21 +162,23 @@ class NativeBackend:
         return [outputs[id(request)] for request in requests]
 
     def embed(self, token: int) -> torch.Tensor:
-        """The state (1, D) of a token before the first layer."""
+        """The hidden state (1, D) of a token before the first layer."""
         return self.embedding[token][None].float()
 
     def run_layer(self, layer: int, states: torch.Tensor, cache: KVCache, position: int) -> torch.Tensor:
-        """States (m, D) after one layer of the full model, each as if it alone stood at `position`; writes nothing.
+        """Hidden states (m, D) after one layer of the full model, each as if it were the only row at `position`.
+
+        The KV cache is not written.
 
         Args:
-            layer: which.
-            states: (m, D) before the layer.
-            cache: keys and values of the tokens before `position`.
-            position: in tokens.
+            layer: index of the layer.
+            states: hidden states (m, D) before the layer.
+            cache: KV cache with the tokens before `position`.
+            position: position of every row, in tokens.
         """
         plan = self._resolve(None)
         x = states.clone(memory_format=torch.contiguous_format)
-        attention, mlp = ((ctypes.c_void_p * 1)(pointers[layer]) for pointers in (plan.attentions, plan.mlps))
+        attention, mlp = ((ctypes.c_void_p * 1)(addresses[layer]) for addresses in (plan.attentions, plan.mlps))
         tensors = (*self._rotary_tables(position + 1), *(part[layer] for part in cache.tensors))
         entry = BatchEntry(*map(address, tensors), cache.capacity, position, 1, 1)
         entries = (BatchEntry * len(states))(*[entry] * len(states))
@@ -184,17 +187,17 @@ class NativeBackend:
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (at least `count`, rotary) in float32."""
-        known = len(self._positions[0])
-        if known < count:  # never beyond the context, where some rotary embeddings change
-            self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
-        return self._positions
+        with self._rotary_lock:
+            known = len(self._positions[0])
+            if known < count:  # never beyond the context length, where some rotary embeddings change
+                self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
+            return self._positions
 
     def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
-        if key not in self._resolved:
-            self._resolved[key] = self._make_resolved(plan)
-        return self._resolved[key]
+        resolved = self._resolved.get(key)
+        return resolved or self._resolved.setdefault(key, self._make_resolved(plan))  # one for all threads
 
     def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
         if plan is None:
@@ -202,17 +205,17 @@ class NativeBackend:
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
         head = self.low.head() if plan.head is Mode.LOW else self.head
-        attentions = _pointers(plan.attention, self.attentions, self.low.attention)
-        return _ResolvedPlan(attentions, _pointers(plan.mlp, self.mlps, self.low.mlp), head)
+        attentions = _addresses(plan.attention, self.attentions, self.low.attention)
+        return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
-        """Runs tokens from all over the vocabulary through sublayers and a head like the model's own."""
+        """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
         count = min(_SAMPLE_TOKENS, self.context_length)
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
         sampled = _ResolvedPlan(
-            _pointers(kept, attentions, attentions.__getitem__), _pointers(kept, mlps, mlps.__getitem__), head
+            _addresses(kept, attentions, attentions.__getitem__), _addresses(kept, mlps, mlps.__getitem__), head
         )
         self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
         session.close()
@@ -281,7 +284,7 @@ class NativeBackend:
 
 @dataclass(frozen=True, slots=True)
 class _ResolvedPlan:
-    """The sublayers and the head of a plan, as the kernels take them."""
+    """The sublayers and the head under a plan, in the form that the kernels take."""
 
     attentions: Any
     mlps: Any
@@ -290,12 +293,12 @@ class _ResolvedPlan:
 
 def _batch_entry(request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
     cache: KVCache = request.cache
-    pointers = map(address, (*tables, *cache.tensors))
-    return BatchEntry(*pointers, cache.capacity, request.position, request.run_length, len(request.token_ids))
+    tensors = map(address, (*tables, *cache.tensors))
+    return BatchEntry(*tensors, cache.capacity, request.position, request.run_length, len(request.token_ids))
 
 
-def _pointers(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
-    """The addresses of each layer's sublayer in its mode; null where it is skipped."""
-    made = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
-    addresses = [None if mode is Mode.SKIP else ctypes.addressof(made[mode](i)) for i, mode in enumerate(modes)]
+def _addresses(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
+    """An array of the addresses of each layer's sublayer in its mode; null where it is skipped."""
+    sublayer = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
+    addresses = [None if mode is Mode.SKIP else ctypes.addressof(sublayer[mode](i)) for i, mode in enumerate(modes)]
     return (ctypes.c_void_p * len(addresses))(*addresses)

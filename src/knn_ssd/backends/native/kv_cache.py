@@ -1,4 +1,4 @@
-"""The native backend's KV cache: float32 keys and values, and the same rounded to 8 bits for drafts."""
+"""The native backend's KV cache: float32 keys and values, and 8-bit copies of them for drafts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ class KVCache:
     """Keys and values of one session, in the order in which the kernels take them.
 
     The 8-bit copies, with a scale for each vector, are what 4-bit attention sublayers read and write (after arXiv
-    2502.10424): with long prompts or many clients a draft would otherwise read as many bytes of keys and values as of
+    2502.10424). With long prompts or large batches, a draft would otherwise read as many bytes of keys and values as of
     weights.
 
     Args:
-        num_layers, kv_heads, head_dim: of the model.
-        capacity: the most tokens it can hold.
+        num_layers, kv_heads, head_dim: sizes of the model.
+        capacity: the most tokens that the cache can hold.
 
     Attributes:
         tensors: keys and values (L, kv_heads, capacity, head_dim) in float32, then in int8, then the scales of these

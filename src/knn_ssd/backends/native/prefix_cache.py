@@ -1,23 +1,24 @@
-"""Keys and values that earlier sessions computed, for prompts that begin as theirs did."""
+"""A prefix cache: the KV cache of earlier sessions, for prompts with the same first tokens."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-LEAST_LENGTH = 16  # tokens that are worth a copy
+MIN_LENGTH = 16  # tokens; copying the KV cache of fewer saves no time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedPrefix:
-    """What a session computed for the tokens it committed.
+    """What a session computed for its first committed tokens.
 
     Args:
-        token_ids: n of them.
-        cache: keys and values, (L, kv_heads, n, …) each, as the session has them.
-        hidden: (n, D) after the final norm.
+        token_ids: the n tokens.
+        cache: the tensors of the session's KV cache up to n, (L, kv_heads, n, …) each.
+        hidden: (n, D) hidden states after the final norm.
     """
 
     token_ids: tuple[int, ...]
@@ -26,57 +27,78 @@ class CachedPrefix:
 
     @property
     def bytes(self) -> int:
+        """Memory of the tensors."""
         return sum(part.nbytes for part in self.cache) + self.hidden.nbytes
 
     def copy(self) -> CachedPrefix:
-        """The same, sharing no memory."""
+        """A copy that shares no memory with this one."""
         parts = (*self.cache, self.hidden)
         *cache, hidden = (part.clone(memory_format=torch.contiguous_format) for part in parts)
         return CachedPrefix(self.token_ids, tuple(cache), hidden)
 
 
 class PrefixCache:
-    """A bounded store of prefixes; the least recently used go first.
+    """A bounded store of prefixes, from which the least recently used are evicted first. Threads can share it.
 
     Args:
-        most_bytes: what all of them together may take.
+        max_bytes: memory that all prefixes together may take.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
-        self._kept: list[CachedPrefix] = []  # the least recently used first
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._kept: tuple[CachedPrefix, ...] = ()  # the least recently used first; replaced, never changed
+        self._lock = threading.Lock()  # held while it is replaced
 
     @property
     def bytes(self) -> int:
-        return sum(prefix.bytes for prefix in self._kept)
+        """Memory of all prefixes."""
+        return _bytes(self._kept)
 
     def find(self, token_ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """The prefix that has the most first tokens in common with these, and how many."""
-        lengths = [_common(prefix.token_ids, token_ids) for prefix in self._kept]
+        """The prefix that shares the most first tokens with these, and how many; None if they are too few.
+
+        The prefix stays valid for the caller when it is evicted meanwhile.
+        """
+        kept = self._kept
+        lengths = [_common_length(prefix.token_ids, token_ids) for prefix in kept]
         longest = max(lengths, default=0)
-        if longest < LEAST_LENGTH:
+        if longest < MIN_LENGTH:
             return None
-        prefix = self._kept.pop(lengths.index(longest))
-        self._kept.append(prefix)
+        prefix = kept[lengths.index(longest)]
+        with self._lock:
+            if prefix in self._kept:
+                self._kept = (*(p for p in self._kept if p is not prefix), prefix)
         return prefix, longest
 
     def wants(self, token_ids: Sequence[int], num_bytes: int) -> bool:
-        """Whether tokens whose prefix takes so much are worth keeping; makes room for it if they are."""
-        if len(token_ids) < LEAST_LENGTH or num_bytes > self.most_bytes:
-            return False
-        if any(_common(prefix.token_ids, token_ids) == len(token_ids) for prefix in self._kept):
-            return False
-        self._kept = [p for p in self._kept if _common(p.token_ids, token_ids) < len(p.token_ids)]
-        while self._kept and self.bytes + num_bytes > self.most_bytes:
-            self._kept.pop(0)
-        return True
+        """Whether a prefix of these tokens, which takes `num_bytes`, is worth keeping; if so, makes room for it."""
+        with self._lock:
+            return self._make_room(token_ids, num_bytes)
 
     def add(self, prefix: CachedPrefix) -> None:
-        """Keeps what was wanted."""
-        self._kept.append(prefix)
+        """Keeps a prefix, unless another thread has added the same tokens since `wants`."""
+        with self._lock:
+            if self._make_room(prefix.token_ids, prefix.bytes):
+                self._kept = (*self._kept, prefix)
+
+    def _make_room(self, token_ids: Sequence[int], num_bytes: int) -> bool:
+        if len(token_ids) < MIN_LENGTH or num_bytes > self.max_bytes:
+            return False
+        shared = [_common_length(prefix.token_ids, token_ids) for prefix in self._kept]
+        if len(token_ids) in shared:
+            return False
+        kept = [p for p, length in zip(self._kept, shared, strict=True) if length < len(p.token_ids)]
+        while kept and _bytes(kept) + num_bytes > self.max_bytes:
+            kept.pop(0)
+        self._kept = tuple(kept)
+        return True
 
 
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
+def _bytes(prefixes: Sequence[CachedPrefix]) -> int:
+    return sum(prefix.bytes for prefix in prefixes)
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first tokens two sequences share."""
-    pairs = zip(some, others, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

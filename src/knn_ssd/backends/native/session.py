@@ -1,4 +1,4 @@
-"""One request on the native backend: its KV cache, its cursor, and the forward passes that it asks for."""
+"""A session of the native backend: the KV cache, the cursor and the forward passes of one request."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.prefix_cache import CachedPrefix, PrefixCache
 from knn_ssd.plan import Plan
 
-PREFILL_CHUNK = 64  # rows of a prompt that go through the layers together
+PREFILL_CHUNK = 64  # tokens of a prompt in one forward pass
 
 
 class NativeSession(CursorSession):
     """One request on a `NativeBackend`; see `base.Session`.
 
     Args:
-        cache: the KV cache, empty.
-        hidden_size: D.
-        forward: runs its forward passes.
-        prefix_cache: where it finds and leaves the KV cache of prompts with the same first tokens.
+        cache: an empty KV cache.
+        hidden_size: the model's D.
+        forward: function that runs a forward pass.
+        prefix_cache: store in which the KV cache of prompts with the same first tokens is found and left.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class NativeSession(CursorSession):
         self.cache: KVCache | None = cache
         self._forward = forward
         self._prefix_cache = prefix_cache
-        self._hidden = torch.empty(cache.capacity, hidden_size)  # of the rows that the full model ran
-        self._token_ids: list[int] = []  # up to the end of the last forward pass
+        self._hidden = torch.empty(cache.capacity, hidden_size)  # hidden states of the tokens that the full model ran
+        self._token_ids: list[int] = []  # those of the last forward pass included
 
     def prefill(self, token_ids: list[int]) -> Prefill:
         assert self.length == 0, "prefill is for an empty session"
@@ -48,7 +48,7 @@ class NativeSession(CursorSession):
             self._cursor.ran(len(chunk), None)
             self._cursor.commit(len(chunk))
         hidden = self._hidden[: len(token_ids)]
-        mean = hidden.mean(dim=0, dtype=torch.float64).float()  # at once: reused rows change no bit
+        mean = hidden.mean(dim=0, dtype=torch.float64).float()  # in one sum, so that reused rows change no bit
         return Prefill(logits[-1], mean, hidden[-1].clone(), time.perf_counter() - started, reused)
 
     def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
@@ -76,7 +76,7 @@ class NativeSession(CursorSession):
         return output.logits
 
     def _reuse(self, token_ids: Sequence[int]) -> int:
-        """Copies what the prefix cache has for the first of these tokens, and says for how many."""
+        """Copies the KV cache of the longest cached prefix of these tokens; returns its length."""
         found = self._prefix_cache.find(token_ids) if self._prefix_cache is not None else None
         if found is None:
             return 0
@@ -91,7 +91,7 @@ class NativeSession(CursorSession):
         return count
 
     def _keep(self) -> None:
-        """Leaves what the full model ran to the prefix cache."""
+        """Adds the tokens that the full model ran to the prefix cache."""
         store, count = self._prefix_cache, self._cursor.verified
         if store is None or self.cache is None:
             return

@@ -1,0 +1,62 @@
+/* The MLP sublayer, and the entry points that run layers and the LM head. */
+#include "attention.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
+
+/* x (n, D) += down(silu(gate(h)) * up(h)) with h = norm(x). */
+static int mlp(const Mlp *m, float *x, int64_t n) {
+    const int64_t width = m->gate.cols, inner = m->gate.rows;
+    scratch_reset();
+    float *normed = scratch_take(n, width * 4), *out = scratch_take(n, width * 4);
+    float *gate = scratch_take(n, inner * 4), *up = scratch_take(n, inner * 4);
+    if (scratch_failed()) return OUT_OF_MEMORY;
+    for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, m->norm, m->epsilon, normed + r * width);
+    if (linear((const Matrix *[]){&m->gate, &m->up}, 2, normed, n, (float *[]){gate, up})) return OUT_OF_MEMORY;
+    OMP(parallel for if (n * inner > 16384))
+    for (int64_t i = 0; i < n * inner; i += LANES) {
+        const Floats g = load(gate + i);
+        store(gate + i, g / (1.0f + exponential(-g)) * load(up + i));
+    }
+    if (linear((const Matrix *[]){&m->down}, 1, gate, n, (float *[]){out})) return OUT_OF_MEMORY;
+    add_residual(x, out, n * width);
+    return SUCCESS;
+}
+
+int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const BatchEntry *entries,
+                    int64_t n_entries, float *x) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < n_entries; i++) n += entries[i].n_rows;
+    for (int64_t layer = 0; layer < layers; layer++) {
+        if (attentions[layer] && attention(attentions[layer], entries, n_entries, layer, x, n)) return OUT_OF_MEMORY;
+        if (mlps[layer] && mlp(mlps[layer], x, n)) return OUT_OF_MEMORY;
+    }
+    return SUCCESS;
+}
+
+int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
+                    const int64_t *selected, int64_t n_selected, float *hidden, float *logits) {
+    const int64_t width = head->cols;
+    for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, norm, epsilon, hidden + r * width);
+    if (!n_selected) return SUCCESS;
+    scratch_reset();
+    float *rows = scratch_take(n_selected, width * 4);
+    if (!rows) return OUT_OF_MEMORY;
+    for (int64_t r = 0; r < n_selected; r++) memcpy(rows + r * width, hidden + selected[r] * width, (size_t)4 * width);
+    return linear((const Matrix *[]){head}, 1, rows, n_selected, (float *[]){logits});
+}
+
+const int64_t *knn_ssd_struct_sizes(void) {
+    static const int64_t sizes[] = {sizeof(Matrix), sizeof(Attention), sizeof(Mlp), sizeof(BatchEntry)};
+    return sizes;
+}
+
+int64_t knn_ssd_lanes(void) { return LANES; }
+
+void knn_ssd_release_threads(void) {
+    scratch_free();
+#if defined(_OPENMP) && (__GNUC__ >= 9 || _OPENMP >= 201811)
+    omp_pause_resource_all(omp_pause_hard);
+#endif
+}

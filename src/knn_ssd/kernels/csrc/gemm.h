@@ -1,0 +1,48 @@
+/* Linear layers: products of weight matrices with a few rows of inputs. */
+#ifndef KNN_SSD_GEMM_H
+#define KNN_SSD_GEMM_H
+
+#include "kernels.h"
+#include "vectors.h"
+
+#define K_STEP (2 * LANES) /* columns that a float kernel's inner loop takes at once; cols is a multiple of it */
+#define KC 512             /* columns whose inputs stay in the L1 cache */
+#define MC 32              /* matrix rows that a thread takes at once */
+#define MAX_ROWS 8         /* input rows that are multiplied with a matrix row while it is in registers */
+#define GROUP_SIZE 64      /* columns that share a scale in a 4-bit matrix */
+
+/* The inputs of a linear, in the order in which each kind of kernel reads them. */
+typedef struct {
+    float *panels;      /* float kernels: for every MAX_ROWS rows, (cols / K_STEP, rows of the panel, K_STEP) */
+    int8_t *int8;       /* 4-bit kernels: (n, groups, GROUP_SIZE) */
+    float *int8_scales; /* (n, groups) */
+    float *int8_sums;   /* (n, groups) sums of the dequantised inputs */
+    uint16_t *hi_lo;    /* the tile unit: see gemm_amx.c */
+} PackedInputs;
+
+/* How the tile unit of a thread is configured; zero if it is not. */
+typedef struct {
+    int64_t rows, cols;
+} TileShape;
+
+INLINE int64_t num_groups(const Matrix *m) { return ceil_div(m->cols, GROUP_SIZE); }
+
+/* y[j] (n, rows of matrix j) = matrix j applied to x (n, cols), for up to 3 matrices with the same number of columns. They
+ * are all of one kind, or some of them are 4-bit. */
+int linear(const Matrix *const *matrices, int count, const float *x, int64_t n, float *const *y);
+
+/* Quantises x (n, cols) to 8 bits, each group of columns with a scale of its own. */
+void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, float *sums);
+
+/* y = the rows of a 4-bit matrix from `first` on, `count` of them, applied to n input rows. */
+void int4_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
+
+/* The same for a bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */
+int amx_enabled(void);
+int64_t amx_packed_rows(int64_t n); /* of `hi_lo`, of 4 * cols bytes each */
+void amx_pack_inputs(const float *x, int64_t n, int64_t cols, uint16_t *hi_lo);
+void amx_gemm(const Matrix *m, int64_t first, int64_t count, const uint16_t *hi_lo, int64_t n, TileShape *shape, int is_cold,
+              float *y);
+void amx_release(const TileShape *shape);
+
+#endif

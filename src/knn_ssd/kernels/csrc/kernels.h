@@ -1,0 +1,80 @@
+/* The structures and entry points that the Python binding knows. `kernels/binding.py` mirrors them field by field.
+ *
+ * The sublayers of a Llama-like decoder run here on the CPU, for a few rows at a time. A row's result has the same bits
+ * whatever other rows are in its batch, however many threads work, and wherever a block of rows begins: every sum runs in
+ * an order that depends on the row alone. So a forward pass that verifies eight draft tokens computes what eight single
+ * steps would have computed. Activations, keys and values are float32; weights are read as they lie in the checkpoint,
+ * float32 or bfloat16, or as 4-bit copies for drafting.
+ *
+ * Matrices are (rows, cols), row-major: y[i] = dot(weight row i, x) + bias[i].
+ */
+#ifndef KNN_SSD_KERNELS_H
+#define KNN_SSD_KERNELS_H
+
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
+enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1 };
+
+typedef struct {
+    const void *data;       /* (rows, cols); INT4: see `store_group` in quantise.c */
+    const uint16_t *scales; /* INT4: (ceil(rows / LANES), groups, LANES, 2) bfloat16, w = level * scale + zero */
+    const float *bias;      /* (rows,) or null */
+    int64_t rows, cols, kind;
+    float *input_squares; /* (cols,) or null; a linear adds the squares of its inputs to that of its first matrix */
+} Matrix;
+
+typedef struct {
+    Matrix q, k, v, o;
+    const float *norm, *q_norm, *k_norm; /* (D,), (head_dim,) or null */
+    double epsilon, scale;
+    int64_t heads, kv_heads, head_dim, rotary_dim, window; /* window 0: no limit */
+} Attention;
+
+typedef struct {
+    Matrix gate, up, down;
+    const float *norm;
+    double epsilon;
+} Mlp;
+
+/* Keys and values, and their 8-bit copies, which 4-bit attention sublayers read and write. */
+typedef struct {
+    float *keys, *values;             /* (…, head_dim) */
+    int8_t *int8_keys, *int8_values;  /* (…, head_dim) */
+    float *key_scales, *value_scales; /* (…,) */
+} KVCache;
+
+/* The rows of one session in a batch. In teacher-forced scoring (run_length > 0) nothing is written to the KV cache: row i
+ * sees the cached keys up to the start of its run of `run_length` rows, and the forward pass's own keys from there. */
+typedef struct {
+    const float *cosines, *sines; /* (context, rotary_dim) */
+    KVCache cache;                /* (layers, kv_heads, capacity, …) */
+    int64_t capacity, position, run_length, n_rows;
+} BatchEntry;
+
+/* x (n, D) goes through all layers, for the rows of the batch's entries. A sublayer whose pointer is null is skipped. */
+EXPORT int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers,
+                           const BatchEntry *entries, int64_t n_entries, float *x);
+
+/* hidden (n, D) = norm(x); logits (n_selected, V) = head(hidden[selected]). */
+EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
+                           const int64_t *selected, int64_t n_selected, float *hidden, float *logits);
+
+/* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
+ * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
+EXPORT void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
+
+/* The sizes in bytes of Matrix, Attention, Mlp and BatchEntry. */
+EXPORT const int64_t *knn_ssd_struct_sizes(void);
+
+EXPORT int64_t knn_ssd_lanes(void);
+EXPORT void knn_ssd_enable_tiles(int64_t wanted);
+EXPORT int64_t knn_ssd_uses_tiles(void);
+
+/* Ends the calling thread's idle OpenMP workers and frees its scratch memory. While its workers live, those of another
+ * thread exceed the number of cores, and sleep at each of a forward pass's hundreds of barriers instead of spinning. */
+EXPORT void knn_ssd_release_threads(void);
+
+#endif

@@ -1,0 +1,91 @@
+/* 4-bit copies of matrices. */
+#include "quantise.h"
+
+#include "gemm.h"
+
+/* Quantises w (count,) with one scale and zero; returns the squared error, weighted by importance. */
+static float quantise_levels(const float *w, const float *importance, int64_t count, float scale, float zero, float *levels) {
+    const float inverse = scale != 0 ? 1 / scale : 0;
+    float error = 0;
+    OMP(simd reduction(+ : error))
+    for (int64_t i = 0; i < count; i++) {
+        float level = rintf((w[i] - zero) * inverse);
+        level = level < 0 ? 0 : level > 15 ? 15 : level;
+        levels[i] = level;
+        const float difference = level * scale + zero - w[i];
+        error += importance[i] * difference * difference;
+    }
+    return error;
+}
+
+/* Fits the scale and zero to the levels by weighted least squares. */
+static void refit(const float *w, const float *importance, int64_t count, const float *levels, float *scale, float *zero) {
+    float a = 0, b = 0, c = 0, d = 0, e = 0;
+    OMP(simd reduction(+ : a, b, c, d, e))
+    for (int64_t i = 0; i < count; i++) {
+        a += importance[i];
+        b += importance[i] * levels[i];
+        c += importance[i] * levels[i] * levels[i];
+        d += importance[i] * w[i];
+        e += importance[i] * levels[i] * w[i];
+    }
+    const float determinant = a * c - b * b;
+    if (determinant <= 1e-12f * a * c) return;
+    *scale = (a * e - b * d) / determinant;
+    *zero = (c * d - b * e) / determinant;
+}
+
+/* Quantises a group: levels (GROUP_SIZE,) with w = level * scales[0] + scales[1]. The best of n_ranges ranges, each refitted
+ * twice if there are several, is taken. */
+static void quantise_group(const float *w, const float *importance, int64_t count, int64_t n_ranges, uint8_t *levels,
+                           uint16_t *scales) {
+    float low = w[0], high = w[0], best = INFINITY, candidate[GROUP_SIZE], chosen[GROUP_SIZE] = {0};
+    for (int64_t i = 1; i < count; i++) {
+        low = fminf(low, w[i]);
+        high = fmaxf(high, w[i]);
+    }
+    const float middle = (low + high) / 2, half = (high - low) / 2;
+    for (int64_t range = 0; range < n_ranges; range++) {
+        float width = half * (1 - 0.05f * (float)range), scale = width / 7.5f, zero = middle - width;
+        for (int fit = 0; fit < (n_ranges > 1 ? 3 : 1); fit++) {
+            if (fit) refit(w, importance, count, candidate, &scale, &zero);
+            const uint16_t coded[2] = {float_to_bfloat16(scale), float_to_bfloat16(zero)};
+            const float error = quantise_levels(w, importance, count, bfloat16_to_float(coded[0]),
+                                                bfloat16_to_float(coded[1]), candidate);
+            if (error < best) {
+                best = error;
+                memcpy(chosen, candidate, sizeof chosen);
+                memcpy(scales, coded, sizeof coded);
+            }
+        }
+    }
+    for (int i = 0; i < GROUP_SIZE; i++) levels[i] = i < count ? (uint8_t)chosen[i] : 0;
+}
+
+/* Stores a group where the kernels read it: data (ceil(rows / LANES), groups, GROUP_SIZE / 8, LANES, 4), each byte with
+ * columns i and i + GROUP_SIZE / 2 of the group. */
+static void store_group(const uint8_t *levels, const uint16_t *scale, int64_t row, int64_t group, int64_t groups,
+                        uint8_t *data, uint16_t *scales) {
+    const int64_t index = row / LANES * groups + group, lane = row % LANES;
+    for (int i = 0; i < GROUP_SIZE / 2; i++)
+        data[((index * (GROUP_SIZE / 8) + i / 4) * LANES + lane) * 4 + i % 4] =
+            (uint8_t)(levels[i] | levels[i + GROUP_SIZE / 2] << 4);
+    memcpy(scales + (index * LANES + lane) * 2, scale, 4);
+}
+
+void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
+    const int64_t cols = m->cols, groups = num_groups(m);
+    OMP(parallel for schedule(static))
+    for (int64_t i = 0; i < m->rows; i++)
+        for (int64_t g = 0; g < groups; g++) {
+            float w[GROUP_SIZE] = {0};
+            uint8_t levels[GROUP_SIZE];
+            uint16_t scale[2] = {0, 0};
+            const int64_t first = g * GROUP_SIZE, count = min_int(cols - first, GROUP_SIZE);
+            for (int64_t c = 0; c < count; c++)
+                w[c] = m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[i * cols + first + c])
+                                           : ((const float *)m->data)[i * cols + first + c];
+            quantise_group(w, importance + first, count, n_ranges, levels, scale);
+            store_group(levels, scale, i, g, groups, data, scales);
+        }
+}

@@ -1,0 +1,30 @@
+/* Quantisation to 8 bits, of inputs and of keys and values. */
+#ifndef KNN_SSD_QUANTISE_H
+#define KNN_SSD_QUANTISE_H
+
+#include <math.h>
+
+#include "parallel.h"
+#include "vectors.h"
+
+/* Quantises x (count,) to 8 bits with one scale; returns the sum of the bytes. */
+INLINE int32_t quantise_vector(const float *x, int64_t count, int8_t *bytes, float *scale) {
+    float largest = 0;
+    OMP(simd reduction(max : largest))
+    for (int64_t i = 0; i < count; i++) {
+        float magnitude = fabsf(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float inverse = largest > 0 ? 127 / largest : 0;
+    int32_t total = 0;
+    OMP(simd reduction(+ : total))
+    for (int64_t i = 0; i < count; i++) {
+        int32_t level = (int32_t)rintf(x[i] * inverse);
+        bytes[i] = (int8_t)level;
+        total += level;
+    }
+    *scale = largest / 127;
+    return total;
+}
+
+#endif

@@ -1,0 +1,93 @@
+/* Vectors of LANES float32 values, and the arithmetic that all kernels share. */
+#ifndef KNN_SSD_VECTORS_H
+#define KNN_SSD_VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Uints __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
+typedef Uints UnalignedUints __attribute__((aligned(2), may_alias));
+typedef Bytes UnalignedBytes __attribute__((aligned(1), may_alias));
+
+INLINE Floats load(const float *p) { return *(const UnalignedFloats *)p; }
+INLINE void store(float *p, Floats a) { *(UnalignedFloats *)p = a; }
+INLINE Uints load_uints(const void *p) { return *(const UnalignedUints *)p; }
+INLINE Floats splat(float a) { return (Floats){0} + a; }
+
+/* The lanes of `a` where `mask` is all ones, those of `b` where it is zero. */
+INLINE Floats select_lanes(Ints mask, Floats a, Floats b) {
+    return (Floats)(((Uints)a & (Uints)mask) | ((Uints)b & ~(Uints)mask));
+}
+
+/* The sum of all lanes; the upper half is added to the lower one until one lane is left. */
+INLINE float horizontal_sum(Floats a) {
+    float lanes[LANES];
+    memcpy(lanes, &a, sizeof a);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+/* LANES signed bytes as float32. Compilers need many instructions for the generic form, so x86 has intrinsics. */
+INLINE Floats load_int8(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const UnalignedBytes *)p, Ints), Floats);
+#endif
+}
+
+/* exp(x) as in the Cephes library; the relative error is about 1e-7. */
+INLINE Floats exponential(Floats x) {
+    const Floats lowest = splat(-87.0f), highest = splat(88.0f);
+    x = select_lanes(x > lowest, x, lowest);
+    x = select_lanes(x < highest, x, highest);
+    Floats y = x * 1.44269504f;
+    Ints n = __builtin_convertvector(y + (Floats)(((Uints)y & 0x80000000u) | (Uints)splat(0.5f)), Ints);
+    Floats f = __builtin_convertvector(n, Floats);
+    x = x - f * 0.693359375f + f * 2.12194440e-4f;
+    Floats p = splat(1.9875691500e-4f);
+    p = p * x + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    p = p * x * x + x + 1.0f;
+    return p * (Floats)((n + 127) << 23);
+}
+
+INLINE float bfloat16_to_float(uint16_t bits) {
+    uint32_t word = (uint32_t)bits << 16;
+    float result;
+    memcpy(&result, &word, 4);
+    return result;
+}
+
+/* Rounds to the nearest bfloat16, ties to even. */
+INLINE uint16_t float_to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+INLINE int64_t min_int(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_int(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#endif
