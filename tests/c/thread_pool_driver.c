@@ -196,7 +196,11 @@ static void nested(int64_t jobs) {
 }
 
 static void *keep_calling(void *stop) {
-    while (!*(_Atomic int *)stop) count_all(50, 1);
+    while (!*(_Atomic int *)stop) {
+        pool_lock();
+        for (int i = 0; i < 20; i++) count_all(50, 1);
+        pool_unlock();
+    }
     return NULL;
 }
 
@@ -212,7 +216,7 @@ static void forked(int64_t jobs) {
         CHECK(child >= 0);
         if (!child) {
             alarm(20);
-            CHECK(pool_threads() == 3);
+            CHECK(pool_threads() == 3 && pool.n_workers == 0);
             count_some(20);
             CHECK(pool.n_workers == 2);
             pool_shutdown();
