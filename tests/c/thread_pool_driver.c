@@ -212,6 +212,7 @@ static void forked(int64_t jobs) {
     CHECK(!pthread_create(&caller, NULL, keep_calling, &stop));
     for (int64_t i = 0; i < jobs / 200; i++) {
         count_some(5);
+        sleep_ms(1); /* now the other thread has the lock again */
         pid_t child = fork();
         CHECK(child >= 0);
         if (!child) {
