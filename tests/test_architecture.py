@@ -198,7 +198,7 @@ def test_from_the_shell_to_the_kernels_there_are_seven_files(
 
     if kernels_obstacle() is not None:
         pytest.skip("no kernels here")
-    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32).save_pretrained(tmp_path)
     tiny_tokenizer(chat=True).save_pretrained(tmp_path)
     deepest: list[str] = []
     forward_batch = NativeBackend.forward_batch

@@ -80,7 +80,7 @@ class Request:
         session: the request's.
         prefill: its result.
         context: prompt and output so far.
-        route, plan: of the prompt; set by whoever routes it.
+        route, plan: of the prompt; set by the engine once the prompt is routed.
         drafter: None decodes plainly.
         route_sec: seconds from prompt vector to plan.
     """

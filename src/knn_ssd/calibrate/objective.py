@@ -33,7 +33,7 @@ _MIN_PAIRS, _MAX_PAIRS = 6, 48  # pairs of decodings until a plan is proven fast
 # One-sided significance level of Student's t after each pair. In simulation, over all pairs, a plan that is no faster
 # is proven in about 4 of 1000 cases, and one that is 1.16 times as fast in 95 of 100, even where pairs scatter by 0.2.
 _SIGNIFICANCE = 0.0003
-_MAX_GAIN = 0.25  # bound on one pair's gain or loss, so that other load on the machine weighs no more than that
+_MAX_GAIN = 0.25  # bound on one pair's gain or loss, so that other load on the machine counts for no more than that
 MIN_SPEEDUP = 1.02  # a plan is chosen only if it was timed to be this much faster than plain decoding
 _FALSE_REJECTION = 0.01  # probability that a plan with that speed-up is given up
 _MAX_LOSSES = 5  # a plan that lost so many more pairs than it won is given up

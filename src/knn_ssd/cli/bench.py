@@ -44,9 +44,39 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="M,…",
-        help="methods to compare, of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
+        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
         "low, auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
     )
+    _add_prompt_options(parser)
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=options.whole_number(2),
+        default=128,
+        help="maximum number of output tokens (default: 128)",
+    )
+    parser.add_argument(
+        "--repeats",
+        metavar="N",
+        type=options.whole_number(1),
+        default=1,
+        help="number of times that everything is run (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=options.number, default=0.0, help="0 is greedy (the default)"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=options.whole_number(0),
+        default=0,
+        help="seed of the order of prompts and of sampling (default: 0)",
+    )
+    options.add_model_options(parser)
+    options.add_atlas_options(parser)
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     stream = parser.add_argument_group("prompts")
     stream.add_argument(
         "--prompts",
@@ -74,32 +104,6 @@ def add_parser(subparsers: Any) -> None:
         help="probability that the next prompt is of another domain (default: 1)",
     )
     stream.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
-    parser.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=options.whole_number(2),
-        default=128,
-        help="maximum number of output tokens (default: 128)",
-    )
-    parser.add_argument(
-        "--repeats",
-        metavar="N",
-        type=options.whole_number(1),
-        default=1,
-        help="number of times that everything is run (default: 1)",
-    )
-    parser.add_argument(
-        "--temperature", metavar="T", type=options.number, default=0.0, help="0 is greedy (the default)"
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="S",
-        type=options.whole_number(0),
-        default=0,
-        help="seed of the order of prompts and of sampling (default: 0)",
-    )
-    options.add_model_options(parser)
-    options.add_atlas_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,7 +162,7 @@ def _table(methods: dict[str, Any]) -> Table:
     from knn_ssd.bench.summary import display_name, formatted, formatted_interval
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "as plain"):
         table.add_column(name, justify="right")
     for name, own in methods.items():

@@ -213,7 +213,7 @@ static void forget_workers(void) {
     pool.ending = false;
 }
 
-/* In a child process after fork: there are no workers, and the lock is free, whoever held it in the parent. */
+/* In a child process after fork: there are no workers, and the lock is free, even if a thread of the parent held it. */
 static void reset_in_child(void) {
     lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     reset_sleep();
