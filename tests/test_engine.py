@@ -17,7 +17,7 @@ from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.base import Pooling
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
-from knn_ssd.errors import AtlasMismatchError, PromptError, UsageError
+from knn_ssd.errors import AtlasMismatchError, ModelError, PromptError, UsageError
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation
 from knn_ssd.plan import Mode, Plan, Policy
@@ -432,3 +432,13 @@ def test_a_sequence_prompt_is_left_as_it_is(engine: Engine) -> None:
     prompt: Sequence[int] = list(PROMPT)
     engine.generate(prompt, max_new_tokens=4)
     assert prompt == PROMPT
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"plain": True}, {"plan": keep_everything()}, {"temperature": 1.0, "seed": 1}])
+def test_logits_that_are_not_finite_are_an_error_and_accept_no_draft(value: float, options: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(value)
+    with pytest.raises(ModelError, match="not finite"):
+        Engine(model).generate(PROMPT, max_new_tokens=8, **options)

@@ -126,7 +126,12 @@ def cut_torn_line(path: Path) -> None:
 
 
 def cache_directory() -> Path:
-    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory."""
+    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory,
+    else, for a user without a home, a directory of the user's own among the temporary files.
+    """
     if own := os.environ.get("KNN_SSD_CACHE"):
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
+    except RuntimeError:  # the user has no home directory
+        return Path(tempfile.gettempdir()) / f"knn-ssd-{os.getuid()}"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -173,9 +175,19 @@ class Sampler:
 
 def most_likely(scores: torch.Tensor) -> tuple[int, ...]:
     """The most likely token of each row of scores (n, V): the first one where several are equal."""
-    if scores.dtype is torch.float32 and scores.device.type == "cpu":  # where numpy is ten times as fast
-        return tuple(scores.detach().numpy().argmax(axis=-1).tolist())
-    return tuple(scores.argmax(dim=-1).tolist())
+    return tuple(_fastest(scores).argmax(-1).tolist())
+
+
+def highest(scores: torch.Tensor) -> list[float]:
+    """The highest of each row of scores (n, V); NaN where there is one."""
+    values = _fastest(scores)
+    return (values.max(-1) if isinstance(values, np.ndarray) else values.amax(-1)).tolist()  # type: ignore[no-any-return]
+
+
+def _fastest(scores: torch.Tensor) -> Any:
+    """The scores as an array of numpy where that is possible, which is ten times as fast there."""
+    is_plain = scores.dtype is torch.float32 and scores.device.type == "cpu"
+    return scores.detach().numpy() if is_plain else scores
 
 
 def refuse_stateful(processors: LogitsProcessorList) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
 from knn_ssd.backends.transformers.backend import TransformersBackend
 
+logger = logging.getLogger(__name__)
+
 
 def select_backend(model: PreTrainedModel) -> Backend:
-    """The backend that executes a model.
+    """The backend that executes a model. One that cannot use the kernels is reported by a warning that says why.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
     """
-    return NativeBackend(model) if native_obstacle(model) is None else TransformersBackend(model)
+    obstacle = native_obstacle(model)
+    if obstacle is None:
+        return NativeBackend(model)
+    backend = TransformersBackend(model)
+    logger.warning(
+        "%s runs on the transformers backend, slower and without 4-bit drafts: %s", type(model).__name__, obstacle
+    )
+    return backend

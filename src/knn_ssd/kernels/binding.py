@@ -105,7 +105,7 @@ def kernels() -> ctypes.CDLL:
 def kernels_obstacle() -> str | None:
     """None where the kernels can be used, else the reason in one sentence."""
     found = _found()
-    return found.message if isinstance(found, KernelsUnavailable) else None
+    return str(found) if isinstance(found, KernelsUnavailable) else None
 
 
 @functools.cache
