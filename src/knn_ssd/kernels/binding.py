@@ -1,7 +1,7 @@
 """Binds the C kernels: their structures, their entry points, and whether they can be used on this machine.
 
 A C compiler with OpenMP is needed. Without one, or with KNN_SSD_KERNELS=off, everything runs on the transformers
-backend, slower and without low-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
+backend, slower and without 4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
 unless KNN_SSD_KERNELS=vectors.
 """
 

@@ -22,7 +22,7 @@ from knn_ssd.errors import KnnSsdError
 from knn_ssd.io import cache_directory, writing
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra", "-Wno-psabi")
 NATIVE = ("-march=native", "-fopenmp")
 
 

@@ -82,11 +82,12 @@ INLINE void score_keys(const float *query, const float *keys, const int64_t head
         for (int64_t i = 0; i < head_dim; i += LANES) {
             const Floats q = load(query + i);
 #pragma GCC unroll 16
-            for (int t = 0; t < LANES; t++) sums[t] += q * load(keys + t * head_dim + i);
+            for (int t = 0; t < LANES; t++) sums[t] = fmadd(q, load(keys + t * head_dim + i), sums[t]);
         }
     else
         for (int t = 0; t < count; t++)
-            for (int64_t i = 0; i < head_dim; i += LANES) sums[t] += load(query + i) * load(keys + t * head_dim + i);
+            for (int64_t i = 0; i < head_dim; i += LANES)
+                sums[t] = fmadd(load(query + i), load(keys + t * head_dim + i), sums[t]);
     store(scores, horizontal_sums(sums) * scale);
 }
 
@@ -116,8 +117,7 @@ static float softmax(float *scores, int64_t total) {
         const Floats s = load(scores + t);
         maxima = select_lanes(s > maxima, s, maxima);
     }
-    float max = -INFINITY;
-    for (int i = 0; i < LANES; i++) max = maxima[i] > max ? maxima[i] : max;
+    const float max = horizontal_max(maxima);
     for (int64_t t = 0; t < total; t += LANES) {
         store(scores + t, exponential(load(scores + t) - max));
         for (int i = 0; i < LANES && t + i >= total - LANES; i++)
@@ -149,7 +149,7 @@ INLINE void weighted_sum(const Span spans[2], int64_t head_dim, const float *wei
 #pragma GCC unroll 4
             for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
-                for (int j = 0; j < n_vectors; j++) sum[q][j] += weights[q * stride] * value[j];
+                for (int j = 0; j < n_vectors; j++) sum[q][j] = fmadd(splat(weights[q * stride]), value[j], sum[q][j]);
         }
 #pragma GCC unroll 4
     for (int q = 0; q < n_queries; q++)

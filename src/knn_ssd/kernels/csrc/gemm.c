@@ -73,8 +73,8 @@ INLINE void micro_kernel(const char *data, int kind, int64_t cols, int64_t steps
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 4
             for (int i = 0; i < MR; i++) {
-                sum[i][r] += first[i] * load(x + r * K_STEP);
-                sum[i][r] += second[i] * load(x + r * K_STEP + LANES);
+                sum[i][r] = fmadd(first[i], load(x + r * K_STEP), sum[i][r]);
+                sum[i][r] = fmadd(second[i], load(x + r * K_STEP + LANES), sum[i][r]);
             }
     }
 #pragma GCC unroll 4

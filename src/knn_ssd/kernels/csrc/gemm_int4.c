@@ -56,8 +56,8 @@ INLINE void micro_kernel(const uint8_t *q, const uint16_t *scales, int64_t group
         const Floats scale = (Floats)(both << 16), zero = (Floats)(both & 0xffff0000u);
 #pragma GCC unroll 8
         for (int r = 0; r < NR; r++) {
-            sum[r] += zero * x_sums[r * groups + g];
-            sum[r] += __builtin_convertvector(part[r], Floats) * (scale * x_scales[r * groups + g]);
+            sum[r] = fmadd(zero, splat(x_sums[r * groups + g]), sum[r]);
+            sum[r] = fmadd(__builtin_convertvector(part[r], Floats), scale * x_scales[r * groups + g], sum[r]);
         }
     }
     for (int r = 0; r < NR; r++) store(y + r * stride, sum[r]);

@@ -3,32 +3,35 @@
 
 #include "gemm.h"
 
-/* Quantises w (count,) with one scale and zero; returns the squared error, weighted by importance. */
+/* Quantises w (count,) with one scale and zero; returns the squared error, weighted by importance. `count` is a multiple of
+ * LANES here and below. */
 static float quantise_levels(const float *w, const float *importance, int64_t count, float scale, float zero, float *levels) {
     const float inverse = scale != 0 ? 1 / scale : 0;
-    float error = 0;
-    OMP(simd reduction(+ : error))
     for (int64_t i = 0; i < count; i++) {
-        float level = rintf((w[i] - zero) * inverse);
-        level = level < 0 ? 0 : level > 15 ? 15 : level;
-        levels[i] = level;
-        const float difference = level * scale + zero - w[i];
-        error += importance[i] * difference * difference;
+        const float level = rintf((w[i] - zero) * inverse);
+        levels[i] = level < 0 ? 0 : level > 15 ? 15 : level;
     }
-    return error;
+    Floats error = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats difference = fmadd(load(levels + i), splat(scale), splat(zero)) - load(w + i);
+        error = fmadd(load(importance + i) * difference, difference, error);
+    }
+    return horizontal_sum(error);
 }
 
 /* Fits the scale and zero to the levels by weighted least squares. */
 static void refit(const float *w, const float *importance, int64_t count, const float *levels, float *scale, float *zero) {
-    float a = 0, b = 0, c = 0, d = 0, e = 0;
-    OMP(simd reduction(+ : a, b, c, d, e))
-    for (int64_t i = 0; i < count; i++) {
-        a += importance[i];
-        b += importance[i] * levels[i];
-        c += importance[i] * levels[i] * levels[i];
-        d += importance[i] * w[i];
-        e += importance[i] * levels[i] * w[i];
+    Floats sums[5] = {0}; /* of importance times 1, level, level squared, w, level times w */
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats once = load(importance + i), level = load(levels + i), weighted = once * level;
+        sums[0] += once;
+        sums[1] += weighted;
+        sums[2] = fmadd(weighted, level, sums[2]);
+        sums[3] = fmadd(once, load(w + i), sums[3]);
+        sums[4] = fmadd(weighted, load(w + i), sums[4]);
     }
+    const float a = horizontal_sum(sums[0]), b = horizontal_sum(sums[1]), c = horizontal_sum(sums[2]);
+    const float d = horizontal_sum(sums[3]), e = horizontal_sum(sums[4]);
     const float determinant = a * c - b * b;
     if (determinant <= 1e-12f * a * c) return;
     *scale = (a * e - b * d) / determinant;

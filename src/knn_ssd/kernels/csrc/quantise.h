@@ -7,17 +7,16 @@
 #include "parallel.h"
 #include "vectors.h"
 
-/* Quantises x (count,) to 8 bits with one scale; returns the sum of the bytes. */
+/* Quantises x (count,) to 8 bits with one scale; returns the sum of the bytes. `count` is a multiple of LANES. */
 INLINE int32_t quantise_vector(const float *x, int64_t count, int8_t *bytes, float *scale) {
-    float largest = 0;
-    OMP(simd reduction(max : largest))
-    for (int64_t i = 0; i < count; i++) {
-        float magnitude = fabsf(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
+    Floats maxima = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats magnitude = (Floats)((Uints)load(x + i) & 0x7fffffffu);
+        maxima = select_lanes(magnitude > maxima, magnitude, maxima);
     }
-    float inverse = largest > 0 ? 127 / largest : 0;
+    const float largest = horizontal_max(maxima), inverse = largest > 0 ? 127 / largest : 0;
     int32_t total = 0;
-    OMP(simd reduction(+ : total))
+    OMP(simd reduction(+ : total)) /* integers: their order does not matter */
     for (int64_t i = 0; i < count; i++) {
         int32_t level = (int32_t)rintf(x[i] * inverse);
         bytes[i] = (int8_t)level;

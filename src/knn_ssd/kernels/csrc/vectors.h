@@ -1,4 +1,7 @@
-/* Vectors of LANES float32 values, and the arithmetic that all kernels share. */
+/* Vectors of LANES float32 values, and the arithmetic that all kernels share.
+ *
+ * The compiler contracts nothing (-ffp-contract=off): it would fuse a multiplication and an addition in one loop and not in
+ * another, and the same row would get other bits in another block. What is fused is written as `fmadd`. */
 #ifndef KNN_SSD_VECTORS_H
 #define KNN_SSD_VECTORS_H
 
@@ -6,6 +9,9 @@
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#ifdef __aarch64__
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -28,6 +34,25 @@ INLINE void store(float *p, Floats a) { *(UnalignedFloats *)p = a; }
 INLINE Uints load_uints(const void *p) { return *(const UnalignedUints *)p; }
 INLINE Floats splat(float a) { return (Floats){0} + a; }
 
+/* a * b + c, rounded once where the processor can do so at the speed of a multiplication, else twice. */
+INLINE Floats fmadd(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    float32x4_t halves[3][2];
+    memcpy(halves[0], &a, sizeof a);
+    memcpy(halves[1], &b, sizeof b);
+    memcpy(halves[2], &c, sizeof c);
+    for (int i = 0; i < 2; i++) halves[2][i] = vfmaq_f32(halves[2][i], halves[0][i], halves[1][i]);
+    memcpy(&c, halves[2], sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 /* The lanes of `a` where `mask` is all ones, those of `b` where it is zero. */
 INLINE Floats select_lanes(Ints mask, Floats a, Floats b) {
     return (Floats)(((Uints)a & (Uints)mask) | ((Uints)b & ~(Uints)mask));
@@ -40,6 +65,13 @@ INLINE float horizontal_sum(Floats a) {
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
+}
+
+/* The largest of all lanes. */
+INLINE float horizontal_max(Floats a) {
+    float max = a[0];
+    for (int i = 1; i < LANES; i++) max = a[i] > max ? a[i] : max;
+    return max;
 }
 
 /* LANES signed bytes as float32. Compilers need many instructions for the generic form, so x86 has intrinsics. */
@@ -61,14 +93,14 @@ INLINE Floats exponential(Floats x) {
     Floats y = x * 1.44269504f;
     Ints n = __builtin_convertvector(y + (Floats)(((Uints)y & 0x80000000u) | (Uints)splat(0.5f)), Ints);
     Floats f = __builtin_convertvector(n, Floats);
-    x = x - f * 0.693359375f + f * 2.12194440e-4f;
+    x = fmadd(f, splat(2.12194440e-4f), fmadd(f, splat(-0.693359375f), x));
     Floats p = splat(1.9875691500e-4f);
-    p = p * x + 1.3981999507e-3f;
-    p = p * x + 8.3334519073e-3f;
-    p = p * x + 4.1665795894e-2f;
-    p = p * x + 1.6666665459e-1f;
-    p = p * x + 5.0000001201e-1f;
-    p = p * x * x + x + 1.0f;
+    p = fmadd(p, x, splat(1.3981999507e-3f));
+    p = fmadd(p, x, splat(8.3334519073e-3f));
+    p = fmadd(p, x, splat(4.1665795894e-2f));
+    p = fmadd(p, x, splat(1.6666665459e-1f));
+    p = fmadd(p, x, splat(5.0000001201e-1f));
+    p = fmadd(p * x, x, x) + 1.0f;
     return p * (Floats)((n + 127) << 23);
 }
 

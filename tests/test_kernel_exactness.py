@@ -1,0 +1,225 @@
+"""A row has the same bits in every block and batch, for any number of threads, compiler and processor.
+
+The kernels are built by each compiler for several processors. Each build runs random layers row by row, and then in
+blocks, and every bit is compared. What this machine cannot execute is skipped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from knn_ssd.kernels import build
+from knn_ssd.kernels.binding import (
+    BFLOAT16,
+    FLOAT32,
+    GROUP_SIZE,
+    INT4,
+    Attention,
+    BatchEntry,
+    Matrix,
+    Mlp,
+    address,
+    load,
+)
+
+CAPACITY = 131  # positions of each session
+WIDTHS = (*range(1, 18), 32, 64, 65)
+AVX2 = {"avx2", "fma", "bmi2", "f16c", "movbe"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+PROCESSORS = {
+    "haswell": AVX2,
+    "znver3": AVX2 | {"sse4a", "sha_ni", "vaes", "vpclmulqdq"},
+    "skylake-avx512": AVX512,
+    "sapphirerapids": AVX512 | {"avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"},
+    "native": set(),
+}
+
+
+BUILDS = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))  # so that only one worker compiles it
+    for name in (f"{compiler} {processor}" for compiler in ("gcc", "clang") for processor in PROCESSORS)
+]
+
+
+def processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler, processor = request.param.split()
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    if missing := PROCESSORS[processor] - processor_flags():
+        pytest.skip(f"this machine lacks {', '.join(sorted(missing))}")
+    openmp = ["-fopenmp"] if compiler == "gcc" else []  # clang has no OpenMP of its own
+    folder = tmp_path_factory.mktemp("kernels")
+    found = load(build.compile_library([compiler], folder, [f"-march={processor}", *openmp]))
+    found.knn_ssd_enable_tiles(1)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The layers of a case."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    kind: int
+    mlp_kind: int
+    hidden: int = 96
+    inner: int = 160
+    window: int = 0
+    bias: bool = False
+    qk_norm: bool = False
+    vocab: int = 101
+
+    def __str__(self) -> str:
+        names = ("float32", "bfloat16", "int4")
+        window = f"-window{self.window}" if self.window else ""
+        return f"{self.heads}of{self.kv_heads}x{self.head_dim}-{names[self.kind]}-{names[self.mlp_kind]}{window}"
+
+
+CASES = (
+    Sizes(32, 1, 1, FLOAT32, FLOAT32, bias=True, vocab=33),
+    Sizes(32, 6, 2, BFLOAT16, BFLOAT16, window=9),
+    Sizes(64, 9, 3, BFLOAT16, BFLOAT16, hidden=608, bias=True),
+    Sizes(64, 4, 1, INT4, INT4, window=40, qk_norm=True),
+    Sizes(96, 4, 2, INT4, INT4, bias=True, vocab=7),
+    Sizes(96, 5, 1, FLOAT32, INT4, inner=608, qk_norm=True),
+    Sizes(128, 8, 2, BFLOAT16, INT4, window=33, qk_norm=True),
+    Sizes(128, 7, 1, INT4, BFLOAT16, inner=608, vocab=129),
+    Sizes(256, 2, 2, FLOAT32, FLOAT32, window=40, bias=True),
+    Sizes(256, 4, 1, BFLOAT16, BFLOAT16, qk_norm=True),
+)
+
+
+class Layers:
+    """Two random layers and a head, run by one build of the kernels."""
+
+    def __init__(self, library: ctypes.CDLL, sizes: Sizes) -> None:
+        self.library, self.sizes, self.lanes = library, sizes, library.knn_ssd_lanes()
+        self._tensors: list[torch.Tensor] = []
+        self._attentions, self._mlps = [self._attention() for _ in range(2)], [self._mlp() for _ in range(2)]
+        self._head, self._norm = self._matrix(sizes.vocab, sizes.hidden, sizes.kind), self._weight(sizes.hidden)
+        angles = torch.arange(CAPACITY)[:, None] * 0.9 ** torch.arange(sizes.head_dim // 2)
+        self._rotary = [part.repeat(1, 2).contiguous() for part in (angles.cos(), angles.sin())]
+
+    def cache(self) -> list[torch.Tensor]:
+        sizes = self.sizes
+        vectors = (2, sizes.kv_heads, CAPACITY)
+        shapes = (
+            ((*vectors, sizes.head_dim), torch.float32),
+            ((*vectors, sizes.head_dim), torch.int8),
+            (vectors, torch.float32),
+        )
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2)]
+
+    def run(
+        self, caches: Sequence[list[torch.Tensor]], starts: Sequence[int], rows: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Final states and logits, side by side, of rows (n, hidden) of each session from its start on."""
+        x = torch.cat(list(rows)).contiguous()
+        entries = [
+            BatchEntry(*map(address, (*self._rotary, *cache)), CAPACITY, start, 0, len(own))
+            for cache, start, own in zip(caches, starts, rows, strict=True)
+        ]
+        attentions, mlps = ((c_void_p * 2)(*map(ctypes.addressof, each)) for each in (self._attentions, self._mlps))
+        self.library.knn_ssd_forward(
+            attentions, mlps, 2, (BatchEntry * len(entries))(*entries), len(entries), address(x)
+        )
+        n = len(x)
+        hidden, logits = torch.empty_like(x), torch.empty(n, self.sizes.vocab)
+        outputs = (c_int64 * n)(*range(n)), n, address(hidden), address(logits)
+        self.library.knn_ssd_lm_head(ctypes.byref(self._head), self._norm, 1e-5, address(x), n, *outputs)
+        return torch.cat([x, hidden, logits], dim=1)
+
+    def _weight(self, *shape: int) -> int | None:
+        self._tensors.append(torch.rand(shape) + 0.5)
+        return address(self._tensors[-1])
+
+    def _matrix(self, rows: int, cols: int, kind: int) -> Matrix:
+        weight = (torch.randn(rows, cols) / cols**0.5).to(torch.bfloat16 if kind == BFLOAT16 else torch.float32)
+        self._tensors.append(weight)
+        bias = self._weight(rows) if self.sizes.bias else None
+        matrix = Matrix(address(weight), None, bias, rows, cols, BFLOAT16 if kind == BFLOAT16 else FLOAT32)
+        if kind != INT4:
+            return matrix
+        padded, groups = -(-rows // self.lanes) * self.lanes, -(-cols // GROUP_SIZE)
+        data = torch.zeros(padded, groups, GROUP_SIZE // 2, dtype=torch.uint8)
+        scales = torch.zeros(padded, groups, 2, dtype=torch.bfloat16)
+        self.library.knn_ssd_quantise(ctypes.byref(matrix), self._weight(cols), 3, address(data), address(scales))
+        self._tensors += [data, scales]
+        return Matrix(address(data), address(scales), bias, rows, cols, INT4)
+
+    def _attention(self) -> Attention:
+        s = self.sizes
+        q_size, kv_size = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        shapes = ((q_size, s.hidden), (kv_size, s.hidden), (kv_size, s.hidden), (s.hidden, q_size))
+        norms = [self._weight(s.head_dim) if s.qk_norm else None for _ in range(2)]
+        counts = (s.heads, s.kv_heads, s.head_dim, s.head_dim, s.window)
+        matrices = [self._matrix(*shape, s.kind) for shape in shapes]
+        return Attention(*matrices, self._weight(s.hidden), *norms, 1e-5, s.head_dim**-0.5, *counts)
+
+    def _mlp(self) -> Mlp:
+        shapes = ((self.sizes.inner, self.sizes.hidden),) * 2 + ((self.sizes.hidden, self.sizes.inner),)
+        matrices = [self._matrix(*shape, self.sizes.mlp_kind) for shape in shapes]
+        return Mlp(*matrices, self._weight(self.sizes.hidden), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_a_row_has_the_same_bits_in_every_block(library: ctypes.CDLL, sizes: Sizes) -> None:
+    torch.manual_seed(0)
+    chooser = random.Random(0)
+    torch.set_num_threads(1)
+    layers, rows = Layers(library, sizes), torch.randn(CAPACITY, sizes.hidden)
+    cache = layers.cache()
+    expected = torch.cat([layers.run([cache], [i], [rows[i : i + 1]]) for i in range(CAPACITY)])
+    assert torch.isfinite(expected).all()
+    compared = different = wrong_caches = 0
+    for width in WIDTHS:
+        starts = [0, CAPACITY - width, *(chooser.randrange(CAPACITY - width) for _ in range(2))]
+        for i, start in enumerate(starts):
+            torch.set_num_threads(1 + i % 4 if width in (1, 5, 8, 17, 65) else 1)
+            batch = [start, chooser.randrange(CAPACITY - width)] if i % 2 else [start]  # of one session, or two
+            caches = [rewound(cache, first) for first in batch]
+            output = layers.run(caches, batch, [rows[first : first + width] for first in batch])
+            wanted = torch.cat([expected[first : first + width] for first in batch])
+            compared += len(wanted)
+            different += int((output != wanted).any(dim=1).sum())
+            for written, first in zip(caches, batch, strict=True):
+                parts = zip(written, cache, strict=True)
+                wrong_caches += any(
+                    not torch.equal(own[:, :, : first + width], whole[:, :, : first + width]) for own, whole in parts
+                )
+    assert not different, f"{different} of {compared} rows differ from the same row alone"
+    assert not wrong_caches
+
+
+def rewound(cache: list[torch.Tensor], length: int) -> list[torch.Tensor]:
+    """A copy of a cache that holds its first `length` positions only."""
+    result = [part.clone() for part in cache]
+    for part in result:
+        part[:, :, length:] = 0
+    return result
