@@ -8,20 +8,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from knn_ssd.engine import Engine
+from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.resolve import load_model
 
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, print_blob=False, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fixed")
-torch.set_num_threads(1)
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the other worker needs the other core
 if IN_WORKER:
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = os.environ["KNN_SSD_THREADS"] = "1"  # for the processes that tests start
+set_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +39,6 @@ def _embedded() -> Engine:
 @pytest.fixture(scope="module")
 def embedded_engine(_embedded: Engine) -> Iterator[Engine]:
     """The embedded model in float32, on all cores that are this process's."""
-    torch.set_num_threads(1 if IN_WORKER else os.cpu_count() or 1)
+    set_threads(1 if IN_WORKER else os.cpu_count() or 1)
     yield _embedded
-    torch.set_num_threads(1)
+    set_threads(1)

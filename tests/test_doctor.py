@@ -10,6 +10,7 @@ import torch
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.kernels import binding
 from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.resolve import EMBEDDED_MODEL
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -43,7 +44,7 @@ def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNN_SSD_CACHE", "/some/cache")
     machine = doctor.examine_machine()
     assert machine.versions["torch"] == torch.__version__
-    assert machine.threads == torch.get_num_threads()
+    assert machine.threads == binding.num_threads()
     assert machine.cores >= 1
     assert (machine.memory_bytes or 0) >= (machine.available_memory_bytes or 0) > 0
     assert machine.cache_directory == "/some/cache"

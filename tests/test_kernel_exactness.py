@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,18 +65,10 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"{compiler} is not installed")
     if missing := PROCESSORS[processor] - processor_flags():
         pytest.skip(f"this machine lacks {', '.join(sorted(missing))}")
-    openmp = ["-fopenmp"] if compiler == "gcc" else []  # clang has no OpenMP of its own
     folder = tmp_path_factory.mktemp("kernels")
-    found = load(build.compile_library([compiler], folder, [f"-march={processor}", *openmp]))
+    found = load(build.compile_library([compiler], folder, [f"-march={processor}"]))
     found.knn_ssd_enable_tiles(1)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -192,7 +184,7 @@ class Layers:
 def test_a_row_has_the_same_bits_in_every_block(library: ctypes.CDLL, sizes: Sizes) -> None:
     torch.manual_seed(0)
     chooser = random.Random(0)
-    torch.set_num_threads(1)
+    library.pool_set_threads(1)
     layers, rows = Layers(library, sizes), torch.randn(CAPACITY, sizes.hidden)
     cache = layers.cache()
     expected = torch.cat([layers.run([cache], [i], [rows[i : i + 1]]) for i in range(CAPACITY)])
@@ -201,7 +193,7 @@ def test_a_row_has_the_same_bits_in_every_block(library: ctypes.CDLL, sizes: Siz
     for width in WIDTHS:
         starts = [0, CAPACITY - width, *(chooser.randrange(CAPACITY - width) for _ in range(2))]
         for i, start in enumerate(starts):
-            torch.set_num_threads(1 + i % 4 if width in (1, 5, 8, 17, 65) else 1)
+            library.pool_set_threads(1 + i % 4 if width in (1, 5, 8, 17, 65) else 1)
             batch = [start, chooser.randrange(CAPACITY - width)] if i % 2 else [start]  # of one session, or two
             caches = [rewound(cache, first) for first in batch]
             output = layers.run(caches, batch, [rows[first : first + width] for first in batch])

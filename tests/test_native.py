@@ -139,13 +139,13 @@ def test_a_row_has_the_same_bits_in_any_block(unit: str, family: str, dtype: tor
 
 def test_the_number_of_threads_changes_no_bit(unit: str) -> None:
     backend, results = NativeBackend(wide_model("llama", torch.bfloat16)), []
-    before = torch.get_num_threads()
+    before = binding.num_threads()
     try:
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+            binding.set_threads(threads)
             results.append(backend.open(80).prefill(tokens(80)).logits)
     finally:
-        torch.set_num_threads(before)
+        binding.set_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

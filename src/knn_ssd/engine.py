@@ -16,6 +16,7 @@ from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import PromptError, UsageError
+from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.plan import Plan
@@ -56,6 +57,8 @@ class Engine:
             add to it nor read it.
         prefix_cache: how many bytes of KV cache to keep of earlier requests, so that a prompt with the same first
             tokens is only run from where it differs. Output stays the same.
+        threads: how many threads compute in this process; None is as many CPUs as it may use, its CPU quota included,
+            or KNN_SSD_THREADS if that is fewer.
         backend: executes the model; None takes the native backend where it can, else the transformers backend.
 
     Raises:
@@ -72,8 +75,11 @@ class Engine:
         neighbours: int = 1,
         remember: int = 0,
         prefix_cache: int = 0,
+        threads: int | None = None,
         backend: Backend | None = None,
     ) -> None:
+        if threads is not None:
+            set_threads(threads)
         if remember != 0 and remember < MIN_CORPUS_TOKENS:
             raise UsageError(f"remember must be 0 or at least {MIN_CORPUS_TOKENS} tokens, got {remember}")
         if prefix_cache < 0:
@@ -111,6 +117,7 @@ class Engine:
         neighbours: int = 1,
         remember: int = 0,
         prefix_cache: int = 0,
+        threads: int | None = None,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -119,7 +126,7 @@ class Engine:
             atlas: an atlas, or the folder of one.
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
-            neighbours, remember, prefix_cache: see the class.
+            neighbours, remember, prefix_cache, threads: see the class.
 
         Raises:
             ModelError, AtlasError: what cannot be found, read or used together.
@@ -129,7 +136,15 @@ class Engine:
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
         tokenizer = loaded.tokenizer
-        return cls(loaded.model, tokenizer, atlas, neighbours=neighbours, remember=remember, prefix_cache=prefix_cache)
+        return cls(
+            loaded.model,
+            tokenizer,
+            atlas,
+            neighbours=neighbours,
+            remember=remember,
+            prefix_cache=prefix_cache,
+            threads=threads,
+        )
 
     @property
     def memory(self) -> MemoryUse:

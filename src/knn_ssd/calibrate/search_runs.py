@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
-import torch
 
 from knn_ssd.backends.base import Backend
 from knn_ssd.backends.select import select_backend
@@ -26,6 +25,7 @@ from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.objective import PairedTimer, Score, TeacherForcedScorer
 from knn_ssd.calibrate.search import Search, Strategy, Trial, create_study
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
+from knn_ssd.kernels.binding import num_threads, set_threads
 from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.plan import Policy
 from knn_ssd.progress import NoProgress, Progress
@@ -173,7 +173,7 @@ class SearchRuns:
 
 def _work(model: str, dtype: str, out: Path, settings: CalibrationSettings, study_prefix: str) -> None:
     """Runs in a worker process."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
+    set_threads(max(1, num_threads() // settings.workers))
     loaded, journal = load_model(model, dtype=dtype), Journal(out)
     cost = journal.read_cost()
     assert cost is not None, "the first process measures costs before it starts others"

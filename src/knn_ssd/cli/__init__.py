@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from knn_ssd.cli import output
+from knn_ssd.cli import options, output
 from knn_ssd.cli.parser import Parser, Version
 from knn_ssd.errors import KnnSsdError
 
@@ -67,6 +67,8 @@ def _run(arguments: list[str]) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
+    if getattr(args, "threads", None) is not None:
+        options.use_threads(args.threads)
     return int(_module(args.command).run(args))
 
 

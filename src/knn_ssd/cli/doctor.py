@@ -57,7 +57,7 @@ def _examine(args: argparse.Namespace) -> Examination:
 def _machine_rows(machine: Machine) -> dict[str, str]:
     return {
         "versions": ", ".join(f"{package} {number}" for package, number in machine.versions.items()),
-        "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
+        "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads: {machine.threads_because}",
         "cpu flags": _yes_and_no(machine.cpu_flags),
         "devices": ", ".join(machine.devices),
         "kernels": machine.kernels + (", with a tile unit (AMX)" if machine.tiles else ""),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def filled(text: str) -> str:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --dtype and --device."""
+    """Adds --model, --dtype, --threads and --device."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -72,6 +73,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default="auto",
         help="precision (default: auto: that of the checkpoint if the device supports it, else float32)",
+    )
+    group.add_argument(
+        "--threads",
+        metavar="N",
+        type=whole_number(1),
+        help="threads that compute (default: as many CPUs as the process may use, its CPU quota included)",
     )
     group.add_argument(
         "--device", metavar="D", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)"
@@ -240,3 +247,11 @@ def note_loading(args: argparse.Namespace) -> None:
     """Notes on a terminal that the model is being loaded, which takes a while."""
     if output.stderr_is_terminal():
         output.note(f"loading {args.model or 'the embedded model'} …")
+
+
+def use_threads(threads: int) -> None:
+    """Has this process, and those that it starts, compute with so many threads."""
+    os.environ["KNN_SSD_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
+    from knn_ssd.kernels.binding import set_threads
+
+    set_threads(threads)

@@ -1,7 +1,7 @@
 """Binds the C kernels: their structures, their entry points, and whether they can be used on this machine.
 
-A C compiler with OpenMP is needed. Without one, or with KNN_SSD_KERNELS=off, everything runs on the transformers
-backend, slower and without 4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
+Where they cannot be used, or with KNN_SSD_KERNELS=off, everything runs on the transformers backend, slower and without
+4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
 unless KNN_SSD_KERNELS=vectors.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from knn_ssd.errors import KnnSsdError
+from knn_ssd.errors import KnnSsdError, UsageError
 from knn_ssd.kernels.build import KernelsUnavailable, library_path
+from knn_ssd.kernels.threads import thread_count
 
 FLOAT32, BFLOAT16, INT4 = range(3)
 GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
@@ -86,7 +87,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "knn_ssd_lanes": (c_int64,),
     "knn_ssd_uses_tiles": (c_int64,),
     "knn_ssd_enable_tiles": (None, c_int64),
-    "knn_ssd_release_threads": (None,),
+    "pool_set_threads": (None, c_int),
+    "pool_threads": (c_int,),
 }
 
 
@@ -111,6 +113,7 @@ def kernels_obstacle() -> str | None:
 @functools.cache
 def _found() -> ctypes.CDLL | KernelsUnavailable:
     """The kernels, or why there are none; they are compiled and loaded at most once in a process."""
+    threads = thread_count()
     requested = os.environ.get("KNN_SSD_KERNELS", "").lower()
     if requested in ("off", "0", "no"):
         return KernelsUnavailable("the environment sets KNN_SSD_KERNELS=off")
@@ -121,6 +124,7 @@ def _found() -> ctypes.CDLL | KernelsUnavailable:
     except (OSError, KnnSsdError) as error:
         return KernelsUnavailable(f"the kernels cannot be used: {error}")
     library.knn_ssd_enable_tiles(requested != "vectors")
+    library.pool_set_threads(threads.threads)
     return library
 
 
@@ -149,14 +153,25 @@ def uses_tiles() -> bool:
     return kernels_obstacle() is None and bool(kernels().knn_ssd_uses_tiles())
 
 
-def release_threads() -> None:
-    """Ends the idle OpenMP threads of the calling thread, and frees its scratch memory.
+def set_threads(threads: int) -> None:
+    """Sets how many threads run the kernels and torch's own operations in this process.
 
-    A thread that has run the model calls it before another one takes over, whose forward passes would else take twice
-    as long. It may run the model again, at the other's cost.
+    Args:
+        threads: at least 1; the calling thread is one of them.
+
+    Raises:
+        UsageError: a number below 1.
     """
+    if threads < 1:
+        raise UsageError(f"threads must be 1 or more, got {threads}")
+    torch.set_num_threads(threads)
     if kernels_obstacle() is None:
-        kernels().knn_ssd_release_threads()
+        kernels().pool_set_threads(threads)
+
+
+def num_threads() -> int:
+    """How many threads run the kernels; where there are none, torch's own operations."""
+    return int(kernels().pool_threads()) if kernels_obstacle() is None else torch.get_num_threads()
 
 
 def address(array: torch.Tensor | None) -> int | None:

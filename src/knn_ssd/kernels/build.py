@@ -1,6 +1,9 @@
-"""Compiles the C sources for this processor, once, and keeps the library in the cache directory.
+"""Where the library of the kernels comes from: from the wheel, else compiled for this processor, once.
 
-The library's name is a hash of all that its code depends on: sources, flags, the compiler's version, the processor.
+A wheel brings a library for each of several instruction sets, of which the best one that this processor has is used. A
+checkout brings none: there the C sources are compiled at first use, and the library is kept in the cache directory,
+under a hash of all that its code depends on: sources, flags, the compiler's version, the processor. This module imports
+no torch, for it also runs while a wheel is built.
 """
 
 from __future__ import annotations
@@ -11,41 +14,67 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from knn_ssd.errors import KnnSsdError
+from knn_ssd.errors import KnnSsdError, OutputError
 from knn_ssd.io import cache_directory, writing
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
+WHEEL_FOLDER = Path(__file__).parent / "lib"  # only in an installed wheel
 FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra", "-Wno-psabi")
-NATIVE = ("-march=native", "-fopenmp")
+NATIVE = ("-march=native",)
+
+_V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# Instruction sets of a wheel's libraries, the best last: machine, flags of the compiler, features as /proc/cpuinfo has
+# them.
+INSTRUCTION_SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "x86-64-v3": ("x86_64", ("-march=x86-64-v3",), _V3),
+    "x86-64-v4": ("x86_64", ("-march=x86-64-v4",), _V4),
+    "x86-64-v4-vnni": ("x86_64", ("-march=x86-64-v4", "-mavx512vnni"), (*_V4, "avx512_vnni")),
+    "x86-64-v4-amx": (
+        "x86_64",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        (*_V4, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
+    ),
+    "aarch64-dotprod": ("aarch64", ("-march=armv8.2-a+dotprod",), ("asimddp",)),
+}
 
 
 class KernelsUnavailable(KnnSsdError):
-    """The kernels cannot be compiled or loaded on this machine. Users never see it: the transformers backend runs."""
+    """The kernels cannot be compiled or loaded on this machine. The transformers backend runs instead, and says so."""
 
 
 def library_path() -> Path:
-    """Path of the library for this processor, which is compiled if it is not in the cache.
+    """Path of the best library for this processor: the wheel's, or one that is compiled if it is not in the cache.
 
     Raises:
-        KernelsUnavailable: no compiler was found, or it failed.
-        OutputError: the cache directory cannot be written.
+        KernelsUnavailable: there is none, and no compiler was found, or it failed.
+        OutputError: neither the cache directory nor a temporary one can be written.
     """
+    if packaged := _packaged_library():
+        return packaged
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
-        raise KernelsUnavailable(f"no C compiler was found ('{' '.join(compiler)}')", "Install gcc, or set CC.")
+        raise KernelsUnavailable(
+            f"no C compiler was found ('{' '.join(compiler)}')", "Install gcc or a wheel of knn-ssd, or set CC."
+        )
     path = cache_directory() / "kernels" / f"{_cache_key(compiler)}.so"
-    if not path.exists():
+    if _is_trusted(path):
+        return path
+    try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
                 os.replace(compile_library(compiler, Path(folder)), path)
+    except OutputError:
+        with writing(Path(tempfile.gettempdir())):
+            return compile_library(compiler, Path(tempfile.mkdtemp(prefix="knn-ssd-")))
     return path
 
 
@@ -55,7 +84,7 @@ def compile_library(compiler: Sequence[str], folder: Path, flags: Sequence[str] 
     Args:
         compiler: command of a C compiler.
         folder: an empty folder.
-        flags: added to those of every build: the processor, OpenMP.
+        flags: added to those of every build: the instruction set.
 
     Raises:
         KernelsUnavailable: the compiler failed.
@@ -69,10 +98,61 @@ def compile_library(compiler: Sequence[str], folder: Path, flags: Sequence[str] 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     library = folder / "kernels.so"
-    torch_openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*.so*")))  # so that they share threads
-    openmp = (torch_openmp[:1] or ["-fopenmp"]) if "-fopenmp" in flags else []
-    _run([*compiler, "-shared", *objects, "-o", str(library), *openmp, "-lm"])
+    _run([*compiler, "-shared", *objects, "-o", str(library), "-pthread", "-lm"])
     return library
+
+
+def compile_for_wheel(compiler: Sequence[str], folder: Path) -> list[Path]:
+    """Compiles a library for each instruction set of this machine's architecture, named after it.
+
+    Raises:
+        KernelsUnavailable: the compiler failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = []
+    for name, (_, flags, _) in _own_sets().items():
+        with tempfile.TemporaryDirectory() as scratch:
+            compiled = compile_library(compiler, Path(scratch), flags)
+            libraries.append(Path(shutil.move(compiled, folder / f"{name}.so")))
+    return libraries
+
+
+def best_instruction_set() -> str | None:
+    """Name of the best of `INSTRUCTION_SETS` that this processor has; None if it has none."""
+    features = processor_features()
+    found = [name for name, (_, _, needed) in _own_sets().items() if features.issuperset(needed)]
+    return found[-1] if found else None
+
+
+def processor_features() -> frozenset[str]:
+    """The processor's features as Linux names them; on a Mac with its own processor, those that all of them have."""
+    with suppress(OSError, UnicodeDecodeError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset({"asimddp"} if _machine() == "aarch64" and sys.platform == "darwin" else ())
+
+
+def _machine() -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+
+
+def _own_sets() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    return {name: each for name, each in INSTRUCTION_SETS.items() if each[0] == _machine()}
+
+
+def _packaged_library() -> Path | None:
+    path = WHEEL_FOLDER / f"{best_instruction_set()}.so"
+    return path if path.is_file() else None
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether there is such a file and only this user, or root, can have written it; it will be executed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or (status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -85,16 +165,6 @@ def _run(command: Sequence[str]) -> None:
 def _cache_key(compiler: Sequence[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [f"{path.name}\0{path.read_text('utf-8')}" for path in sorted(SOURCE_FOLDER.glob("*.[ch]"))]
-    parts = [*sources, *compiler, version, *FLAGS, *NATIVE, *_processor()]
+    processor = [platform.machine(), platform.processor(), *sorted(processor_features())]
+    parts = [*sources, *compiler, version, *FLAGS, *NATIVE, *processor]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> tuple[str, ...]:
-    """What the code for this processor depends on, and the version of torch, with which it shares a library."""
-    flags = ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        pass
-    return (platform.machine(), platform.processor(), flags, torch.__version__)

@@ -16,7 +16,6 @@ from typing import Any
 
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError
-from knn_ssd.kernels.binding import release_threads
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.plan import Plan
 from knn_ssd.routing.router import Route
@@ -105,7 +104,6 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="knn-ssd-model", daemon=True)
-        release_threads()
         self._thread.start()
 
     @property

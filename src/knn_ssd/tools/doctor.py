@@ -23,7 +23,8 @@ from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
+from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
+from knn_ssd.kernels.threads import thread_count
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import most_likely
@@ -58,7 +59,8 @@ class Machine:
         versions: the versions of Python and the main packages.
         cpu: the processor's name.
         cores: the number of cores that this process may use.
-        threads: the number of threads that torch uses.
+        threads: the number of threads that compute.
+        threads_because: the limit that sets it, such as "CPU affinity" or "cgroup v2 quota of 0.5 CPUs".
         cpu_flags: for each relevant instruction set, whether the processor has it.
         devices: the devices that torch can use.
         kernels: "ready", or why the native backend and 4-bit drafts are not available.
@@ -74,6 +76,7 @@ class Machine:
     cpu: str
     cores: int
     threads: int
+    threads_because: str
     cpu_flags: dict[str, bool]
     devices: tuple[str, ...]
     kernels: str
@@ -172,7 +175,8 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         },
         cpu=_cpu_name(),
         cores=_cores(),
-        threads=torch.get_num_threads(),
+        threads=num_threads(),
+        threads_because=thread_count().reason,
         cpu_flags=_cpu_flags(),
         devices=_devices(),
         kernels=kernels_obstacle() or "ready",

@@ -2,10 +2,10 @@
 #include "attention.h"
 
 #include "gemm.h"
-#include "parallel.h"
 #include "quantise.h"
 #include "rows.h"
 #include "scratch.h"
+#include "thread_pool.h"
 
 #define PREFETCH_BYTES 2048 /* of 8-bit keys and values that are prefetched ahead */
 #define MAX_QUERIES 4       /* query heads whose outputs are summed at once */
@@ -258,9 +258,32 @@ static int64_t heads_per_item(const Attention *a, int64_t n, int64_t threads) {
     return items < 4 * threads && items % threads ? 1 : a->heads / a->kv_heads;
 }
 
+typedef struct {
+    const Attention *attention;
+    const BatchEntry *entries;
+    const NewRows *new;
+    const int64_t *entry_of, *row_of; /* of each row of the batch */
+    int64_t layer, shared, stride;    /* query heads of an item; room for one query's scores */
+    const float *q;
+    float *scores, *out;
+} Attending;
+
+/* An item is `shared` query heads of one row, which share keys and values. */
+static void attend_items(void *context, int64_t first, int64_t last, int thread) {
+    const Attending *c = context;
+    const Attention *a = c->attention;
+    for (int64_t item = first; item < last; item++) {
+        const int64_t index = item * c->shared, head = index % a->heads, r = index / a->heads, i = c->entry_of[r];
+        const BatchEntry *e = c->entries + i;
+        attend_row(a, e, layer_cache(a, e, c->layer), c->new + i, c->row_of[r], head / (a->heads / a->kv_heads), c->shared,
+                   c->q + index * a->head_dim, c->scores + thread * c->shared * c->stride, c->stride,
+                   c->out + index * a->head_dim);
+    }
+}
+
 int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, int64_t layer, float *x, int64_t n) {
     const int64_t width = a->q.cols, inner = a->heads * a->head_dim, kv_inner = a->kv_heads * a->head_dim;
-    const int64_t threads = omp_get_max_threads(), shared = heads_per_item(a, n, threads);
+    const int64_t threads = pool_threads(), shared = heads_per_item(a, n, threads);
     int64_t longest = 0;
     for (int64_t i = 0; i < n_entries; i++) longest = max_int(longest, entries[i].position + entries[i].n_rows);
     const int64_t stride = (longest + 2 * LANES) / LANES * LANES; /* room for one query's scores */
@@ -282,13 +305,8 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
         store_rows(a, entries + i, new + i, q + first * inner, k + first * kv_inner, v + first * kv_inner);
         for (int64_t r = 0; r < entries[i].n_rows; r++) entry_of[first + r] = i, row_of[first + r] = r;
     }
-    OMP(parallel for schedule(guided))
-    for (int64_t item = 0; item < n * a->heads / shared; item++) {
-        const int64_t head = item * shared % a->heads, r = item * shared / a->heads, i = entry_of[r];
-        const int64_t offset = item * shared * a->head_dim;
-        attend_row(a, entries + i, layer_cache(a, entries + i, layer), new + i, row_of[r], head / (a->heads / a->kv_heads),
-                   shared, q + offset, scores + omp_get_thread_num() * shared * stride, stride, mixed + offset);
-    }
+    Attending attending = {a, entries, new, entry_of, row_of, layer, shared, stride, q, scores, mixed};
+    parallel_for(n * a->heads / shared, 1, attend_items, &attending);
     if (linear((const Matrix *[]){&a->o}, 1, mixed, n, (float *[]){out})) return OUT_OF_MEMORY;
     add_residual(x, out, n * width);
     return SUCCESS;

@@ -1,9 +1,24 @@
 /* The MLP sublayer, and the entry points that run layers and the LM head. */
 #include "attention.h"
 #include "gemm.h"
-#include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
+#include "thread_pool.h"
+
+typedef struct {
+    float *gate;
+    const float *up;
+} Gating;
+
+/* gate = silu(gate) * up, for vectors `first` .. `last` - 1. */
+static void apply_gate(void *context, int64_t first, int64_t last, int thread) {
+    const Gating *g = context;
+    (void)thread;
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES) {
+        const Floats x = load(g->gate + i);
+        store(g->gate + i, x / (1.0f + exponential(-x)) * load(g->up + i));
+    }
+}
 
 /* x (n, D) += down(silu(gate(h)) * up(h)) with h = norm(x). */
 static int mlp(const Mlp *m, float *x, int64_t n) {
@@ -14,18 +29,16 @@ static int mlp(const Mlp *m, float *x, int64_t n) {
     if (scratch_failed()) return OUT_OF_MEMORY;
     for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, m->norm, m->epsilon, normed + r * width);
     if (linear((const Matrix *[]){&m->gate, &m->up}, 2, normed, n, (float *[]){gate, up})) return OUT_OF_MEMORY;
-    OMP(parallel for if (n * inner > 16384))
-    for (int64_t i = 0; i < n * inner; i += LANES) {
-        const Floats g = load(gate + i);
-        store(gate + i, g / (1.0f + exponential(-g)) * load(up + i));
-    }
+    Gating gating = {gate, up};
+    const int64_t vectors = n * inner / LANES;
+    parallel_for(vectors, n * inner > 16384 ? 64 : vectors, apply_gate, &gating);
     if (linear((const Matrix *[]){&m->down}, 1, gate, n, (float *[]){out})) return OUT_OF_MEMORY;
     add_residual(x, out, n * width);
     return SUCCESS;
 }
 
-int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const BatchEntry *entries,
-                    int64_t n_entries, float *x) {
+static int run_layers(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers,
+                      const BatchEntry *entries, int64_t n_entries, float *x) {
     int64_t n = 0;
     for (int64_t i = 0; i < n_entries; i++) n += entries[i].n_rows;
     for (int64_t layer = 0; layer < layers; layer++) {
@@ -35,16 +48,27 @@ int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, 
     return SUCCESS;
 }
 
+int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const BatchEntry *entries,
+                    int64_t n_entries, float *x) {
+    pool_lock();
+    const int status = run_layers(attentions, mlps, layers, entries, n_entries, x);
+    pool_unlock();
+    return status;
+}
+
 int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
                     const int64_t *selected, int64_t n_selected, float *hidden, float *logits) {
     const int64_t width = head->cols;
     for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, norm, epsilon, hidden + r * width);
     if (!n_selected) return SUCCESS;
+    pool_lock();
     scratch_reset();
     float *rows = scratch_take(n_selected, width * 4);
-    if (!rows) return OUT_OF_MEMORY;
-    for (int64_t r = 0; r < n_selected; r++) memcpy(rows + r * width, hidden + selected[r] * width, (size_t)4 * width);
-    return linear((const Matrix *[]){head}, 1, rows, n_selected, (float *[]){logits});
+    for (int64_t r = 0; rows && r < n_selected; r++)
+        memcpy(rows + r * width, hidden + selected[r] * width, (size_t)4 * width);
+    const int status = rows ? linear((const Matrix *[]){head}, 1, rows, n_selected, (float *[]){logits}) : OUT_OF_MEMORY;
+    pool_unlock();
+    return status;
 }
 
 const int64_t *knn_ssd_struct_sizes(void) {
@@ -53,10 +77,3 @@ const int64_t *knn_ssd_struct_sizes(void) {
 }
 
 int64_t knn_ssd_lanes(void) { return LANES; }
-
-void knn_ssd_release_threads(void) {
-    scratch_free();
-#if defined(_OPENMP) && (__GNUC__ >= 9 || _OPENMP >= 201811)
-    omp_pause_resource_all(omp_pause_hard);
-#endif
-}

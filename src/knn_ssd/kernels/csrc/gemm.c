@@ -1,8 +1,8 @@
 /* Float32 and bfloat16 matrices, and the linear layer, which gives each matrix to the kernels of its kind. */
 #include "gemm.h"
 
-#include "parallel.h"
 #include "scratch.h"
+#include "thread_pool.h"
 
 #define PREFETCH_ROWS 32 /* matrix rows that are prefetched ahead */
 
@@ -13,6 +13,30 @@ static void pack_row(const float *x, float *panel, int64_t cols, int64_t n_rows,
             panel[i] = x[c + (even_first ? 2 * i : i)];
             panel[LANES + i] = x[c + (even_first ? 2 * i + 1 : LANES + i)];
         }
+}
+
+typedef struct {
+    const float *x;
+    int64_t n, cols, groups;
+    int even_first;
+    PackedInputs in;
+} Packing;
+
+/* Packs the rows of panels `first` .. `last` - 1. */
+static void pack_panels(void *context, int64_t first, int64_t last, int thread) {
+    const Packing *p = context;
+    const int64_t cols = p->cols, groups = p->groups;
+    (void)thread;
+    for (int64_t start = first * MAX_ROWS; start < min_int(last * MAX_ROWS, p->n); start += MAX_ROWS) {
+        const int64_t n_rows = min_int(p->n - start, MAX_ROWS);
+        for (int64_t r = start; r < start + n_rows; r++) {
+            if (p->in.panels)
+                pack_row(p->x + r * cols, p->in.panels + start * cols + (r - start) * K_STEP, cols, n_rows, p->even_first);
+            if (p->in.int8)
+                int4_pack_row(p->x + r * cols, cols, p->in.int8 + r * groups * GROUP_SIZE, p->in.int8_scales + r * groups,
+                              p->in.int8_sums + r * groups);
+        }
+    }
 }
 
 /* Packs x (n, cols) for the kernels of `kinds`, a set of bits 1 << kind. */
@@ -31,17 +55,9 @@ static PackedInputs pack_inputs(const float *x, int64_t n, const Matrix *m, int 
         in.int8_sums = scratch_take(n, groups * sizeof *in.int8_sums);
     }
     if (!kinds || scratch_failed()) return in;
-    OMP(parallel for if (n * cols > 8192))
-    for (int64_t first = 0; first < n; first += MAX_ROWS) {
-        const int64_t n_rows = min_int(n - first, MAX_ROWS);
-        for (int64_t r = first; r < first + n_rows; r++) {
-            if (in.panels)
-                pack_row(x + r * cols, in.panels + first * cols + (r - first) * K_STEP, cols, n_rows, kinds & 1 << BFLOAT16);
-            if (in.int8)
-                int4_pack_row(x + r * cols, cols, in.int8 + r * groups * GROUP_SIZE, in.int8_scales + r * groups,
-                              in.int8_sums + r * groups);
-        }
-    }
+    Packing packing = {x, n, cols, groups, kinds & 1 << BFLOAT16, in};
+    const int64_t panels = ceil_div(n, MAX_ROWS);
+    parallel_for(panels, n * cols > 8192 ? 1 : panels, pack_panels, &packing);
     return in;
 }
 
@@ -128,12 +144,35 @@ static void gemm(const Matrix *m, int64_t first, int64_t count, const PackedInpu
         for (int64_t i = first; i < first + count; i++) y[r * m->rows + i] += m->bias[i];
 }
 
+typedef struct {
+    const Matrix *const *matrices;
+    int64_t starts[4]; /* each matrix's first item of work, of MC rows */
+    const PackedInputs *in;
+    int64_t n;
+    float *const *y;
+    int64_t next[POOL_MAX_THREADS]; /* the item after each thread's last one, whose first rows are prefetched */
+} Products;
+
+static void run_products(void *context, int64_t first, int64_t last, int thread) {
+    Products *p = context;
+    TileShape shape = {0};
+    for (int64_t item = first; item < last; item++) {
+        int j = 0;
+        while (item >= p->starts[j + 1]) j++;
+        const Matrix *m = p->matrices[j];
+        const int64_t row = (item - p->starts[j]) * MC;
+        gemm(m, row, min_int(m->rows - row, MC), p->in, p->n, &shape, item != p->next[thread] || !row, p->y[j]);
+        p->next[thread] = item + 1;
+    }
+    amx_release(&shape);
+}
+
 int linear(const Matrix *const *matrices, int count, const float *x, int64_t n, float *const *y) {
     int kinds = 0;
-    int64_t starts[4] = {0}; /* each matrix's first item of work, of MC rows */
+    Products products = {.matrices = matrices, .n = n, .y = y};
     for (int j = 0; j < count; j++) {
         kinds |= 1 << matrices[j]->kind;
-        starts[j + 1] = starts[j] + ceil_div(matrices[j]->rows, MC);
+        products.starts[j + 1] = products.starts[j] + ceil_div(matrices[j]->rows, MC);
     }
     const int64_t cols = matrices[0]->cols;
     float *squares = matrices[0]->input_squares;
@@ -141,19 +180,8 @@ int linear(const Matrix *const *matrices, int count, const float *x, int64_t n, 
         for (int64_t c = 0; c < cols; c++) squares[c] += x[r * cols + c] * x[r * cols + c];
     const PackedInputs in = pack_inputs(x, n, matrices[0], kinds);
     if (scratch_failed()) return OUT_OF_MEMORY;
-    OMP(parallel)
-    {
-        TileShape shape = {0};
-        int64_t next = -1; /* the item after this thread's last one, whose first rows are prefetched */
-        OMP(for schedule(guided, 2)) /* because another program may slow down a thread's core for a while */
-        for (int64_t item = 0; item < starts[count]; item++) {
-            int j = 0;
-            while (item >= starts[j + 1]) j++;
-            const int64_t first = (item - starts[j]) * MC;
-            gemm(matrices[j], first, min_int(matrices[j]->rows - first, MC), &in, n, &shape, item != next || !first, y[j]);
-            next = item + 1;
-        }
-        amx_release(&shape);
-    }
+    products.in = &in;
+    for (int i = 0; i < pool_threads(); i++) products.next[i] = -1;
+    parallel_for(products.starts[count], 1, run_products, &products);
     return SUCCESS;
 }

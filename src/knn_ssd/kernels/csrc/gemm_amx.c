@@ -7,8 +7,7 @@
  * most. They are multiplied as columns of their own, and their sums are added at the end.
  */
 #include "gemm.h"
-
-#include "parallel.h"
+#include "thread_pool.h"
 
 static int uses_tiles;
 
@@ -100,15 +99,24 @@ INLINE void split_hi_lo(const float *x, __m512i *hi, __m512i *lo) {
     *lo = (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0]);
 }
 
+typedef struct {
+    const float *x;
+    int64_t n, cols;
+    uint16_t *hi_lo;
+} Packing;
+
 /* Packs x (n, cols) as (blocks, cols / TILE_K, tiles of the block, 16 pairs of columns, columns of the tile, 2): a block's
  * columns are the hi parts of its rows, then the lo parts. */
-void amx_pack_inputs(const float *x, int64_t n, int64_t cols, uint16_t *hi_lo) {
-    OMP(parallel for if (n * cols > 32768))
-    for (int64_t step = 0; step < cols / TILE_K; step++)
+static void pack_steps(void *context, int64_t first_step, int64_t last_step, int thread) {
+    const Packing *p = context;
+    const float *x = p->x;
+    const int64_t n = p->n, cols = p->cols;
+    (void)thread;
+    for (int64_t step = first_step; step < last_step; step++)
         for (int64_t first = 0; first < n; first += BLOCK) {
             const int64_t n_rows = min_int(n - first, BLOCK), columns = 2 * n_rows, width = min_int(columns, TILE);
             const int64_t tiles = ceil_div(columns, width);
-            uint32_t *out = (uint32_t *)(hi_lo + 2 * first * cols) + step * tiles * TILE * width;
+            uint32_t *out = (uint32_t *)(p->hi_lo + 2 * first * cols) + step * tiles * TILE * width;
             __m512i pairs[MAX_COLUMNS];
             for (int64_t r = 0; r < n_rows; r++)
                 split_hi_lo(x + (first + r) * cols + step * TILE_K, pairs + r, pairs + n_rows + r);
@@ -119,6 +127,12 @@ void amx_pack_inputs(const float *x, int64_t n, int64_t cols, uint16_t *hi_lo) {
                     _mm512_mask_storeu_epi32(out, (__mmask16)((1u << width) - 1), pairs[t * TILE + k]);
             }
         }
+}
+
+void amx_pack_inputs(const float *x, int64_t n, int64_t cols, uint16_t *hi_lo) {
+    Packing packing = {x, n, cols, hi_lo};
+    const int64_t steps = cols / TILE_K;
+    parallel_for(steps, n * cols > 32768 ? 1 : steps, pack_steps, &packing);
 }
 
 /* What is prefetched into the L2 cache while a matrix is multiplied, a cache line at a time: `rows` matrix rows from `data`

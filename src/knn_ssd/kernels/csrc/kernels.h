@@ -73,8 +73,4 @@ EXPORT int64_t knn_ssd_lanes(void);
 EXPORT void knn_ssd_enable_tiles(int64_t wanted);
 EXPORT int64_t knn_ssd_uses_tiles(void);
 
-/* Ends the calling thread's idle OpenMP workers and frees its scratch memory. While its workers live, those of another
- * thread exceed the number of cores, and sleep at each of a forward pass's hundreds of barriers instead of spinning. */
-EXPORT void knn_ssd_release_threads(void);
-
 #endif

@@ -2,6 +2,7 @@
 #include "quantise.h"
 
 #include "gemm.h"
+#include "thread_pool.h"
 
 /* Quantises w (count,) with one scale and zero; returns the squared error, weighted by importance. `count` is a multiple of
  * LANES here and below. */
@@ -76,19 +77,34 @@ static void store_group(const uint8_t *levels, const uint16_t *scale, int64_t ro
     memcpy(scales + (index * LANES + lane) * 2, scale, 4);
 }
 
-void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
+typedef struct {
+    const Matrix *m;
+    const float *importance;
+    int64_t n_ranges;
+    uint8_t *data;
+    uint16_t *scales;
+} Quantisation;
+
+static void quantise_rows(void *context, int64_t first, int64_t last, int thread) {
+    const Quantisation *c = context;
+    const Matrix *m = c->m;
     const int64_t cols = m->cols, groups = num_groups(m);
-    OMP(parallel for schedule(static))
-    for (int64_t i = 0; i < m->rows; i++)
+    (void)thread;
+    for (int64_t i = first; i < last; i++)
         for (int64_t g = 0; g < groups; g++) {
             float w[GROUP_SIZE] = {0};
             uint8_t levels[GROUP_SIZE];
             uint16_t scale[2] = {0, 0};
-            const int64_t first = g * GROUP_SIZE, count = min_int(cols - first, GROUP_SIZE);
-            for (int64_t c = 0; c < count; c++)
-                w[c] = m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[i * cols + first + c])
-                                           : ((const float *)m->data)[i * cols + first + c];
-            quantise_group(w, importance + first, count, n_ranges, levels, scale);
-            store_group(levels, scale, i, g, groups, data, scales);
+            const int64_t start = g * GROUP_SIZE, count = min_int(cols - start, GROUP_SIZE);
+            for (int64_t k = 0; k < count; k++)
+                w[k] = m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[i * cols + start + k])
+                                           : ((const float *)m->data)[i * cols + start + k];
+            quantise_group(w, c->importance + start, count, c->n_ranges, levels, scale);
+            store_group(levels, scale, i, g, groups, c->data, c->scales);
         }
+}
+
+void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
+    Quantisation quantisation = {m, importance, n_ranges, data, scales};
+    parallel_for(m->rows, 8, quantise_rows, &quantisation);
 }

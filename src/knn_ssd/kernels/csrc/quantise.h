@@ -4,7 +4,6 @@
 
 #include <math.h>
 
-#include "parallel.h"
 #include "vectors.h"
 
 /* Quantises x (count,) to 8 bits with one scale; returns the sum of the bytes. `count` is a multiple of LANES. */
@@ -16,7 +15,6 @@ INLINE int32_t quantise_vector(const float *x, int64_t count, int8_t *bytes, flo
     }
     const float largest = horizontal_max(maxima), inverse = largest > 0 ? 127 / largest : 0;
     int32_t total = 0;
-    OMP(simd reduction(+ : total)) /* integers: their order does not matter */
     for (int64_t i = 0; i < count; i++) {
         int32_t level = (int32_t)rintf(x[i] * inverse);
         bytes[i] = (int8_t)level;

@@ -14,7 +14,7 @@ typedef struct Block {
 
 _Static_assert(sizeof(Block) <= ALIGNMENT, "a block's first aligned address is behind its header");
 
-static _Thread_local struct {
+static struct {
     Block *last;
     int failed;
 } scratch;
@@ -29,7 +29,7 @@ static int add_block(size_t size) {
     return 1;
 }
 
-void scratch_free(void) {
+static void free_blocks(void) {
     while (scratch.last) {
         Block *previous = scratch.last->previous;
         free(scratch.last);
@@ -43,7 +43,7 @@ void scratch_reset(void) {
     if (scratch.last->previous) {
         size_t total = 0;
         for (const Block *block = scratch.last; block; block = block->previous) total += block->size;
-        scratch_free();
+        free_blocks();
         if (!add_block(total)) return;
     }
     scratch.last->used = ALIGNMENT;

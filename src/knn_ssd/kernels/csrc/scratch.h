@@ -1,4 +1,4 @@
-/* Scratch memory of the calling thread, kept from one call to the next.
+/* Scratch memory of the process, kept from one call to the next. It belongs to the thread that holds `pool_lock`.
  *
  * `scratch_reset` makes all of it available again. `scratch_take` grows it as needed, and what was taken before stays
  * where it is. A failed allocation is remembered until the next reset: `scratch_take` then returns null, so callers take
@@ -13,6 +13,5 @@
 void scratch_reset(void);
 void *scratch_take(size_t count, size_t size); /* 64-byte aligned room for `count` elements of `size` bytes */
 int scratch_failed(void);
-void scratch_free(void);
 
 #endif

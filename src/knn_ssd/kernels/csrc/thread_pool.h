@@ -10,6 +10,8 @@ enum { POOL_MAX_THREADS = 256 };
  * so it can index scratch memory. A body neither fails nor forks, nor does it call pool_set_threads or pool_shutdown. */
 typedef void (*PoolBody)(void *context, int64_t first, int64_t last, int thread);
 
+#pragma GCC visibility push(default)
+
 /* How many threads take part in a parallel_for, the calling one included; 1 until pool_set_threads. */
 int pool_threads(void);
 
@@ -20,6 +22,7 @@ void pool_set_threads(int threads);
 /* Ends the workers; the next parallel_for starts new ones. */
 void pool_shutdown(void);
 
+#pragma GCC visibility pop
 #pragma GCC visibility push(hidden)
 
 /* Calls `body` so that each of the items 0 .. n_items - 1 is done once, and returns when all are. Ranges begin at
