@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from knn_ssd import Atlas, Engine, Generation, Plan
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.cli import main
+from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
@@ -26,6 +26,7 @@ from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 OUT = Path("out/demo")
 CALIBRATED = 12  # prompts per domain; the prompts decoded below are others
 NEW_TOKENS = 48
+SEARCH_MINUTES = "1.3"
 console = Console() if Console().is_terminal else Console(width=100)
 
 
@@ -36,7 +37,7 @@ def calibrate_the_real_model() -> Path:
         console.print(f"The atlas of an earlier run is at [bold]{path}[/]; remove it to calibrate again.")
         return path
     command = ["calibrate", "--out", str(path), "--vector-prompts", str(CALIBRATED),
-               "--search-prompts", "2", "--new-tokens", "20", "--minutes", "1.3", "--resume"]  # fmt: skip
+               "--search-prompts", "2", "--new-tokens", "20", "--minutes", SEARCH_MINUTES, "--resume"]  # fmt: skip
     console.print(f"$ knn-ssd {' '.join(command)}")
     if (code := main(command)) != 0:
         sys.exit(code)
@@ -78,7 +79,7 @@ def show_forced_drafts(engine: Engine, atlas: Atlas, prompts: Sequence[Prompt]) 
 
 def show_planted_redundancy() -> bool:
     """Shows where skipping pays: a tiny model in which each domain has its own redundant sublayers."""
-    torch.set_num_threads(1)  # more threads only slow down so small a model
+    set_threads(1)  # more threads only slow down so small a model
     redundant = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
     planted = planted_tiny_model(redundant, seed=3)
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)

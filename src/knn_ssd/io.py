@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import getpass
 import json
+import logging
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("knn-ssd", "torch", "transformers", "optuna", "numpy", "scikit-learn")
 
@@ -125,13 +131,41 @@ def cut_torn_line(path: Path) -> None:
             path.write_bytes(whole)
 
 
+@functools.cache
 def cache_directory() -> Path:
-    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory,
-    else, for a user without a home, a directory of the user's own among the temporary files.
+    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory.
+
+    Where the latter cannot be written, or there is none, it is a directory of the user's own among the temporary files,
+    which a warning reports.
     """
     if own := os.environ.get("KNN_SSD_CACHE"):
         return Path(own).expanduser()
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
+        preferred = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
     except RuntimeError:  # the user has no home directory
-        return Path(tempfile.gettempdir()) / f"knn-ssd-{os.getuid()}"
+        preferred = None
+    if preferred is not None and _can_be_made(preferred):
+        return preferred
+    replacement = _own_temporary_directory()
+    logger.warning(
+        "The cache directory '%s' cannot be written, and '%s' is used. Set KNN_SSD_CACHE to a directory that is kept.",
+        preferred or "~/.cache/knn-ssd",
+        replacement,
+    )
+    return replacement
+
+
+def _can_be_made(path: Path) -> bool:
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _own_temporary_directory() -> Path:
+    """A directory that only this user can write, the same one for all processes of the user if that can be had."""
+    shared = Path(tempfile.gettempdir()) / f"knn-ssd-{getpass.getuser() if not hasattr(os, 'getuid') else os.getuid()}"
+    with contextlib.suppress(OSError):
+        shared.mkdir(mode=0o700, exist_ok=True)
+        status = shared.lstat()
+        if stat.S_ISDIR(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid()):
+            return shared
+    return Path(tempfile.mkdtemp(prefix="knn-ssd-"))

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from knn_ssd.errors import KnnSsdError, OutputError
+from knn_ssd.errors import KnnSsdError
 from knn_ssd.io import cache_directory, writing
 
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
@@ -55,7 +55,7 @@ def library_path() -> Path:
 
     Raises:
         KernelsUnavailable: there is none, and no compiler was found, or it failed.
-        OutputError: neither the cache directory nor a temporary one can be written.
+        OutputError: the cache directory cannot be written.
     """
     if packaged := _packaged_library():
         return packaged
@@ -67,14 +67,10 @@ def library_path() -> Path:
     path = cache_directory() / "kernels" / f"{_cache_key(compiler)}.so"
     if _is_trusted(path):
         return path
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-                os.replace(compile_library(compiler, Path(folder)), path)
-    except OutputError:
-        with writing(Path(tempfile.gettempdir())):
-            return compile_library(compiler, Path(tempfile.mkdtemp(prefix="knn-ssd-")))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            os.replace(compile_library(compiler, Path(folder)), path)
     return path
 
 
@@ -102,25 +98,22 @@ def compile_library(compiler: Sequence[str], folder: Path, flags: Sequence[str] 
     return library
 
 
-def compile_for_wheel(compiler: Sequence[str], folder: Path) -> list[Path]:
-    """Compiles a library for each instruction set of this machine's architecture, named after it.
+def compile_for_wheel(compiler: Sequence[str], folder: Path, name: str) -> Path:
+    """Compiles the library of one of `INSTRUCTION_SETS` in `folder`, named after it.
 
     Raises:
-        KernelsUnavailable: the compiler failed.
+        KernelsUnavailable: the compiler failed; it may be too old for the instruction set.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = []
-    for name, (_, flags, _) in _own_sets().items():
-        with tempfile.TemporaryDirectory() as scratch:
-            compiled = compile_library(compiler, Path(scratch), flags)
-            libraries.append(Path(shutil.move(compiled, folder / f"{name}.so")))
-    return libraries
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = compile_library(compiler, Path(scratch), INSTRUCTION_SETS[name][1])
+        return Path(shutil.move(compiled, folder / f"{name}.so"))
 
 
 def best_instruction_set() -> str | None:
     """Name of the best of `INSTRUCTION_SETS` that this processor has; None if it has none."""
     features = processor_features()
-    found = [name for name, (_, _, needed) in _own_sets().items() if features.issuperset(needed)]
+    found = [name for name, (_, _, needed) in own_instruction_sets().items() if features.issuperset(needed)]
     return found[-1] if found else None
 
 
@@ -137,7 +130,8 @@ def _machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
-def _own_sets() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
+def own_instruction_sets() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Those of `INSTRUCTION_SETS` that processors of this machine's architecture may have."""
     return {name: each for name, each in INSTRUCTION_SETS.items() if each[0] == _machine()}
 
 

@@ -1,0 +1,134 @@
+"""The wheel brings compiled kernels: it runs where there is no compiler, no home and a CPU quota."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from knn_ssd.kernels import build
+
+ROOT = Path(__file__).parents[1]
+CGROUPS = Path("/sys/fs/cgroup/cpu")  # of version 1, where this machine has it
+
+pytestmark = pytest.mark.skipif(build.best_instruction_set() is None, reason="no wheel has kernels for this processor")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    subprocess.run([*map(str, command), "--quiet"], cwd=ROOT, check=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, as an installer unpacks it."""
+    folder = tmp_path_factory.mktemp("installed")
+    with ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quota() -> Iterator[Path | None]:
+    """A control group with a quota of two CPUs; None where none can be made."""
+    group = CGROUPS / f"knn-ssd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_quota_us").write_text("200000")
+    except OSError:
+        yield None
+        return
+    yield group
+    group.rmdir()
+
+
+def run_bare(code: str, installed: Path, work: Path, quota: Path | None = None) -> str:
+    """What a script prints that runs on the installed package without a compiler, a home or a cache."""
+    enter = f"open({str(quota / 'cgroup.procs')!r}, 'w').write('0')\n" if quota is not None else ""
+    environment = {
+        "PATH": str(work / "nothing"),
+        "PYTHONPATH": str(installed),
+        "TMPDIR": str(work),
+        "HOME": "/dev/null/home",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", enter + textwrap.dedent(code)],
+        env=environment,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_wheel_has_a_library_for_each_instruction_set(wheel: Path) -> None:
+    libraries = {Path(name).stem for name in ZipFile(wheel).namelist() if name.endswith(".so")}
+    assert libraries == set(build.own_instruction_sets())
+    assert "-none-any" not in wheel.name
+
+
+def test_the_best_library_of_a_wheel_runs_without_a_compiler_and_a_home(installed: Path, tmp_path: Path) -> None:
+    printed = run_bare(
+        """
+        import knn_ssd
+        from knn_ssd import Engine
+        from knn_ssd.kernels import binding, build
+        from knn_ssd.testing import tiny_model
+        assert binding.kernels_obstacle() is None, binding.kernels_obstacle()
+        engine = Engine(tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32))
+        assert engine.generate([5, 6, 7], max_new_tokens=4).token_ids
+        print(type(engine.backend).__name__, build.library_path(), knn_ssd.__file__)
+        """,
+        installed,
+        tmp_path,
+    )
+    assert "NativeBackend" in printed
+    assert str(installed / "knn_ssd" / "kernels" / "lib" / f"{build.best_instruction_set()}.so") in printed
+
+
+def test_without_a_compiler_and_a_wheel_one_line_says_what_is_missing(tmp_path: Path) -> None:
+    printed = run_bare(
+        """
+        from knn_ssd import Engine
+        from knn_ssd.testing import tiny_model
+        Engine(tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32))
+        """,
+        ROOT / "src",
+        tmp_path,
+    )
+    reported = [line for line in printed.splitlines() if "transformers backend" in line]
+    assert len(reported) == 1
+    assert "no C compiler was found" in reported[0]
+    assert "Install gcc" in reported[0]
+
+
+@pytest.mark.real
+def test_the_demo_runs_in_a_container(installed: Path, tmp_path: Path, quota: Path | None) -> None:
+    """No compiler, no home, two CPUs of a quota; fewer prompts and less search than `make demo` has."""
+    printed = run_bare(
+        f"""
+        import runpy
+        from knn_ssd.kernels.threads import thread_count
+        print(thread_count())
+        demo = runpy.run_path({str(ROOT / "examples" / "demo.py")!r})
+        demo["run"].__globals__.update(CALIBRATED=3, NEW_TOKENS=12, SEARCH_MINUTES="0.1")
+        assert demo["run"]() == 0
+        """,
+        installed,
+        tmp_path,
+        quota,
+    )
+    assert "All output was identical to plain decoding." in printed
+    assert "is used. Set KNN_SSD_CACHE" in printed
+    assert (tmp_path / "out" / "demo" / "atlas.png").is_file()
