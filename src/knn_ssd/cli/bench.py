@@ -111,21 +111,13 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from knn_ssd.bench.summary import display_name, formatted, formatted_interval
+    from knn_ssd.bench.summary import display_name, formatted_figures, formatted_interval
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "as plain"):
         table.add_column(name, justify="right")
     for name, own in methods.items():
-        table.add_row(
-            display_name(name, own),
-            formatted(own["speedup"], "{:.2f}x"),
-            formatted_interval(own),
-            formatted(own["decode_speedup"], "{:.2f}x"),
-            formatted(own["tokens_per_sec"], "{:.1f}"),
-            formatted(own["acceptance_rate"], "{:.0%}"),
-            formatted(own["tokens_per_round"], "{:.2f}"),
-            formatted(own["identical_to_plain"], "{:.0%}"),
-        )
+        speedup, *others, _first_token = formatted_figures(own).values()
+        table.add_row(display_name(name, own), speedup, formatted_interval(own), *others)
     return table
