@@ -67,16 +67,9 @@ def option(
     default: Any = None,
     **more: Any,
 ) -> None:
-    """Adds an option that takes a value.
+    """Adds an option that takes a value, which `kind` makes of the user's text.
 
-    Args:
-        group: the parser or group to add it to.
-        name: its name, with the dashes.
-        metavar: the name of its value in the help; None with `choices`.
-        text: its help, to which the default is appended unless it is None or the text has the word itself.
-        kind: makes the value of the text that the user gave.
-        default: its value where it is not given.
-        more: further arguments of `add_argument`.
+    Its help is `text`, which ends with the default value unless that is None or `text` says it in other words.
     """
     if default is not None and "default" not in text:
         text += f" (default: {f'{default:g}' if isinstance(default, float) else default})"

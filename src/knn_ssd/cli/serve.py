@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from knn_ssd.server.scheduler import Limits
 
     atlas = options.read_atlas(args)
-    socket = listen(args.host, args.port)
-    try:
+    with listen(args.host, args.port) as socket:
         engine = options.load_engine(args, atlas)
         engine.prepare()
         name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
@@ -77,6 +76,4 @@ def run(args: argparse.Namespace) -> int:
         )
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
             uvicorn.Server(config).run(sockets=[socket])
-    finally:
-        socket.close()
     return 0
