@@ -76,11 +76,7 @@ class Plan:
 
     @classmethod
     def skipping(
-        cls,
-        num_layers: int,
-        attention: Iterable[int] = (),
-        mlp: Iterable[int] = (),
-        policy: Policy | None = None,
+        cls, num_layers: int, attention: Iterable[int] = (), mlp: Iterable[int] = (), policy: Policy | None = None
     ) -> Plan:
         """A plan that skips the given layers' attention and MLP sublayers and keeps the rest."""
         return cls(

@@ -55,25 +55,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_inner": 64,
         "n_positions": 256,
         **dict.fromkeys(
-            (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-            )
+            ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         ),
         "max_position_embeddings": None,
         "head_dim": None,
     },
     "olmo2": {},
     "mixtral": {**_MOE, "num_local_experts": 4, "sliding_window": None},
-    "qwen2_moe": {
-        **_MOE,
-        "num_experts": 4,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-    },
+    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
 }
 
 
