@@ -16,7 +16,7 @@ from knn_ssd.bench.records import Record
 
 BASELINE = "plain"
 _RESAMPLES = 2000
-_FORMS = {  # of the figures in tables
+_FORMS = {  # the format of each figure that tables show, in the order of their columns
     "speedup": "{:.2f}x", "decode_speedup": "{:.2f}x", "tokens_per_sec": "{:.1f}", "acceptance_rate": "{:.0%}",
     "tokens_per_round": "{:.2f}", "identical_to_plain": "{:.0%}", "first_token_sec_mean": "{:.2f} s",
 }  # fmt: skip

@@ -213,10 +213,10 @@ class _Calibration:
 
     def _finalists(self, ranked: Sequence[FinishedTrial]) -> list[Plan]:
         """The plans to time: those with the highest scores, or lookup alone where no plan is worth timing."""
-        timed = self.settings.search is Strategy.PAPER  # its scores are tokens per second, not predicted speed-ups
-        worth = [f for f in ranked[:_NUM_FINALISTS] if timed or f.speedup >= _MIN_PREDICTED_SPEEDUP]
+        is_paper = self.settings.search is Strategy.PAPER  # whose scores are tokens per second, not predicted speed-ups
+        worth = [f for f in ranked[:_NUM_FINALISTS] if is_paper or f.speedup >= _MIN_PREDICTED_SPEEDUP]
         best = [f.plan for f in worth if f.plan.cheapens]
-        if timed or not self.settings.lookup:
+        if is_paper or not self.settings.lookup:
             return best
         plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
         return plans or [Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))]

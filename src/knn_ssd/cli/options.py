@@ -67,9 +67,9 @@ def option(
     default: Any = None,
     **more: Any,
 ) -> None:
-    """Adds an option that takes a value, which `kind` makes of the user's text.
+    """Adds an option that takes a value; `kind` converts the user's text into that value.
 
-    Its help is `text`, which ends with the default value unless that is None or `text` says it in other words.
+    Its help is `text`, followed by the default value unless that is None or `text` has the word "default" itself.
     """
     if default is not None and "default" not in text:
         text += f" (default: {f'{default:g}' if isinstance(default, float) else default})"
@@ -169,7 +169,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options of those names that have a value."""
+    """The named options that have a value."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
