@@ -148,10 +148,10 @@ def test_good_lookups_extend_a_self_draft() -> None:
     cost = CostProfile(1.0, 0.0, 0.0, CHEAP.verify_sec, 0.95 / 8, 0.95 / 8)
     controller = controller_of(Drafts(0.98), Lookups(2), cost)
     for _ in range(300):  # short matches turn out to be right three times in four: too seldom to go first
-        controller._acceptance.at_match(2).record(True)
-        controller._acceptance.at_match(2).record(True)
-        controller._acceptance.at_match(2).record(True)
-        controller._acceptance.at_match(2).record(False)
+        controller.acceptance.at_match(2).record(True)
+        controller.acceptance.at_match(2).record(True)
+        controller.acceptance.at_match(2).record(True)
+        controller.acceptance.at_match(2).record(False)
     _, drafts = play(controller, {"self": 0.98, "lookup": 0.75}, cost, 20, 0.05)
     assert any(draft.num_looked_up and draft.drafter == "self" for draft in drafts)
 

@@ -31,20 +31,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Atlas",
-    "Engine",
-    "Generation",
-    "KnnSsdError",
-    "Mode",
-    "Plan",
-    "Policy",
-    "Round",
-    "Route",
-    "Router",
-    "SamplingParams",
-    "Stream",
-    "__version__",
-]
+    "Atlas", "Engine", "Generation", "KnnSsdError", "Mode", "Plan", "Policy", "Round", "Route", "Router",
+    "SamplingParams", "Stream", "__version__",
+]  # fmt: skip
 
 _HOMES = {
     "Atlas": "knn_ssd.atlas",

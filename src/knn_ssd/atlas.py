@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "atlas.json"
 ANCHORS = "anchors.safetensors"
+_RESTORE = "Calibrate again, or restore the file."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,7 @@ class Atlas:
             num_vectors == len(self.vector_domains), f"{num_vectors} vectors have {len(self.vector_domains)} domains"
         )
         _require(
-            num_anchors == len(self.anchor_domains),
-            f"{num_anchors} anchors have {len(self.anchor_domains)} domains",
+            num_anchors == len(self.anchor_domains), f"{num_anchors} anchors have {len(self.anchor_domains)} domains"
         )
         _require(width == self.fingerprint.hidden_size, f"anchors of {width} dimensions for a model of "
                  f"{self.fingerprint.hidden_size}")  # fmt: skip
@@ -93,10 +93,7 @@ class Atlas:
         _require(not unknown, f"anchors and plans do not name the same domains: {', '.join(unknown)}")
         plans = [domain.plan for domain in self.domains.values()] + [self.fallback]
         wrong = [plan.num_layers for plan in plans if plan.num_layers != self.fingerprint.num_layers]
-        _require(
-            not wrong,
-            f"a plan for {wrong and wrong[0]} layers, and the model has {self.fingerprint.num_layers}",
-        )
+        _require(not wrong, f"a plan for {wrong and wrong[0]} layers, and the model has {self.fingerprint.num_layers}")
 
     def plan_for(self, domain: str | None) -> Plan:
         """The plan of a domain; None stands for the fallback plan.
@@ -163,9 +160,7 @@ class Atlas:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise AtlasError(
-                f"'{path / MANIFEST}' is damaged: {what}", "Calibrate again, or restore the file."
-            ) from error
+            raise AtlasError(f"'{path / MANIFEST}' is damaged: {what}", _RESTORE) from error
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -232,14 +227,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(manifest_path.read_text("utf-8"))
     except ValueError as error:
-        raise AtlasError(f"'{manifest_path}' is not JSON: {error}", "Calibrate again, or restore the file.") from error
+        raise AtlasError(f"'{manifest_path}' is not JSON: {error}", _RESTORE) from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int):
-        raise AtlasError(f"'{manifest_path}' has no schema number", "Calibrate again, or restore the file.")
+        raise AtlasError(f"'{manifest_path}' has no schema number", _RESTORE)
     if schema > SCHEMA:
         raise AtlasError(
-            f"'{path}' has atlas schema {schema}, and this version of knn-ssd reads up to {SCHEMA}",
-            "Update knn-ssd.",
+            f"'{path}' has atlas schema {schema}, and this version of knn-ssd reads up to {SCHEMA}", "Update knn-ssd."
         )
     return manifest  # type: ignore[no-any-return]
 
@@ -253,9 +247,7 @@ def _read_arrays(path: Path, expected_hash: str | None) -> dict[str, np.ndarray[
         content = file.read_bytes()
         arrays = load(content)
     except (OSError, SafetensorError) as error:
-        raise AtlasError(
-            f"'{file}' is missing or damaged ({error})", "Calibrate again, or restore the file."
-        ) from error
+        raise AtlasError(f"'{file}' is missing or damaged ({error})", _RESTORE) from error
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise AtlasError(
             f"'{file}' does not belong to the {MANIFEST} beside it", "Calibrate again, or restore the files."

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -76,11 +76,7 @@ class Plan:
 
     @classmethod
     def skipping(
-        cls,
-        num_layers: int,
-        attention: Iterable[int] = (),
-        mlp: Iterable[int] = (),
-        policy: Policy | None = None,
+        cls, num_layers: int, attention: Iterable[int] = (), mlp: Iterable[int] = (), policy: Policy | None = None
     ) -> Plan:
         """A plan that skips the given layers' attention and MLP sublayers and keeps the rest."""
         return cls(
@@ -175,22 +171,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that people can read; `from_json` is its inverse."""
-        return {
-            "num_layers": self.num_layers,
-            **{
-                mode.value: {
-                    "attention": list(_layers_in(self.attention, mode)),
-                    "mlp": list(_layers_in(self.mlp, mode)),
-                }
-                for mode in (Mode.SKIP, Mode.LOW)
-            },
-            "head": self.head.value,
-            "policy": {
-                "max_draft": self.policy.max_draft,
-                "threshold": self.policy.threshold,
-                "lookup": self.policy.lookup,
-            },
+        layers = {
+            mode.value: {"attention": [*_layers_in(self.attention, mode)], "mlp": [*_layers_in(self.mlp, mode)]}
+            for mode in (Mode.SKIP, Mode.LOW)
         }
+        return {"num_layers": self.num_layers, **layers, "head": self.head.value, "policy": asdict(self.policy)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:

@@ -49,31 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "gpt2": {
-        "n_embd": 32,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_inner": 64,
-        "n_positions": 256,
-        **dict.fromkeys(
-            (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-            )
-        ),
-        "max_position_embeddings": None,
-        "head_dim": None,
+        **{"n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 64, "n_positions": 256},
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
+        **dict.fromkeys(("num_key_value_heads", "max_position_embeddings", "head_dim")),
     },
     "olmo2": {},
     "mixtral": {**_MOE, "num_local_experts": 4, "sliding_window": None},
-    "qwen2_moe": {
-        **_MOE,
-        "num_experts": 4,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-    },
+    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
 }
 
 
@@ -82,9 +64,8 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model of a transformers `model_type` with a few thousand weights; `overrides` go to its config."""
     settings = {**_SIZES, **FAMILIES.get(family, {}), **overrides}
-    config = AutoConfig.for_model(
-        family, **{k: v for k, v in settings.items() if v is not None or k == "sliding_window"}
-    )
+    given = {k: v for k, v in settings.items() if v is not None or k == "sliding_window"}
+    config = AutoConfig.for_model(family, **given)
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)

@@ -81,9 +81,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, *
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(f"{the_prompt} is not Unicode text ({error})", "Give it as UTF-8.") from error
-    return list(
-        tokenizer(text, verbose=False, **options)["input_ids"]
-    )  # silent on length: `encode` has its own sentence
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])  # `encode` itself reports an excess of length
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -160,10 +158,7 @@ class Detokenizer:
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        return max(
-            (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])),
-            default=0,
-        )
+        return max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
 
 
 @dataclass(frozen=True, slots=True)

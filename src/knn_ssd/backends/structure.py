@@ -18,15 +18,12 @@ from knn_ssd.errors import UnsupportedModelError
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 
-# Architectures whose children have other names: model_type -> (attention, MLP).
-_EXCEPTIONS: dict[str, tuple[str, str]] = {}
-
 # Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 _RECURRENT_CLASS = re.compile(r"Mamba|Recurrent|R[Ww][Kk][Vv]|GatedDelta|SSM|R[Gg]L[Rr][Uu]|ShortConv")
-_HINT = "Decoders whose layers have one attention and one MLP module each can be used"
+_HINT = "Decoders whose layers have one attention and one MLP module each can be used."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +51,15 @@ def find_structure(model: PreTrainedModel) -> Structure:
     config = model.config.get_text_config()
     _refuse_unsuitable(model, config)
     layers = _find_layers(model, int(config.num_hidden_layers))
-    names = _EXCEPTIONS.get(config.model_type)
-    attention = tuple(_child(model, i, layer, names and names[0], _ATTENTION_NAMES, "attention") for i, layer in layers)
-    mlp = tuple(_child(model, i, layer, names and names[1], _MLP_NAMES, "MLP") for i, layer in layers)
-    return Structure(tuple(layer for _, layer in layers), attention, mlp)
+    attention = tuple(_child(model, i, layer, _ATTENTION_NAMES, "attention") for i, layer in enumerate(layers))
+    mlp = tuple(_child(model, i, layer, _MLP_NAMES, "MLP") for i, layer in enumerate(layers))
+    return Structure(tuple(layers), attention, mlp)
 
 
 def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; a decoder-only model was looked for", _HINT + ".")
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; a decoder-only model was looked for", _HINT)
     layer_types = set(getattr(config, "layer_types", None) or ())
     recurrent = sorted(t for t in layer_types if any(word in t for word in _RECURRENT_LAYER_TYPES))
     found = recurrent or sorted({type(m).__name__ for m in model.modules() if _is_recurrent(m)})
@@ -71,54 +67,47 @@ def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
         raise UnsupportedModelError(
             f"{name} has recurrent state ({', '.join(found)}), which cannot be rewound after a draft; "
             "attention in every layer was looked for",
-            _HINT + ".",
+            _HINT,
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             f"{name} shares keys and values between layers (num_kv_shared_layers={config.num_kv_shared_layers}), "
             "so its attentions cannot be skipped one by one",
-            _HINT + ".",
+            _HINT,
         )
     if not hasattr(config, "num_hidden_layers"):
-        raise UnsupportedModelError(f"{name}'s configuration has no num_hidden_layers", _HINT + ".")
+        raise UnsupportedModelError(f"{name}'s configuration has no num_hidden_layers", _HINT)
 
 
 def _is_recurrent(module: nn.Module) -> bool:
     return _RECURRENT_CLASS.search(type(module).__name__) is not None
 
 
-def _find_layers(model: PreTrainedModel, num_layers: int) -> list[tuple[int, nn.Module]]:
-    """The decoder layers with their indices: the module list of length `num_layers` whose members have children."""
+def _find_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
+    """The decoder layers: the module list of length `num_layers` whose members have children."""
     for module in model.modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == num_layers
             and all(len(list(layer.children())) > 1 for layer in module)
         ):
-            return list(enumerate(module))
+            return module
     raise UnsupportedModelError(
         f"no decoder layers were found in {type(model).__name__}; "
         f"a ModuleList of num_hidden_layers={num_layers} layers was looked for",
-        _HINT + ".",
+        _HINT,
     )
 
 
-def _child(
-    model: PreTrainedModel,
-    index: int,
-    layer: nn.Module,
-    exception: str | None,
-    names: tuple[str, ...],
-    what: str,
-) -> nn.Module:
+def _child(model: PreTrainedModel, index: int, layer: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     children = dict(layer.named_children())
-    for name in (exception,) if exception else names:
+    for name in names:
         if name in children:
             return children[name]
     raise UnsupportedModelError(
         f"no {what} was found in layer {index} ({type(layer).__name__}) of {type(model).__name__}; "
         f"a child named {' or '.join(names)} was looked for, and there are {', '.join(children) or 'none'}",
-        _HINT + ".",
+        _HINT,
     )
 
 

@@ -82,7 +82,6 @@ class ClaspDraft:
         self.plan = Plan.plain(backend.num_layers)
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """Drafts at most `limit` tokens to follow `context`."""
         settings = self._settings
         if len(context) > 1 and (self._chosen_at is None or len(context) - self._chosen_at >= settings.interval):
             with self._session.rewound(1):

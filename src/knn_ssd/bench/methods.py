@@ -7,6 +7,7 @@ Each has an engine of its own, so that none learns from the drafts of another.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,7 @@ DESCRIPTIONS = {
     "auto": "the default of `generate`: routing, all drafters and the controller",
 }
 NEEDS_ATLAS = ("self-sd-fix", "self-sd-mix", "knn-ssd")
+_SEE_DOCTOR = "See `knn-ssd doctor`, or choose other --methods."
 _LOOKUP_TOKENS = 10  # as in the documentation of transformers
 
 
@@ -125,10 +127,7 @@ def _unrouted(name: str, engine: Engine) -> Plan:
     if name == "lookup":
         return Plan.skipping(layers, policy=Policy(lookup=True))
     if Mode.LOW not in engine.backend.modes:
-        raise BenchError(
-            "the method 'low' needs 4-bit weights, and this model's backend has none",
-            "See `knn-ssd doctor`, or choose other --methods.",
-        )
+        raise BenchError("the method 'low' needs 4-bit weights, and this model's backend has none", _SEE_DOCTOR)
     return Plan.low(layers, Policy(lookup=False))
 
 
@@ -149,10 +148,7 @@ def _swift(engine: Engine, sampling: dict[str, Any]) -> Method:
 def _clasp(engine: Engine, sampling: dict[str, Any]) -> Method:
     backend = engine.backend
     if not isinstance(backend, NativeBackend):
-        raise BenchError(
-            "the method 'clasp' runs layers one by one, which only the native backend can",
-            "See `knn-ssd doctor`, or choose other --methods.",
-        )
+        raise BenchError("the method 'clasp' runs layers one by one, which only the native backend can", _SEE_DOCTOR)
 
     def new_drafter(request: Request) -> Drafter:
         assert isinstance(request.session, NativeSession)
@@ -169,9 +165,7 @@ def _as_published(
 ) -> Method:
     """The methods of arXiv 2505.16162, section 4: skipping drafts under a fixed policy, routed or not."""
     if name == "knn-ssd":
-        domains = {
-            domain: DomainEntry(_skipping(atlas, domain), known.radius) for domain, known in atlas.domains.items()
-        }
+        domains = {name: DomainEntry(_skipping(atlas, name), known.radius) for name, known in atlas.domains.items()}
         skips = replace(atlas, domains=domains, fallback=_skipping(atlas, None))
         return _engine_method(engine, skips, sampling, adaptive=False)
     domain = first_domain if name == "self-sd-fix" else None
@@ -273,12 +267,13 @@ def record_of(output: Output, **place: Any) -> Record:
 
 def _round_details(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that follow from the rounds."""
-    drafted, accepted = _by_drafter(rounds)
+    drafted = Counter(drafter for each in rounds for drafter in each.drafters)
+    accepted = Counter(drafter for each in rounds for drafter in each.drafters[: each.accepted])
     return {
         "rounds": len(rounds),
         "lossless": not sampling,
-        "drafted": drafted,
-        "accepted": accepted,
+        "drafted": dict(drafted),
+        "accepted": {drafter: accepted[drafter] for drafter in drafted},
         "draft_sec": sum(each.draft_sec for each in rounds),
         "verify_sec": sum(each.verify_sec for each in rounds),
         "by_length": _by_length(rounds[1:]),
@@ -293,13 +288,3 @@ def _by_length(rounds: list[Round]) -> dict[str, list[int]]:
         sums[0] += 1
         sums[1] += each.accepted
     return result
-
-
-def _by_drafter(rounds: list[Round]) -> tuple[dict[str, int], dict[str, int]]:
-    drafted: dict[str, int] = {}
-    accepted: dict[str, int] = {}
-    for each in rounds:
-        for index, drafter in enumerate(each.drafters):
-            drafted[drafter] = drafted.get(drafter, 0) + 1
-            accepted[drafter] = accepted.get(drafter, 0) + (index < each.accepted)
-    return drafted, accepted

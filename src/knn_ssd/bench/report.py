@@ -12,7 +12,7 @@ from knn_ssd.bench.methods import DESCRIPTIONS
 from knn_ssd.bench.peers import APART
 from knn_ssd.bench.pictures import Axes, bars, legend, lines, mode_map, scatter, stacked_bars
 from knn_ssd.bench.records import Record
-from knn_ssd.bench.summary import BASELINE, display_name, formatted, running_speedup
+from knn_ssd.bench.summary import BASELINE, display_name, formatted_figures, running_speedup
 from knn_ssd.routing.projection import Points
 
 _PARTS = {"prompt": "prefill", "drafting": "drafting", "verifying": "verification", "rest": "rest"}
@@ -74,13 +74,9 @@ def report(summary: Mapping[str, Any], records: Sequence[Record], command: str, 
     domains = sorted({domain for figures in methods.values() for domain in figures["per_domain"]})
     if len(domains) > 1:
         parts.append("<h2>By domain</h2>")
-        bounds = [own["speedup"] or 0 for name in others for own in methods[name]["per_domain"].values()]
-        bounds += [
-            own["speedup_ci95"][1]
-            for name in others
-            for own in methods[name]["per_domain"].values()
-            if own["speedup_ci95"]
-        ]
+        by_domain = [own for name in others for own in methods[name]["per_domain"].values()]
+        bounds = [own["speedup"] or 0 for own in by_domain]
+        bounds += [own["speedup_ci95"][1] for own in by_domain if own["speedup_ci95"]]
         for domain in domains:
             rows = [
                 _bar(name, own, colours[name]) for name in others if (own := methods[name]["per_domain"].get(domain))
@@ -202,16 +198,10 @@ def _table(methods: Mapping[str, Any]) -> str:
     )  # fmt: skip
     rows = []
     for name, own in methods.items():
-        cells = (
-            f"<span title='{escape(DESCRIPTIONS.get(name, ''), quote=True)}'>{escape(display_name(name, own))}</span>",
-            formatted(own["speedup"], "{:.2f}x"),
-            formatted(own["decode_speedup"], "{:.2f}x"),
-            formatted(own["tokens_per_sec"], "{:.1f}"),
-            formatted(own["acceptance_rate"], "{:.0%}"),
-            formatted(own["tokens_per_round"], "{:.2f}"),
-            formatted(own["identical_to_plain"], "{:.0%}") + ("" if own["lossless"] else " (not claimed)"),
-            formatted(own["first_token_sec_mean"], "{:.2f} s"),
-        )
+        figures = formatted_figures(own)
+        figures["identical_to_plain"] += "" if own["lossless"] else " (not claimed)"
+        title = escape(DESCRIPTIONS.get(name, ""), quote=True)
+        cells = (f"<span title='{title}'>{escape(display_name(name, own))}</span>", *figures.values())
         rows.append(f"<tr{' class=best' if name == best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in head)
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

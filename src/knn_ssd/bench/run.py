@@ -106,17 +106,9 @@ def run_bench(
     for repeat, place in todo:
         outputs = run_prompt(methods, encoded[place], settings.max_new_tokens, place + repeat)
         prompt = prompts[place]
-        records = [
-            record_of(
-                _cut_at_eos(output, eos),
-                prompt=prompt.id,
-                domain=prompt.domain,
-                method=name,
-                repeat=repeat,
-                place=place,
-            )
-            for name, output in outputs.items()
-        ]
+        where = {"prompt": prompt.id, "domain": prompt.domain, "repeat": repeat, "place": place}
+        cut = {name: _cut_at_eos(output, eos) for name, output in outputs.items()}
+        records = [record_of(output, method=name, **where) for name, output in cut.items()]
         file.append(record for record in records if record.key not in known)
         progress.advance(prompt.id)
     steps.append(measure_step(engine.backend))

@@ -6,7 +6,7 @@ A speed-up is the method's tokens per second over the baseline's on the same pro
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +16,10 @@ from knn_ssd.bench.records import Record
 
 BASELINE = "plain"
 _RESAMPLES = 2000
+_FORMS = {  # the format of each figure that tables show, in the order of their columns
+    "speedup": "{:.2f}x", "decode_speedup": "{:.2f}x", "tokens_per_sec": "{:.1f}", "acceptance_rate": "{:.0%}",
+    "tokens_per_round": "{:.2f}", "identical_to_plain": "{:.0%}", "first_token_sec_mean": "{:.2f} s",
+}  # fmt: skip
 
 
 def summarize(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -45,6 +49,11 @@ def display_name(method: str, figures: Mapping[str, Any]) -> str:
 def formatted(value: float | None, form: str) -> str:
     """A figure as text; a dash for None."""
     return "–" if value is None else form.format(value)
+
+
+def formatted_figures(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a method that tables show, as text."""
+    return {name: formatted(figures[name], form) for name, form in _FORMS.items()}
 
 
 def formatted_interval(figures: Mapping[str, Any]) -> str:
@@ -169,10 +178,9 @@ def _decode_speed(own: Sequence[Record]) -> float | None:
 
 
 def _by_drafter(counts: Iterable[Any]) -> dict[str, int]:
-    total: dict[str, int] = defaultdict(int)
+    total: Counter[str] = Counter()
     for count in counts:
-        for drafter, number in count.items():
-            total[drafter] += number
+        total.update(count)
     return dict(sorted(total.items()))
 
 

@@ -132,7 +132,6 @@ class SwiftDraft:
         self._prompt_length = prompt_length
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
-        """Drafts at most `limit` tokens to follow `context`."""
         search = self._search
         if not search.done and len(context) - self._prompt_length >= search.settings.window:
             search.step(self._session, context)

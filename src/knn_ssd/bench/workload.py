@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.errors import PromptError, UsageError
+from knn_ssd.loading.files import raised_as
 from knn_ssd.prompts import Prompt, builtin_prompts, read_prompts
 from knn_ssd.tokenization import encode
 
@@ -226,12 +227,6 @@ def _load_dataset(name: str, path: str, config: str | None, split: str) -> Any:
             f"'{name}' needs the package datasets, which cannot be imported ({error})",
             "Install it with `pip install knn-ssd[datasets]`.",
         ) from error
-    try:
+    remedy = "Check its name, its configuration and split, and the network."
+    with raised_as(PromptError, f"'{name}' cannot be read", remedy):
         return load_dataset(path, config, split=split)
-    except Exception as error:  # from the network, the Hub, or any format that the library reads
-        from knn_ssd.loading.files import reason
-
-        raise PromptError(
-            f"'{name}' cannot be read: {reason(error)}",
-            "Check its name, its configuration and split, and the network.",
-        ) from error

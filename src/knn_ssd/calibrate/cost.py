@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from knn_ssd.backends.base import Backend, Session
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.speculation.cost_model import CostProfile
@@ -94,11 +96,5 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _interpolated(seconds: dict[str | int, float]) -> tuple[float, ...]:
     """Seconds by number of rows, interpolated linearly; never decreasing, since a decrease would only be noise."""
-    rows = list(_MEASURED_ROWS)
-    values = [max(seconds[r] for r in rows[: i + 1]) for i in range(len(rows))]
-    result = [values[0]]
-    for (low, low_sec), (high, high_sec) in zip(
-        zip(rows, values, strict=True), zip(rows[1:], values[1:], strict=False), strict=False
-    ):
-        result += [low_sec + (high_sec - low_sec) * (r - low) / (high - low) for r in range(low + 1, high + 1)]
-    return tuple(result)
+    values = np.maximum.accumulate([seconds[rows] for rows in _MEASURED_ROWS])
+    return tuple(np.interp(range(1, _MEASURED_ROWS[-1] + 1), _MEASURED_ROWS, values).tolist())

@@ -213,16 +213,13 @@ class _Calibration:
 
     def _finalists(self, ranked: Sequence[FinishedTrial]) -> list[Plan]:
         """The plans to time: those with the highest scores, or lookup alone where no plan is worth timing."""
-        best = [f.plan for f in ranked[:_NUM_FINALISTS] if self._worth_timing(f) and f.plan.cheapens]
-        if self.settings.search is Strategy.PAPER or not self.settings.lookup:
+        is_paper = self.settings.search is Strategy.PAPER  # whose scores are tokens per second, not predicted speed-ups
+        worth = [f for f in ranked[:_NUM_FINALISTS] if is_paper or f.speedup >= _MIN_PREDICTED_SPEEDUP]
+        best = [f.plan for f in worth if f.plan.cheapens]
+        if is_paper or not self.settings.lookup:
             return best
-        alone = Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))
         plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
-        return plans or [alone]
-
-    def _worth_timing(self, finished: FinishedTrial) -> bool:
-        """The scores of the search `paper` are tokens per second; those of other searches are predicted speed-ups."""
-        return self.settings.search is Strategy.PAPER or finished.speedup >= _MIN_PREDICTED_SPEEDUP
+        return plans or [Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))]
 
     def _atlas(
         self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, DomainEntry]

@@ -199,11 +199,10 @@ class Search:
         return [2 * places, *range(places, 2 * places)] if self._low else []
 
     def _params(self, changes: Changes) -> dict[str, Any]:
-        places = 2 * self._num_layers
         if not self._low:
-            return {_name(i): i in changes for i in range(places)}
-        chosen = {_name(i): _mode(i, places, changes).value for i in range(places)}
-        return {**chosen, "head": (Mode.KEEP if 2 * places in changes else Mode.LOW).value}
+            return {_name(i): i in changes for i in range(2 * self._num_layers)}
+        plan = self._plan(changes)
+        return {**{_name(i): mode.value for i, mode in enumerate(plan.modes)}, "head": plan.head.value}
 
     def _distributions(self) -> dict[str, Any]:
         names = [_name(i) for i in range(2 * self._num_layers)]
@@ -216,21 +215,20 @@ class Search:
 
     def _read(self, params: Mapping[str, Any]) -> Changes:
         """The changes that a trial's parameters stand for: the inverse of `_params`."""
-        places = 2 * self._num_layers
+        values = [params[_name(i)] for i in range(2 * self._num_layers)]
         if not self._low:
-            return frozenset(i for i in range(places) if round(float(params[_name(i)])))
-        skipped = {i for i in range(places) if params[_name(i)] == Mode.SKIP}
-        kept = {places + i for i in range(places) if params[_name(i)] == Mode.KEEP}
-        return frozenset(skipped | kept | ({2 * places} if params["head"] == Mode.KEEP else set()))
+            return frozenset(i for i, value in enumerate(values) if round(float(value)))
+        modes = tuple(map(Mode, values))
+        return self._changes(Plan(modes[::2], modes[1::2], Mode(params["head"])))
 
     def _plan(self, changes: Changes) -> Plan:
         places = 2 * self._num_layers
         if not self._low:
             attention = [i // 2 for i in changes if i % 2 == 0]
             return Plan.skipping(self._num_layers, attention, [i // 2 for i in changes if i % 2])
-        modes = [_mode(i, places, changes) for i in range(places)]
-        head = Mode.KEEP if 2 * places in changes else Mode.LOW
-        return Plan(tuple(modes[::2]), tuple(modes[1::2]), head)
+        kept = tuple(Mode.KEEP if places + i in changes else Mode.LOW for i in range(places + 1))
+        modes = tuple(Mode.SKIP if i in changes else mode for i, mode in enumerate(kept[:-1]))
+        return Plan(modes[::2], modes[1::2], kept[-1])
 
     def _changes(self, plan: Plan) -> Changes:
         """The changes that make a plan: the inverse of `_plan`."""
@@ -238,11 +236,6 @@ class Search:
         skipped = {i for i, mode in enumerate(plan.modes) if mode is Mode.SKIP}
         kept = {places + i for i, mode in enumerate((*plan.modes, plan.head)) if mode is Mode.KEEP}
         return frozenset(skipped | kept) if self._low else frozenset(skipped)
-
-
-def _mode(place: int, places: int, changes: Changes) -> Mode:
-    """The mode of a sublayer after changes to a 4-bit base plan."""
-    return Mode.SKIP if place in changes else Mode.KEEP if places + place in changes else Mode.LOW
 
 
 def next_growing_set(ranked: Sequence[int], finished: Sequence[FinishedTrial], begun: set[Changes]) -> Changes | None:
@@ -334,11 +327,7 @@ class _ProposalSampler(optuna.samplers.BaseSampler):
         self._base.before_trial(study, trial)
 
     def after_trial(
-        self,
-        study: optuna.Study,
-        trial: optuna.trial.FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         self._base.after_trial(study, trial, state, values)
 

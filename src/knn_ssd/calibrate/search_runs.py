@@ -119,12 +119,7 @@ class SearchRuns:
         return create_study(self.journal.storage(self.settings.storage), f"{self.study_prefix}-{domain}")
 
     def _run_search(
-        self,
-        domain: str,
-        search: Search,
-        score: Callable[[Trial, float], Score],
-        deadline: float,
-        progress: Progress,
+        self, domain: str, search: Search, score: Callable[[Trial, float], Score], deadline: float, progress: Progress
     ) -> None:
         """Asks for plans and scores them until the trials or the time are used up, or no new plan is left."""
         total = self.num_trials(domain)

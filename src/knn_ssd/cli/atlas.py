@@ -31,11 +31,8 @@ def add_parser(subparsers: Any) -> None:
     push.add_argument("--private", action="store_true", help="make the repository private if it is new")
     push.add_argument("--revision", metavar="R", help="the branch to upload to (default: main)")
 
-    pull = commands.add_parser(
-        "pull",
-        help="download an atlas from the Hugging Face Hub",
-        description="Downloads an atlas from the Hugging Face Hub.",
-    )
+    line = "download an atlas from the Hugging Face Hub"
+    pull = commands.add_parser("pull", help=line, description="Downloads an atlas from the Hugging Face Hub.")
     pull.add_argument("repo", metavar="REPO", type=options.filled, help="owner/name of the repository on the Hub")
     pull.add_argument("--out", metavar="DIR", required=True, type=options.filled, help="where the atlas goes")
     pull.add_argument("--revision", metavar="R", help="a branch, tag or commit (default: main)")

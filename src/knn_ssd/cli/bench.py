@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
+from knn_ssd.cli.options import option, whole_number
 from knn_ssd.errors import UsageError
 from knn_ssd.progress import ProgressBars
 
@@ -34,75 +35,32 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=options.filled,
-        required=True,
-        help="folder for records, summary.json and report.html",
+    option(parser, "--out", "DIR", "folder for records, summary.json and report.html", options.filled, required=True)
+    text = (
+        "of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
+        "low, auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)"
     )
-    parser.add_argument(
-        "--methods",
-        metavar="M,…",
-        help="of plain, hf, hf-lookup, self-sd-fix, self-sd-mix, knn-ssd, swift, clasp, lookup, "
-        "low, auto (default: plain, lookup, low, auto and, with an atlas, knn-ssd)",
-    )
+    option(parser, "--methods", "M,…", text)
     _add_prompt_options(parser)
-    parser.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=options.whole_number(2),
-        default=128,
-        help="maximum number of output tokens (default: 128)",
-    )
-    parser.add_argument(
-        "--repeats",
-        metavar="N",
-        type=options.whole_number(1),
-        default=1,
-        help="number of times that everything is run (default: 1)",
-    )
-    parser.add_argument(
-        "--temperature", metavar="T", type=options.number, default=0.0, help="0 is greedy (the default)"
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="S",
-        type=options.whole_number(0),
-        default=0,
-        help="seed of the order of prompts and of sampling (default: 0)",
-    )
+    option(parser, "--max-new-tokens", "N", "maximum number of output tokens", whole_number(2), 128)
+    option(parser, "--repeats", "N", "number of times that everything is run", whole_number(1), 1)
+    option(parser, "--temperature", "T", "0 is greedy (the default)", options.number, 0.0)
+    option(parser, "--seed", "S", "seed of the order of prompts and of sampling", whole_number(0), 0)
     options.add_model_options(parser)
     options.add_atlas_options(parser)
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     stream = parser.add_argument_group("prompts")
-    stream.add_argument(
-        "--prompts",
-        metavar="FILE.jsonl",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="JSON lines with 'prompt' and 'domain', Spec-Bench's questions, or a data set of the Hugging Face Hub as "
-        "hf:NAME[:[CONFIG/]SPLIT[:COLUMN]], with `pip install knn-ssd[datasets]` (default: the built-in sets)",
+    text = (
+        "JSON lines with 'prompt' and 'domain', Spec-Bench's questions, or a data set of the Hugging Face Hub as "
+        "hf:NAME[:[CONFIG/]SPLIT[:COLUMN]], with `pip install knn-ssd[datasets]` (default: the built-in sets)"
     )
-    stream.add_argument(
-        "--limit", metavar="N", type=options.whole_number(1), help="only the first N prompts of each domain"
-    )
-    stream.add_argument(
-        "--prompt-tokens",
-        metavar="N",
-        type=options.whole_number(1),
-        help="lengthen each prompt to N tokens: other prompts, of its domain first, are put before it",
-    )
-    stream.add_argument(
-        "--mix-ratio",
-        metavar="R",
-        type=options.number,
-        default=1.0,
-        help="probability that the next prompt is of another domain (default: 1)",
-    )
+    option(stream, "--prompts", "FILE.jsonl", text, nargs="+", action="extend")
+    option(stream, "--limit", "N", "only the first N prompts of each domain", whole_number(1))
+    text = "lengthen each prompt to N tokens: other prompts, of its domain first, are put before it"
+    option(stream, "--prompt-tokens", "N", text, whole_number(1))
+    option(stream, "--mix-ratio", "R", "probability that the next prompt is of another domain", options.number, 1.0)
     stream.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
 
 
@@ -120,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     check_names(names or ())
     if args.temperature < 0:
         raise UsageError(f"--temperature must be 0 or more, got {args.temperature}")
-    prompts = read_workloads(args.prompts)
+    prompts = read_workloads(args.prompts or ())
     ordered = stream(limit_each(prompts, args.limit), args.mix_ratio, args.seed)
     atlas = options.read_atlas(args)
     engine = options.load_engine(args, atlas)
@@ -130,14 +88,8 @@ def run(args: argparse.Namespace) -> int:
         low = ["low"] if Mode.LOW in engine.backend.modes else []
         names = ["plain", "lookup", *low, *(["knn-ssd"] if atlas is not None else []), "auto"]
     methods = make_methods(names, engine, ordered[0].domain, args.temperature, args.seed)
-    settings = BenchSettings(
-        max_new_tokens=args.max_new_tokens,
-        repeats=args.repeats,
-        seed=args.seed,
-        temperature=args.temperature,
-        mix_ratio=args.mix_ratio,
-        chat=not args.no_chat,
-    )
+    values = options.given(args, "max_new_tokens", "repeats", "seed", "temperature", "mix_ratio")
+    settings = BenchSettings(chat=not args.no_chat, **values)
     out = Path(args.out)
     model = args.model or "SmolLM2-135M-Instruct"
     with ProgressBars() as progress:
@@ -159,21 +111,13 @@ def _table(methods: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from knn_ssd.bench.summary import display_name, formatted, formatted_interval
+    from knn_ssd.bench.summary import display_name, formatted_figures, formatted_interval
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("speed-up", "95 %", "decoding", "tokens/s", "accepted", "tokens/round", "as plain"):
         table.add_column(name, justify="right")
     for name, own in methods.items():
-        table.add_row(
-            display_name(name, own),
-            formatted(own["speedup"], "{:.2f}x"),
-            formatted_interval(own),
-            formatted(own["decode_speedup"], "{:.2f}x"),
-            formatted(own["tokens_per_sec"], "{:.1f}"),
-            formatted(own["acceptance_rate"], "{:.0%}"),
-            formatted(own["tokens_per_round"], "{:.2f}"),
-            formatted(own["identical_to_plain"], "{:.0%}"),
-        )
+        speedup, *others, _first_token = formatted_figures(own).values()
+        table.add_row(display_name(name, own), speedup, formatted_interval(own), *others)
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
+from knn_ssd.cli.options import option, whole_number
 from knn_ssd.errors import UsageError
 from knn_ssd.progress import ProgressBars
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("paper", "greedy", "bayes", "evolve")
 MODES = ("skip", "low")
+
+_SAME_NAME = (  # options that have the name and the value of a setting
+    "trials", "minutes", "search_prompts", "new_tokens", "vector_prompts", "anchors", "workers", "storage", "seed",
+    "max_draft", "threshold",
+)  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,96 +34,43 @@ def add_parser(subparsers: Any) -> None:
         "--new-tokens 32 --max-draft 12 --threshold 0.8 --anchors 10. --resume continues an interrupted one.",
     )
     options.add_model_options(parser)
-    whole = options.whole_number
     group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--out", metavar="ATLAS", type=options.filled, required=True, help="folder to write the atlas to"
-    )
-    group.add_argument(
-        "--prompts",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="one or more files of JSON lines with 'prompt' and 'domain' (default: the built-in sets)",
-    )
-    group.add_argument("--domains", metavar="A,B,…", help="calibrate for these domains only")
-    group.add_argument(
-        "--vector-prompts",
-        metavar="N",
-        type=whole(2),
-        default=1000,
-        help="maximum number of prompts per domain to make anchors from (default: %(default)s)",
-    )
-    group.add_argument(
-        "--anchors", metavar="N", type=whole(1), default=10, help="number of anchors per domain (default: %(default)s)"
-    )
-    group.add_argument(
-        "--pooling",
-        choices=("mean", "last"),
-        default="mean",
-        help="how hidden states are pooled into a prompt vector (default: mean)",
-    )
+    option(group, "--out", "ATLAS", "folder to write the atlas to", options.filled, required=True)
+    text = "one or more files of JSON lines with 'prompt' and 'domain' (default: the built-in sets)"
+    option(group, "--prompts", "FILE", text, nargs="+", action="extend")
+    option(group, "--domains", "A,B,…", "calibrate for these domains only")
+    text = "maximum number of prompts per domain to make anchors from"
+    option(group, "--vector-prompts", "N", text, whole_number(2), 1000)
+    option(group, "--anchors", "N", "number of anchors per domain", whole_number(1), 10)
+    text = "how hidden states are pooled into a prompt vector"
+    option(group, "--pooling", None, text, default="mean", choices=("mean", "last"))
     group.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     _add_search_options(parser)
 
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
-    whole = options.whole_number
     group = parser.add_argument_group("search")
-    group.add_argument(
-        "--search",
-        choices=STRATEGIES,
-        default="bayes",
-        help="paper times every plan; the others predict its speed from one forward pass (default: bayes)",
-    )
+    text = "paper times every plan; the others predict its speed from one forward pass"
+    option(group, "--search", None, text, default="bayes", choices=STRATEGIES)
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--trials", metavar="N", type=whole(1), help="number of plans to try per domain (default: depends on the model)"
+    text = "number of plans to try per domain (default: depends on the model)"
+    option(budget, "--trials", "N", text, whole_number(1))
+    option(budget, "--minutes", "T", "time limit of all searches, in minutes", options.number)
+    option(group, "--search-prompts", "N", "number of prompts per domain to score plans on", whole_number(1), 8)
+    text = "number of tokens that the model generates after each of them"
+    option(group, "--new-tokens", "N", text, whole_number(2), 32)
+    text = (
+        "modes that sublayers may have besides keep while drafting; low (4-bit weights) is ignored where the "
+        "backend has none"
     )
-    budget.add_argument("--minutes", metavar="T", type=options.number, help="time limit of all searches, in minutes")
-    group.add_argument(
-        "--search-prompts",
-        metavar="N",
-        type=whole(1),
-        default=8,
-        help="number of prompts per domain to score plans on (default: %(default)s)",
-    )
-    group.add_argument(
-        "--new-tokens",
-        metavar="N",
-        type=whole(2),
-        default=32,
-        help="number of tokens that the model generates after each of them (default: %(default)s)",
-    )
-    group.add_argument(
-        "--modes",
-        metavar="M,…",
-        default=",".join(MODES),
-        help="modes that sublayers may have besides keep while drafting; low (4-bit weights) is ignored where the "
-        "backend has none (default: %(default)s)",
-    )
+    option(group, "--modes", "M,…", text, default=",".join(MODES))
     group.add_argument("--no-lookup", action="store_true", help="no lookup drafts")
-    group.add_argument(
-        "--max-draft", metavar="N", type=whole(1), help="longest draft, for --search paper (default: 12, as published)"
-    )
-    group.add_argument(
-        "--threshold", metavar="P", type=options.number, help="confidence threshold, for --search paper (default: 0.8)"
-    )
-    group.add_argument(
-        "--workers",
-        metavar="N",
-        type=whole(1),
-        default=1,
-        help="number of processes that search in parallel (default: 1)",
-    )
-    group.add_argument(
-        "--storage", metavar="URL", help="database of trials that machines can share, such as sqlite:///trials.db"
-    )
+    option(group, "--max-draft", "N", "longest draft, for --search paper (default: 12, as published)", whole_number(1))
+    option(group, "--threshold", "P", "confidence threshold, for --search paper (default: 0.8)", options.number)
+    option(group, "--workers", "N", "number of processes that search in parallel", whole_number(1), 1)
+    option(group, "--storage", "URL", "database of trials that machines can share, such as sqlite:///trials.db")
     group.add_argument("--resume", action="store_true", help="continue an interrupted calibration")
-    group.add_argument(
-        "--seed", metavar="S", type=whole(0, 2**32 - 1), default=0, help="seed of clustering and search (default: 0)"
-    )
+    option(group, "--seed", "S", "seed of clustering and search", whole_number(0, 2**32 - 1), 0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,22 +123,12 @@ def _settings(args: argparse.Namespace) -> CalibrationSettings:
     from knn_ssd.calibrate.search import Strategy
     from knn_ssd.calibrate.settings import CalibrationSettings
 
-    paper = {name: value for name in ("max_draft", "threshold") if (value := getattr(args, name)) is not None}
     return CalibrationSettings(
         search=Strategy(args.search),
-        trials=args.trials,
-        minutes=args.minutes,
-        search_prompts=args.search_prompts,
-        new_tokens=args.new_tokens,
-        vector_prompts=args.vector_prompts,
-        anchors=args.anchors,
         pooling=Pooling(args.pooling),
         chat=not args.no_chat,
-        workers=args.workers,
-        storage=args.storage,
-        seed=args.seed,
         low="low" in args.modes.split(","),
         skip="skip" in args.modes.split(","),
         lookup=not args.no_lookup,
-        **paper,
+        **options.given(args, *_SAME_NAME),
     )

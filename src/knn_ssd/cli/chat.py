@@ -84,7 +84,7 @@ class Conversation:
         self.engine.encode(self.messages[-1:])
         dropped = 0
         while len(self.messages) > 1 and not self._has_room():
-            self._drop_turn()
+            del self.messages[:2]  # a message of the user and its answer
             dropped += 1
         return dropped
 
@@ -95,10 +95,6 @@ class Conversation:
             return bool(len(self.engine.encode(self.messages)) + room <= context_length)
         except PromptError:  # longer than the context
             return False
-
-    def _drop_turn(self) -> None:
-        """Drops the oldest turn: a message of the user and its answer."""
-        del self.messages[:2]
 
 
 def _reply(conversation: Conversation, text: str) -> None:

@@ -73,12 +73,12 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "supported": "yes" if report.supported else f"no: {report.unsupported_because}",
         "directory": report.model_dir,
         "architecture": report.architecture
-        and f"{report.architecture}, {report.num_layers} layers, {_millions(report.parameters)} parameters",
+        and f"{report.architecture}, {report.num_layers} layers, {(report.parameters or 0) / 1e6:.2f}M parameters",
         "runs in": report.dtype and f"{report.dtype} on {report.device}",
         "weights": report.weight_bytes
         and f"{_megabytes(report.weight_bytes)}; {_megabytes(report.read_bytes_per_token)} are read per token",
         "lower bound": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
-        "backend": report.backend and f"{report.backend}{_because(report.why_not_native)}",
+        "backend": report.backend and ": ".join(filter(None, (report.backend, report.why_not_native))),
         "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
         "draft step": report.draft_step_sec
         and f"{_speed(report.draft_step_sec)}, in 4 bits; the 4-bit copies take {_megabytes(report.low_bit_bytes)}",
@@ -86,10 +86,6 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "context": report.context_length and f"{report.context_length} tokens",
     }
     return {name: str(value) for name, value in rows.items() if value}
-
-
-def _because(reason: str | None) -> str:
-    return f": {reason}" if reason else ""
 
 
 def _share(report: ModelReport) -> str:
@@ -124,10 +120,6 @@ def _gib(size_bytes: int | None) -> str:
 
 def _megabytes(size_bytes: int | None) -> str:
     return f"{(size_bytes or 0) / 1e6:.1f} MB"
-
-
-def _millions(count: int | None) -> str:
-    return f"{(count or 0) / 1e6:.2f}M"
 
 
 def _speed(seconds: float) -> str:

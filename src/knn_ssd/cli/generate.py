@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output, results
+from knn_ssd.cli.options import option, whole_number
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import Prompt, read_prompts
 
@@ -32,26 +33,19 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     prompts = parser.add_argument_group("prompts (one of these)").add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    prompts.add_argument(
-        "--prompts", metavar="FILE.jsonl", help="a file of JSON lines with 'prompt' and optionally 'id'"
-    )
+    option(prompts, "--prompt", "TEXT", "one prompt")
+    option(prompts, "--prompts", "FILE.jsonl", "a file of JSON lines with 'prompt' and optionally 'id'")
     prompts.add_argument("stdin", metavar="-", nargs="?", help="a minus sign: one prompt, read from stdin")
-    parser.add_argument(
-        "--limit", metavar="N", type=options.whole_number(1), help="only the first N prompts of the file"
-    )
+    option(parser, "--limit", "N", "only the first N prompts of the file", whole_number(1))
     parser.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     options.add_model_options(parser)
     drafts = options.add_atlas_options(parser, plain=True)
-    drafts.add_argument(
-        "--remember",
-        metavar="N",
-        type=options.whole_number(4),
-        default=0,
-        help="lookup also searches N tokens of earlier prompts and answers of the same domain (default: only the "
-        "request's own text)",
+    text = (
+        "lookup also searches N tokens of earlier prompts and answers of the same domain (default: only the "
+        "request's own text)"
     )
+    option(drafts, "--remember", "N", text, whole_number(4), 0)
     options.add_sampling_options(parser)
 
 

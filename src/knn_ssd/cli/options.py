@@ -59,107 +59,64 @@ def filled(text: str) -> str:
     return text
 
 
+def option(
+    group: Any,
+    name: str,
+    metavar: str | None,
+    text: str,
+    kind: Callable[[str], Any] = str,
+    default: Any = None,
+    **more: Any,
+) -> None:
+    """Adds an option that takes a value; `kind` converts the user's text into that value.
+
+    Its help is `text`, followed by the default value unless that is None or `text` has the word "default" itself.
+    """
+    if default is not None and "default" not in text:
+        text += f" (default: {f'{default:g}' if isinstance(default, float) else default})"
+    group.add_argument(name, metavar=metavar, type=kind, default=default, help=text, **more)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds --model, --dtype, --threads and --device."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="M",
-        type=filled,
-        help="a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="precision (default: auto: that of the checkpoint if the device supports it, else float32)",
-    )
-    group.add_argument(
-        "--threads",
-        metavar="N",
-        type=whole_number(1),
-        help="threads that compute (default: as many CPUs as the process may use, its CPU quota included)",
-    )
-    group.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)"
-    )
+    text = "a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)"
+    option(group, "--model", "M", text, filled)
+    text = "precision (default: auto: that of the checkpoint if the device supports it, else float32)"
+    option(group, "--dtype", None, text, default="auto", choices=DTYPES)
+    text = "threads that compute (default: as many CPUs as the process may use, its CPU quota included)"
+    option(group, "--threads", "N", text, whole_number(1))
+    option(group, "--device", "D", "cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)")
 
 
 def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> Any:
     """Adds --atlas, --neighbours and, if wanted, --plain and --domain; returns their group."""
     group = parser.add_argument_group("drafts")
     sources = group.add_mutually_exclusive_group() if plain else group
-    sources.add_argument(
-        "--atlas", metavar="A", help="draft with the plans of this atlas, a folder that calibrate wrote"
-    )
+    option(sources, "--atlas", "A", "draft with the plans of this atlas, a folder that calibrate wrote")
     if plain:
         sources.add_argument("--plain", action="store_true", help="decode without drafts")
-        group.add_argument(
-            "--domain", metavar="NAME", help="use the plan of this domain for every prompt, whatever its route"
-        )
-    group.add_argument(
-        "--neighbours",
-        metavar="K",
-        type=whole_number(1),
-        help="number of nearest anchors that vote on the domain of a prompt (default: 1)",
-    )
+        option(group, "--domain", "NAME", "use the plan of this domain for every prompt, whatever its route")
+    text = "number of nearest anchors that vote on the domain of a prompt (default: 1)"
+    option(group, "--neighbours", "K", text, whole_number(1))
     return group
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
     """Adds --max-new-tokens, --stop, and the options of sampling."""
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=whole_number(1),
-        default=max_new_tokens,
-        help="maximum number of output tokens (default: %(default)s)",
-    )
-    group.add_argument(
-        "--stop",
-        metavar="TEXT",
-        type=filled,
-        action="append",
-        default=[],
-        help="end the output before this text; may be given several times",
-    )
-    group.add_argument(
-        "--temperature",
-        metavar="T",
-        type=number,
-        default=0.0,
-        help="0 is greedy decoding (the default); higher values give more varied output",
-    )
-    group.add_argument(
-        "--top-k", metavar="K", type=whole_number(0), default=0, help="sample from the K most likely tokens"
-    )
-    group.add_argument(
-        "--top-p",
-        metavar="P",
-        type=number,
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities add up to P",
-    )
-    group.add_argument(
-        "--min-p",
-        metavar="P",
-        type=number,
-        default=0.0,
-        help="sample from tokens at least P times as likely as the most likely one",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        metavar="R",
-        type=number,
-        help="above 1 makes tokens that occurred before less likely (default: that of the model's generation config)",
-    )
-    group.add_argument(
-        "--seed",
-        metavar="S",
-        type=whole_number(0),
-        help="seed of the random numbers; the same seed gives the same output",
-    )
+    option(group, "--max-new-tokens", "N", "maximum number of output tokens", whole_number(1), max_new_tokens)
+    text = "end the output before this text; may be given several times"
+    option(group, "--stop", "TEXT", text, filled, action="append")
+    text = "0 is greedy decoding (the default); higher values give more varied output"
+    option(group, "--temperature", "T", text, number, 0.0)
+    option(group, "--top-k", "K", "sample from the K most likely tokens", whole_number(0))
+    option(group, "--top-p", "P", "sample from the most likely tokens whose probabilities add up to P", number)
+    option(group, "--min-p", "P", "sample from tokens at least P times as likely as the most likely one", number)
+    text = "above 1 makes tokens that occurred before less likely (default: that of the model's generation config)"
+    option(group, "--repetition-penalty", "R", text, number)
+    text = "seed of the random numbers; the same seed gives the same output"
+    option(group, "--seed", "S", text, whole_number(0))
 
 
 def check_text(text: str, name: str = "") -> None:
@@ -205,15 +162,18 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options for `Engine.stream`, checked."""
     from knn_ssd.sampling import SamplingParams
 
-    params = {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    }
-    SamplingParams(**{name: value for name, value in params.items() if value is not None})
-    idle = [name for name, off in _SAMPLING_ONLY.items() if params[name] != off]
+    params = given(args, "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    SamplingParams(**params)
+    idle = [name for name, off in _SAMPLING_ONLY.items() if params.get(name, off) != off]
     if idle and args.temperature == 0:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         output.note(f"note: no effect at temperature 0, which is greedy decoding: {names}")
-    return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop}
+    return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop or ()}
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The named options that have a value."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
@@ -234,13 +194,8 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
 
 def add_prefix_option(parser: Any) -> None:
     """Adds --prefix-cache."""
-    parser.add_argument(
-        "--prefix-cache",
-        metavar="MIB",
-        type=whole_number(0),
-        default=512,
-        help="memory of the prefix cache, which keeps keys and values of earlier turns; 0 turns it off (default: 512)",
-    )
+    text = "memory of the prefix cache, which keeps keys and values of earlier turns; 0 turns it off"
+    option(parser, "--prefix-cache", "MIB", text, whole_number(0), 512)
 
 
 def note_loading(args: argparse.Namespace) -> None:

@@ -12,17 +12,11 @@ from knn_ssd.cli import options, output
 def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
-        "plot",
-        description="Draws an atlas: prompt vectors and anchors in two dimensions, and the plan of each domain.",
+        "plot", description="Draws an atlas: prompt vectors and anchors in two dimensions, and the plan of each domain."
     )
     parser.add_argument("atlas", metavar="ATLAS", help="the folder of an atlas")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        required=True,
-        type=options.filled,
-        help="the picture to write: a .png, .svg or .pdf file",
-    )
+    text = "the picture to write: a .png, .svg or .pdf file"
+    options.option(parser, "--out", "FILE", text, options.filled, required=True)
 
 
 def run(args: argparse.Namespace) -> int:

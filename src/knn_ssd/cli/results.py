@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from knn_ssd.routing.router import Route
     from knn_ssd.tools.memory import MemoryUse
 
+_NUMBERS = (
+    "drafted", "accepted", "rounds", "tokens", "acceptance_rate", "tokens_per_round", "tokens_per_sec", "prefill_sec",
+    "route_sec", "decode_sec",
+)  # fmt: skip
+
 
 def summary(generation: Generation, domain: str | None = None) -> str:
     """One line: the route, the plan and the statistics of an answer.
@@ -40,12 +45,7 @@ def total(answers: Sequence[Stats]) -> str:
 
 def memory(use: MemoryUse) -> str:
     """One line: the memory of the weights, their 4-bit copies and the process."""
-    parts = {
-        "weights": use.weights,
-        "4-bit copies": use.low_bit,
-        "in all": use.resident,
-        "at most": use.peak,
-    }
+    parts = {"weights": use.weights, "4-bit copies": use.low_bit, "in all": use.resident, "at most": use.peak}
     known = (f"{name} {size / 1e6:.0f} MB" for name, size in parts.items() if size is not None)
     return f"[memory: {', '.join(known)}]"
 
@@ -70,16 +70,7 @@ def generation_json(name: str, generation: Generation) -> dict[str, Any]:
 
 def _stats_json(stats: Stats) -> dict[str, Any]:
     return {
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "rounds": stats.rounds,
-        "tokens": stats.tokens,
-        "acceptance_rate": stats.acceptance_rate,
-        "tokens_per_round": stats.tokens_per_round,
-        "tokens_per_sec": stats.tokens_per_sec,
-        "prefill_sec": stats.prefill_sec,
-        "route_sec": stats.route_sec,
-        "decode_sec": stats.decode_sec,
+        **{name: getattr(stats, name) for name in _NUMBERS},
         "exactness": stats.exactness.value,
         "low_bit_bytes": stats.memory.low_bit,
         "resident_memory_bytes": stats.memory.resident,

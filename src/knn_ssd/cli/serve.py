@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_ssd.cli import options, output
+from knn_ssd.cli.options import option, whole_number
 from knn_ssd.errors import UsageError
 
 _KEY = "KNN_SSD_API_KEY"
@@ -23,46 +24,18 @@ def add_parser(subparsers: Any) -> None:
         "Needs `pip install knn-ssd[serve]`.",
     )
     group = parser.add_argument_group("server")
-    group.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    group.add_argument(
-        "--port",
-        metavar="P",
-        type=options.whole_number(0, 65535),
-        default=8000,
-        help="port to listen on; 0 takes any free one (default: 8000)",
-    )
-    group.add_argument("--name", metavar="NAME", type=options.filled, help="name of the model for clients")
-    group.add_argument(
-        "--running",
-        metavar="N",
-        type=options.whole_number(1),
-        default=8,
-        help="maximum number of running requests, which are decoded with continuous batching (default: 8)",
-    )
-    group.add_argument(
-        "--waiting",
-        metavar="N",
-        type=options.whole_number(1),
-        default=64,
-        help="maximum number of waiting requests; further ones are refused with status 429 (default: 64)",
-    )
-    group.add_argument(
-        "--deadline", metavar="SEC", type=options.number, default=600.0, help="time limit of a request (default: 600)"
-    )
-    group.add_argument(
-        "--max-body",
-        metavar="BYTES",
-        type=options.whole_number(1),
-        default=4 * 2**20,
-        help="maximum size of a request body (default: 4 MiB)",
-    )
-    group.add_argument(
-        "--drain",
-        metavar="SEC",
-        type=options.number,
-        default=30.0,
-        help="time that running requests get to finish after Ctrl-C (default: 30)",
-    )
+    option(group, "--host", "H", "address to listen on", default="127.0.0.1")
+    option(group, "--port", "P", "port to listen on; 0 takes any free one", whole_number(0, 65535), 8000)
+    option(group, "--name", "NAME", "name of the model for clients", options.filled)
+    text = "maximum number of running requests, which are decoded with continuous batching"
+    option(group, "--running", "N", text, whole_number(1), 8)
+    text = "maximum number of waiting requests; further ones are refused with status 429"
+    option(group, "--waiting", "N", text, whole_number(1), 64)
+    option(group, "--deadline", "SEC", "time limit of a request", options.number, 600.0)
+    text = "maximum size of a request body (default: 4 MiB)"
+    option(group, "--max-body", "BYTES", text, whole_number(1), 4 * 2**20)
+    text = "time that running requests get to finish after Ctrl-C"
+    option(group, "--drain", "SEC", text, options.number, 30.0)
     options.add_prefix_option(group)
     parser.epilog = f"If the environment variable {_KEY} is set, clients must send its value as their API key."
     options.add_model_options(parser)
@@ -84,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from knn_ssd.server.scheduler import Limits
 
     atlas = options.read_atlas(args)
-    socket = listen(args.host, args.port)
-    try:
+    with listen(args.host, args.port) as socket:
         engine = options.load_engine(args, atlas)
         engine.prepare()
         name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
@@ -104,6 +76,4 @@ def run(args: argparse.Namespace) -> int:
         )
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
             uvicorn.Server(config).run(sockets=[socket])
-    finally:
-        socket.close()
     return 0

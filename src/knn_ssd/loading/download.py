@@ -29,10 +29,8 @@ def download(hub_id: str) -> Path:
     except errors.GatedRepoError as error:  # the list of files is public, the files are not
         raise _refusal(hub_id, error) from error
     except Exception as error:
-        raise ModelError(
-            f"the download of model '{hub_id}' broke off: {reason(error)}",
-            "Run it again: what was fetched so far is kept.",
-        ) from error
+        fact = f"the download of model '{hub_id}' broke off: {reason(error)}"
+        raise ModelError(fact, "Run it again: what was fetched so far is kept.") from error
 
 
 def _needed(names: list[str]) -> list[str]:
@@ -53,8 +51,7 @@ def _refusal(hub_id: str, error: Exception) -> ModelError:
         return ModelError(f"'{hub_id}' is neither a path nor a Hub id", "A Hub id looks like 'owner/name'.")
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
-            f"model '{hub_id}' is gated",
-            "Accept its terms on its page on the Hub and log in with `hf auth login`.",
+            f"model '{hub_id}' is gated", "Accept its terms on its page on the Hub and log in with `hf auth login`."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelError(

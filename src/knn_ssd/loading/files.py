@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from knn_ssd.errors import ModelError
+from knn_ssd.errors import KnnSsdError, ModelError
 from knn_ssd.io import cache_directory
 
-WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 """The forms of weights in the order in which transformers looks for them: a single file, or the index of several."""
 
 
@@ -57,6 +56,15 @@ def how_to_restore(directory: Path) -> str:
     if directory.is_relative_to(cache_directory()):
         return f"Delete '{directory}': it will be converted again."
     return "Download or copy the model again."
+
+
+@contextmanager
+def raised_as(kind: type[KnnSsdError], fact: str, remedy: str) -> Iterator[None]:
+    """Raises every error within a `with` block, whichever library it comes from, as a `kind` that quotes its reason."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{fact}: {reason(error)}", remedy) from error
 
 
 def reason(error: BaseException) -> str:

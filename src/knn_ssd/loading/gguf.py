@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from knn_ssd.errors import ModelError, OutputError, UnsupportedModelError
 from knn_ssd.io import atomic_directory
-from knn_ssd.loading.files import reason
+from knn_ssd.loading.files import raised_as, reason
 from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
 from knn_ssd.progress import ProgressBars
 
@@ -124,7 +124,7 @@ def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None])
 
 
 def _read_facts(gguf: Path) -> _Facts:
-    try:
+    with raised_as(ModelError, f"'{gguf}' cannot be read as GGUF", _COPY_AGAIN):
         reader = GGUFReader(gguf)
         architecture = _text(reader, "general.architecture")
         ends = [_number(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
@@ -137,8 +137,6 @@ def _read_facts(gguf: Path) -> _Facts:
             values=sum(int(tensor.n_elements) for tensor in reader.tensors),
             scaling=_text(reader, f"{architecture}.rope.scaling.type"),
         )
-    except Exception as error:
-        raise ModelError(f"'{gguf}' cannot be read as GGUF: {reason(error)}", _COPY_AGAIN) from error
 
 
 def _stored_dtype(types: set[str]) -> torch.dtype:
@@ -158,24 +156,16 @@ def _number(reader: GGUFReader, key: str) -> int | None:
 
 
 def _read_config(gguf: Path) -> PreTrainedConfig:
-    try:
+    fact = f"transformers {transformers.__version__} cannot build the model in '{gguf}'"
+    with raised_as(UnsupportedModelError, fact, _USE_SAFETENSORS):
         config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot build the model in '{gguf}': {reason(error)}",
-            _USE_SAFETENSORS,
-        ) from error
     check_causal(config, str(gguf))
     return config
 
 
 def _read_tokenizer(gguf: Path, facts: _Facts) -> PreTrainedTokenizerBase:
-    try:
+    with raised_as(ModelError, f"transformers cannot read the tokenizer in '{gguf}'", _USE_SAFETENSORS):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot read the tokenizer in '{gguf}': {reason(error)}", _USE_SAFETENSORS
-        ) from error
     _correct_splitting(tokenizer, facts.splitting)
     if tokenizer.eos_token_id is None and facts.end_ids:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(facts.end_ids[0])

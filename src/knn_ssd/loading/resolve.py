@@ -22,7 +22,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES
@@ -30,7 +30,7 @@ from knn_ssd.errors import ModelError, UnsupportedModelError, UsageError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.download import download
-from knn_ssd.loading.files import WEIGHTS, how_to_restore, read_json, reason, weight_files
+from knn_ssd.loading.files import WEIGHTS, how_to_restore, raised_as, read_json, weight_files
 from knn_ssd.loading.gguf import converted
 from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
 
@@ -79,10 +79,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path | None = None,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
+    name: str | Path | None = None, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
 ) -> LoadedModel:
     """Finds, checks and loads a model.
 
@@ -185,10 +182,8 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             f"transformers {transformers.__version__} does not know model_type {kind!r} of '{directory}'",
             "Looked for a decoder model built into transformers; code from a checkpoint is never run.",
         )
-    try:
+    with raised_as(ModelError, f"'{path}' is not a usable config", how_to_restore(directory)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"'{path}' is not a usable config: {reason(error)}", how_to_restore(directory)) from error
     check_causal(config, str(directory))
     return config
 
@@ -200,13 +195,10 @@ def _check_weights(directory: Path) -> None:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(f"weights are missing in '{directory}': {', '.join(missing)}", how_to_restore(directory))
     for file in [file for file in files if file.suffix == ".safetensors"]:
-        try:  # opening compares the header with the file's length, so a copy that broke off is found and named here
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"'{file}' is not a complete safetensors file: {reason(error)}", how_to_restore(directory)
-            ) from error
+        # Opening compares the header with the file's length, so a copy that broke off is found and named here.
+        fact = f"'{file}' is not a complete safetensors file"
+        with raised_as(ModelError, fact, how_to_restore(directory)), safe_open(file, framework="pt"):
+            pass
 
 
 def _has_vocabulary(directory: Path) -> bool:
@@ -243,14 +235,10 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not _has_vocabulary(directory):
         logger.info("no vocabulary in %s: the model takes token ids only", directory)
         return None
-    try:
+    with raised_as(ModelError, f"the tokenizer in '{directory}' cannot be read", how_to_restore(directory)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:
-        raise ModelError(
-            f"the tokenizer in '{directory}' cannot be read: {reason(error)}", how_to_restore(directory)
-        ) from error
     return tokenizer
 
 
@@ -306,11 +294,8 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    remedy = "Choose cpu, or cuda or mps where there is one."
+    with raised_as(UsageError, f"device '{device}' cannot be used", remedy):
         place = torch.device(device)
         torch.empty(1, device=place)
-    except Exception as error:  # each backend has its own exception for its absence
-        raise UsageError(
-            f"device '{device}' cannot be used: {reason(error)}", "Choose cpu, or cuda or mps where there is one."
-        ) from error
     return place

@@ -153,21 +153,21 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_http: Request, error: RequestValidationError) -> Response:
+        param = code = None
         problems = [([str(part) for part in each["loc"] if part != "body"], each) for each in error.errors()]
         place, first = problems[0]
         if first["type"] == "json_invalid":
             message = f"the body is not JSON, at character {place[0]}: {first['ctx']['error']}"
-            return JSONResponse(error_body(message, _INVALID), 400)
-        if first["type"] in ("model_attributes_type", "missing") and not place:
+        elif first["type"] in ("model_attributes_type", "missing") and not place:
             message = "the body must be a JSON object, and the header content-type: application/json"
-            return JSONResponse(error_body(message, _INVALID), 400)
-        if first["type"] == "extra_forbidden":
-            name = ".".join(place)
-            refusal = error_body(f"'{name}' is not supported", _INVALID, name, "unsupported_parameter")
-            return JSONResponse(refusal, 400)
-        param = place[0] if place else None
-        message = "; or ".join(dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1]))
-        return JSONResponse(error_body(f"{param}: {message}" if param else message, _INVALID, param), 400)
+        elif first["type"] == "extra_forbidden":
+            param, code = ".".join(place), "unsupported_parameter"
+            message = f"'{param}' is not supported"
+        else:
+            param = next(iter(place), None)
+            reasons = dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1])
+            message = ": ".join(filter(None, (param, "; or ".join(reasons))))
+        return JSONResponse(error_body(message, _INVALID, param, code), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(_http: Request, error: HTTPException) -> Response:

@@ -11,9 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 CLIENT_GONE = 499  # status that servers log for a client that disconnected
 
 _MAX_ECHO = 1000  # characters of a client's own text that an error message repeats
-_READ_BEYOND = (
-    16  # times the limit: a client that is still sending does not read a refusal before the connection is closed
-)
+# Times the limit: a client that is still sending does not read a refusal before the connection is closed.
+_READ_BEYOND = 16
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from knn_ssd.outputs import Generation
@@ -17,18 +19,13 @@ class Metrics:
 
     def __init__(self, scheduler: Scheduler) -> None:
         registry = self._registry = CollectorRegistry()
-        self.responses = Counter(
-            "knn_ssd_responses", "Responses by path and status.", ("path", "status"), registry=registry
-        )
-        self._tokens = Counter("knn_ssd_tokens", "Tokens of finished requests.", registry=registry)
-        self._drafted = Counter("knn_ssd_drafted_tokens", "Drafted tokens of finished requests.", registry=registry)
-        self._accepted = Counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.", registry=registry)
-        self._routes = Counter(
-            "knn_ssd_routes",
-            "Finished requests by the domain that they were routed to.",
-            ("domain",),
-            registry=registry,
-        )
+        counter = partial(Counter, registry=registry)
+        self.responses = counter("knn_ssd_responses", "Responses by path and status.", ("path", "status"))
+        self._tokens = counter("knn_ssd_tokens", "Tokens of finished requests.")
+        self._drafted = counter("knn_ssd_drafted_tokens", "Drafted tokens of finished requests.")
+        self._accepted = counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.")
+        routes = "Finished requests by the domain that they were routed to."
+        self._routes = counter("knn_ssd_routes", routes, ("domain",))
         self._prefill = Histogram("knn_ssd_prefill_seconds", "Prefill of a request.", registry=registry)
         self._decode = Histogram("knn_ssd_decode_seconds", "Decoding of a request.", registry=registry)
         for name, read in (("running", lambda: scheduler.running), ("waiting", lambda: scheduler.waiting)):

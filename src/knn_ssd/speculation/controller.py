@@ -124,6 +124,7 @@ class SelfDraftChoice:
         return DraftStopRule(self._cost_model, self._acceptance, self._step_sec, self.sec_per_token)
 
 
+@dataclass
 class Controller:
     """A drafter that chooses among others.
 
@@ -135,36 +136,28 @@ class Controller:
         lookup: None where the policy has no lookup.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        cost_model: CostModel,
-        acceptance: AcceptanceStats,
-        self_draft: SelfDraft | None,
-        lookup: LookupDraft | None,
-    ) -> None:
-        self._plan = plan
-        self._cost_model = cost_model
-        self._acceptance = acceptance
-        self._self_draft = self_draft
-        self._lookup = lookup
+    plan: Plan
+    cost_model: CostModel
+    acceptance: AcceptanceStats
+    self_draft: SelfDraft | None
+    lookup: LookupDraft | None
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
-        if self._cost_model.needs_plain_timing:
+        if self.cost_model.needs_plain_timing:
             return Draft()
-        plain_sec = self._cost_model.verification_sec(1)
+        plain_sec = self.cost_model.verification_sec(1)
         lookup = self._lookup_option(context, limit)
         self_draft = self._self_draft_choice(limit)
         other_sec = self_draft.sec_per_token if self_draft else plain_sec
         if lookup is not None and lookup.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
-            assert self._lookup is not None
-            return self._lookup.propose(context, lookup.length)
+            assert self.lookup is not None
+            return self.lookup.propose(context, lookup.length)
         if self_draft is not None and self_draft.is_faster_than_plain():
             return self._draft(context, limit, self_draft)
-        if lookup is not None and self._acceptance.lookup_retry.is_due():
-            assert self._lookup is not None
-            return self._lookup.propose(context, min(_TRIAL_LOOKUP, limit))
+        if lookup is not None and self.acceptance.lookup_retry.is_due():
+            assert self.lookup is not None
+            return self.lookup.propose(context, min(_TRIAL_LOOKUP, limit))
         if self_draft is not None and self_draft.is_retry_due():
             return self._draft(context, 1, self_draft)
         return Draft()
@@ -172,49 +165,49 @@ class Controller:
     def learn(self, outcome: Outcome) -> None:
         """Corrects expected costs and acceptance by a verified draft."""
         draft = outcome.draft
-        if self._cost_model.learns_from_rounds:
-            self._cost_model.record_verification(len(draft.tokens) + 1, outcome.verify_sec)
+        if self.cost_model.learns_from_rounds:
+            self.cost_model.record_verification(len(draft.tokens) + 1, outcome.verify_sec)
             if draft.confidences:
-                self._cost_model.record_draft_steps(self._plan, len(draft.confidences), outcome.draft_sec)
-        self._acceptance.record(draft, outcome.accepted)
+                self.cost_model.record_draft_steps(self.plan, len(draft.confidences), outcome.draft_sec)
+        self.acceptance.record(draft, outcome.accepted)
 
     def _draft(self, context: Sequence[int], limit: int, choice: SelfDraftChoice) -> Draft:
-        assert self._self_draft is not None
+        assert self.self_draft is not None
         go_on = choice.stop_rule()
-        draft = self._self_draft.propose(context, limit, go_on)
+        draft = self.self_draft.propose(context, limit, go_on)
         return self._extend(draft, context, limit, go_on.survival, choice.sec_per_token)
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
         """Appends what lookup finds after a self-draft, as far as verifying it too is worth the time."""
-        match = self._lookup.match(context, draft.tokens) if self._lookup is not None else None
-        if match is None or self._lookup is None:
+        match = self.lookup.match(context, draft.tokens) if self.lookup is not None else None
+        if match is None or self.lookup is None:
             return draft
-        own, rate, length = len(draft.tokens), self._acceptance.at_match(match.length).mean, 0
+        own, rate, length = len(draft.tokens), self.acceptance.at_match(match.length).mean, 0
         while own + length < limit and length < _MAX_LOOKUP:
             survival *= rate
             rows = own + length + 1
-            extra_row = self._cost_model.verification_sec(rows + 1) - self._cost_model.verification_sec(rows)
+            extra_row = self.cost_model.verification_sec(rows + 1) - self.cost_model.verification_sec(rows)
             if survival * sec_per_token <= extra_row:
                 break
             length += 1
-        more = self._lookup.propose(context, length, draft.tokens).tokens
+        more = self.lookup.propose(context, length, draft.tokens).tokens
         return replace(draft, tokens=draft.tokens + more, num_looked_up=len(more), match_length=match.length)
 
     def _self_draft_choice(self, limit: int) -> SelfDraftChoice | None:
-        longest = min(limit, self._plan.policy.max_draft)
-        if self._self_draft is None or longest < 1:
+        longest = min(limit, self.plan.policy.max_draft)
+        if self.self_draft is None or longest < 1:
             return None
-        step_sec = self._cost_model.draft_step_sec(self._plan)
-        return SelfDraftChoice(self._cost_model, self._acceptance, longest, step_sec)
+        step_sec = self.cost_model.draft_step_sec(self.plan)
+        return SelfDraftChoice(self.cost_model, self.acceptance, longest, step_sec)
 
     def _lookup_option(self, context: Sequence[int], limit: int) -> DraftOption | None:
-        if self._lookup is None or limit < 1:
+        if self.lookup is None or limit < 1:
             return None
-        match = self._lookup.match(context)
+        match = self.lookup.match(context)
         if match is None:
             return None
-        rate = self._acceptance.at_match(match.length).mean
-        return best_draft_length(self._cost_model, rate, min(limit, _MAX_LOOKUP), 0.0)
+        rate = self.acceptance.at_match(match.length).mean
+        return best_draft_length(self.cost_model, rate, min(limit, _MAX_LOOKUP), 0.0)
 
 
 class FixedPolicy:

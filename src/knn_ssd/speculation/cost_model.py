@@ -99,7 +99,7 @@ class PlainTiming:
 class CostModel:
     """Expected seconds of forward passes, shared by all requests of an engine.
 
-    With continuous batching a pass is shared by `batch_size` requests, and a method gives the part of its cost that is
+    With continuous batching the requests of a batch share each pass, and a method gives the part of its cost that is
     attributed to one of them.
 
     Args:
@@ -119,11 +119,6 @@ class CostModel:
         self._seen: dict[object, tuple[int, int]] = {}  # per kind of pass: times observed in a row, last pass number
         self._passes = 0
         self._plain_timing = PlainTiming(_plain_interval)
-
-    @property
-    def batch_size(self) -> int:
-        """How many requests share each forward pass."""
-        return self._batch_size
 
     def observe_batch(self, size: int) -> None:
         """Notes that `size` requests, at least 1, share the next forward pass."""

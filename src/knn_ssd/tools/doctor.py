@@ -33,17 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CPU_FLAGS = (
-    "avx2",
-    "avx512_f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "bf16",
-    "i8mm",
-    "sve",
-)
+    "avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm", "sve",
+)  # fmt: skip
 
 _BANDWIDTH_BYTES = 256 * 2**20
 _BANDWIDTH_REPEATS = 5

@@ -116,10 +116,7 @@ def _marks(axes: Axes, places: np.ndarray[Any, Any], style: Style, *, anchors: b
 
 def _draw_legend(canvas: Axes, page: Page, points: Points) -> None:
     left = page.width - MARGIN - page.legend + 0.3
-    prompts, anchors = (
-        Counter(points.domains[: points.num_prompts]),
-        Counter(points.domains[points.num_prompts :]),
-    )
+    prompts, anchors = Counter(points.domains[: points.num_prompts]), Counter(points.domains[points.num_prompts :])
     pitch = min(0.46, (page.map_height - 0.1) / len(points.names))
     for index, name in enumerate(points.names):
         top = page.map_top - 0.12 - index * pitch
@@ -222,8 +219,7 @@ def _new_figure() -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            f"plots need matplotlib, which cannot be imported ({error})",
-            "Install it with `pip install knn-ssd[plot]`.",
+            f"plots need matplotlib, which cannot be imported ({error})", "Install it with `pip install knn-ssd[plot]`."
         ) from error
     figure = Figure(facecolor="white")
     FigureCanvasAgg(figure)

@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -166,11 +166,8 @@ def _scoring_mask(length: int, count: int, run_length: int, window: int | None, 
 def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states (1, n, D) after the final norm of each forward pass in a `with` block."""
     captured: list[torch.Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0]))
-    try:
+    with model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0])):
         yield captured
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -193,12 +190,11 @@ def _zero_forwards(backend: TransformersBackend) -> Any:
     """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it."""
     structure = backend.structure
     shapes = _output_shapes(backend)
-    silent = tuple(
-        [(module, _zero_forward(shapes[module])) for module in modules]
-        for modules in (structure.attention, structure.mlp)
+    attention, mlp = (
+        [(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
     )
-    _check_identity(backend, structure, [pair for pairs in silent for pair in pairs])
-    return silent
+    _check_identity(backend, structure, attention + mlp)
+    return attention, mlp
 
 
 def _zero_forward(shape: int | None) -> Callable[..., Any]:
@@ -220,12 +216,10 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         shapes[module] = len(output) if isinstance(output, tuple) else None
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(note))
         _try_forward(backend)
-    finally:
-        for handle in handles:
-            handle.remove()
     for index, module in enumerate(modules):
         if module not in shapes:
             raise UnsupportedModelError(
@@ -250,13 +244,10 @@ def _check_identity(
 
         return hook
 
-    handles = [layer.register_forward_hook(compare(i), with_kwargs=True) for i, layer in enumerate(structure.layers)]
-    try:
-        with _replaced(silent):
-            _try_forward(backend)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _replaced(silent):
+        for index, layer in enumerate(structure.layers):
+            hooks.enter_context(layer.register_forward_hook(compare(index), with_kwargs=True))
+        _try_forward(backend)
     if changed:
         raise UnsupportedModelError(
             f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(backend.model).__name__} "
