@@ -1,4 +1,4 @@
-"""The kernels without Python, run by a C driver over random layers; `make sanitize` and `make test-arm` run it longer."""
+"""The kernels without Python, run by a C driver; `make sanitize` and `make test-arm` run it with more cases."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_a_difference_between_two_builds_is_found(driver: Path, tmp_path: Path) 
     outputs.write_bytes(run(str(driver), "dump", "3").stdout)
     run(str(driver), "compare", str(outputs), str(outputs), "0")
     changed.write_bytes(b"\0\0\0\0" + outputs.read_bytes()[4:])
-    with pytest.raises(AssertionError, match="1 of .* outputs differ"):
+    with pytest.raises(AssertionError, match=r"1 of .* outputs differ"):
         run(str(driver), "compare", str(outputs), str(changed), "0")

@@ -71,7 +71,9 @@ _STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Attention, Mlp, Batch
 
 def _check_status(status: int, function: Any, _: tuple[Any, ...]) -> None:
     if status == _INVALID_SIZES:
-        raise ValueError(f"{function.__name__} was called with sizes that csrc/contract.c refuses; pass those it names")
+        raise ValueError(
+            f"{function.__name__} was called with sizes that would corrupt memory; csrc/contract.c has what it accepts"
+        )
     if status:
         raise MemoryError(
             f"{function.__name__} could not allocate its scratch memory; run fewer rows or a shorter context"
