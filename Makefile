@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 READY_VLLM := .venv-vllm/.ready
 
-.PHONY: demo test test-vllm check fix bench clean
+.PHONY: demo test test-vllm sanitize test-arm check fix bench clean
 
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,41 @@ test: $(READY)  ## the whole test suite: what goes by the clock alone, then the 
 
 test-vllm: $(READY_VLLM)  ## the plugin inside vLLM on the CPU, in an environment of its own, some 15 minutes
 	.venv-vllm/bin/python -m pytest -q tests/vllm
+
+# The kernels' C driver, for all targets below; its modes are described at its top.
+CSRC := src/knn_ssd/kernels/csrc
+DRIVER := tests/c/kernels_driver.c $(wildcard $(CSRC)/*.c)
+DRIVER_FLAGS := -g -std=gnu11 -ffp-contract=off -Wall -Wextra -Wno-psabi -I$(CSRC) -pthread
+DRIVER_OUT := out/kernels
+# An instruction set and sanitisers; some kernels are compiled for some instruction sets only.
+SANITIZED := native:thread native:address,undefined
+SANITIZED_x86_64 := x86-64-v3:address,undefined x86-64:address,undefined
+
+sanitize:  ## the C kernels under the address, undefined-behaviour and thread sanitisers, some two minutes
+	mkdir -p $(DRIVER_OUT)
+	set -e; for each in $(SANITIZED) $(SANITIZED_$(shell uname -m)); do \
+		echo "$$each"; \
+		$(CC) -O1 -march=$${each%:*} -fsanitize=$${each#*:} -fno-sanitize-recover=all $(DRIVER_FLAGS) -w $(DRIVER) \
+			-o $(DRIVER_OUT)/sanitized -lm; \
+		for mode in contract 'quantise 1 40' 'exact 1 14' 'callers 1 4'; do $(DRIVER_OUT)/sanitized $$mode; done; \
+	done
+
+ARM_CC := aarch64-linux-gnu-gcc
+ARM_RUN := $(or $(shell command -v qemu-aarch64),$(shell command -v qemu-aarch64-static)) -L /usr/aarch64-linux-gnu
+ARM_FLAGS = $(shell PYTHONPATH=src $(PYTHON) -c \
+	'from knn_ssd.kernels.build import INSTRUCTION_SETS as sets; print(*sets["aarch64-dotprod"][1])')
+
+test-arm:  ## the C kernels for ARM processors, emulated on an x86-64 machine, some two minutes
+	@command -v $(ARM_CC) >/dev/null && command -v $(firstword $(ARM_RUN)) >/dev/null \
+		|| { echo 'Install the Debian packages gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user.'; exit 2; }
+	mkdir -p $(DRIVER_OUT)
+	$(ARM_CC) -O2 $(ARM_FLAGS) -Werror $(DRIVER_FLAGS) $(DRIVER) -o $(DRIVER_OUT)/arm -lm
+	$(CC) -O2 -march=x86-64-v3 -Werror $(DRIVER_FLAGS) $(DRIVER) -o $(DRIVER_OUT)/x86 -lm
+	set -e; for mode in contract 'quantise 1 20' 'exact 1 12' 'callers 1 4'; do \
+		echo "$$mode"; $(ARM_RUN) $(DRIVER_OUT)/arm $$mode; done
+	$(ARM_RUN) $(DRIVER_OUT)/arm dump 1 > $(DRIVER_OUT)/arm.bin
+	$(DRIVER_OUT)/x86 dump 1 > $(DRIVER_OUT)/x86.bin
+	$(DRIVER_OUT)/x86 compare $(DRIVER_OUT)/arm.bin $(DRIVER_OUT)/x86.bin 0
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -101,6 +101,22 @@ def test_scratch_memory_that_cannot_be_allocated_is_a_memory_error() -> None:
 
 
 @needs_kernels
+def test_sizes_that_would_corrupt_memory_are_refused() -> None:
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
+    backend = NativeBackend(model)
+    session = backend.open(2)
+    request = ForwardRequest([3, 4, 5], 0, session.cache, None, 1)
+    with pytest.raises(ValueError, match="knn_ssd_forward was called with sizes"):
+        backend.forward(request)
+    keeper, norm, x = TensorKeeper(), torch.ones(96), torch.randn(1, 96)
+    matrix, hidden, logits = matrix_of(nn.Linear(96, 40), keeper), torch.empty(1, 96), torch.zeros(1, 40)
+    arguments = address(norm), 1e-5, address(x), 1, (c_int64 * 1)(1), 1, address(hidden), address(logits)
+    with pytest.raises(ValueError, match="knn_ssd_lm_head was called with sizes"):
+        binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), *arguments)
+    assert not logits.any()
+
+
+@needs_kernels
 def test_a_forward_pass_without_memory_leaves_the_model_usable() -> None:
     model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
     backend = NativeBackend(model)

@@ -21,6 +21,7 @@ from knn_ssd.kernels.build import KernelsUnavailable, library_path
 from knn_ssd.kernels.threads import thread_count
 
 FLOAT32, BFLOAT16, INT4 = range(3)
+_INVALID_SIZES = 2  # a status
 GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
 
 
@@ -69,6 +70,10 @@ _STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Attention, Mlp, Batch
 
 
 def _check_status(status: int, function: Any, _: tuple[Any, ...]) -> None:
+    if status == _INVALID_SIZES:
+        raise ValueError(
+            f"{function.__name__} was called with sizes that would corrupt memory; csrc/contract.c has what it accepts"
+        )
     if status:
         raise MemoryError(
             f"{function.__name__} could not allocate its scratch memory; run fewer rows or a shorter context"
@@ -82,7 +87,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_check_status, POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
-    "knn_ssd_quantise": (None, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
+    "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
     "knn_ssd_struct_sizes": (POINTER(c_int64),),
     "knn_ssd_lanes": (c_int64,),
     "knn_ssd_uses_tiles": (c_int64,),

@@ -27,7 +27,9 @@ from knn_ssd.io import cache_directory, writing
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
 WHEEL_FOLDER = Path(__file__).parent / "lib"  # only in an installed wheel
 FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra", "-Wno-psabi")
-NATIVE = ("-march=native",)
+# Not every clang for macOS knows -march=native; all of Apple's processors have these instructions.
+_IS_APPLE_ARM = (sys.platform, platform.machine()) == ("darwin", "arm64")
+NATIVE = ("-march=armv8.2-a+dotprod" if _IS_APPLE_ARM else "-march=native",)
 
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")

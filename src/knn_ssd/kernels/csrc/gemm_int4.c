@@ -23,6 +23,14 @@ INLINE Ints add_products(Ints sum, Ints weights, int32_t input) {
 #elif defined(__AVX2__) && !defined(__AVX512F__)
     __m256i pairs = _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(input));
     return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD) /* of signed bytes, which levels of 0 to 15 are too */
+    int32x4_t sums[2];
+    int8x16_t bytes[2];
+    memcpy(sums, &sum, sizeof sum);
+    memcpy(bytes, &weights, sizeof weights);
+    for (int i = 0; i < 2; i++) sums[i] = vdotq_s32(sums[i], bytes[i], vreinterpretq_s8_s32(vdupq_n_s32(input)));
+    memcpy(&sum, sums, sizeof sum);
+    return sum;
 #else
     int8_t four[4];
     memcpy(four, &input, 4);

@@ -16,13 +16,14 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
-enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1 };
+/* INVALID_SIZES: the arguments violate what contract.c checks, and the last output was not written. */
+enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1, INVALID_SIZES = 2 };
 
 typedef struct {
     const void *data;       /* (rows, cols); INT4: see `store_group` in quantise.c */
     const uint16_t *scales; /* INT4: (ceil(rows / LANES), groups, LANES, 2) bfloat16, w = level * scale + zero */
     const float *bias;      /* (rows,) or null */
-    int64_t rows, cols, kind;
+    int64_t rows, cols, kind; /* cols: a multiple of 2 * LANES */
     float *input_squares; /* (cols,) or null; a linear adds the squares of its inputs to that of its first matrix */
 } Matrix;
 
@@ -30,7 +31,7 @@ typedef struct {
     Matrix q, k, v, o;
     const float *norm, *q_norm, *k_norm; /* (D,), (head_dim,) or null */
     double epsilon, scale;
-    int64_t heads, kv_heads, head_dim, rotary_dim, window; /* window 0: no limit */
+    int64_t heads, kv_heads, head_dim, rotary_dim, window; /* head_dim: a multiple of LANES; window 0: no limit */
 } Attention;
 
 typedef struct {
@@ -51,20 +52,20 @@ typedef struct {
 typedef struct {
     const float *cosines, *sines; /* (context, rotary_dim) */
     KVCache cache;                /* (layers, kv_heads, capacity, …) */
-    int64_t capacity, position, run_length, n_rows;
+    int64_t capacity, position, run_length, n_rows; /* without a run length, position + n_rows <= capacity */
 } BatchEntry;
 
 /* x (n, D) goes through all layers, for the rows of the batch's entries. A sublayer whose pointer is null is skipped. */
 EXPORT int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers,
                            const BatchEntry *entries, int64_t n_entries, float *x);
 
-/* hidden (n, D) = norm(x); logits (n_selected, V) = head(hidden[selected]). */
+/* hidden (n, D) = norm(x); logits (n_selected, V) = head(hidden[selected]), each of `selected` below n. */
 EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
                            const int64_t *selected, int64_t n_selected, float *hidden, float *logits);
 
 /* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
  * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
-EXPORT void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
+EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
 
 /* The sizes in bytes of Matrix, Attention, Mlp and BatchEntry. */
 EXPORT const int64_t *knn_ssd_struct_sizes(void);

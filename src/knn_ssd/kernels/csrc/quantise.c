@@ -1,6 +1,7 @@
 /* 4-bit copies of matrices. */
 #include "quantise.h"
 
+#include "contract.h"
 #include "gemm.h"
 #include "thread_pool.h"
 
@@ -104,7 +105,9 @@ static void quantise_rows(void *context, int64_t first, int64_t last, int thread
         }
 }
 
-void knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
+int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
+    if (!is_valid_source(m, n_ranges)) return INVALID_SIZES;
     Quantisation quantisation = {m, importance, n_ranges, data, scales};
     parallel_for(m->rows, 8, quantise_rows, &quantisation);
+    return SUCCESS;
 }

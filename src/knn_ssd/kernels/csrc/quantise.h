@@ -14,14 +14,14 @@ INLINE int32_t quantise_vector(const float *x, int64_t count, int8_t *bytes, flo
         maxima = select_lanes(magnitude > maxima, magnitude, maxima);
     }
     const float largest = horizontal_max(maxima), inverse = largest > 0 ? 127 / largest : 0;
-    int32_t total = 0;
+    uint32_t total = 0; /* unsigned, for a NaN gives the least int32_t, and two of them overflow */
     for (int64_t i = 0; i < count; i++) {
         int32_t level = (int32_t)rintf(x[i] * inverse);
         bytes[i] = (int8_t)level;
-        total += level;
+        total += (uint32_t)level;
     }
     *scale = largest / 127;
-    return total;
+    return (int32_t)total;
 }
 
 #endif

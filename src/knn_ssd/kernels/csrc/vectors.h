@@ -74,12 +74,18 @@ INLINE float horizontal_max(Floats a) {
     return max;
 }
 
-/* LANES signed bytes as float32. Compilers need many instructions for the generic form, so x86 has intrinsics. */
+/* LANES signed bytes as float32. Compilers need many instructions for the generic form, so there are intrinsics. */
 INLINE Floats load_int8(const int8_t *p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#elif defined(__aarch64__)
+    const int16x8_t wide = vmovl_s8(vld1_s8(p));
+    const float32x4_t halves[2] = {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+    Floats result;
+    memcpy(&result, halves, sizeof result);
+    return result;
 #else
     return __builtin_convertvector(__builtin_convertvector(*(const UnalignedBytes *)p, Ints), Floats);
 #endif

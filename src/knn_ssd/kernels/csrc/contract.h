@@ -1,0 +1,17 @@
+/* The sizes that the entry points accept; what violates them would read or write memory out of bounds. */
+#ifndef KNN_SSD_CONTRACT_H
+#define KNN_SSD_CONTRACT_H
+
+#include "kernels.h"
+
+/* Whether the sublayers fit together, and the rows of each entry into its KV cache. */
+int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers, const BatchEntry *entries,
+                     int64_t n_entries);
+
+/* Whether a matrix with its own number of rows and columns can be multiplied. */
+int is_valid_head(const Matrix *head);
+
+/* Whether a 4-bit copy of the matrix can be made. */
+int is_valid_source(const Matrix *m, int64_t n_ranges);
+
+#endif

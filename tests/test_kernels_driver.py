@@ -1,0 +1,46 @@
+"""The kernels without Python, run by a C driver; `make sanitize` and `make test-arm` run it with more cases."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from knn_ssd.kernels import build
+
+DRIVER = Path(__file__).parent / "c" / "kernels_driver.c"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver, with a library of the kernels for this processor."""
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    folder = tmp_path_factory.mktemp("kernels")
+    library = build.compile_library(["cc"], folder, [*build.NATIVE, "-O1", "-Werror"])
+    program = folder / "driver"
+    flags = (*build.FLAGS, "-Werror", f"-I{build.SOURCE_FOLDER}", f"-Wl,-rpath,{folder}", "-pthread")
+    run("cc", *flags, str(DRIVER), str(library), "-o", str(program), "-lm")
+    return program
+
+
+def run(*command: str) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(command, capture_output=True, check=False, timeout=100)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr.decode()[-3000:]}"
+    return done
+
+
+@pytest.mark.parametrize("mode", ["exact", "callers", "quantise", "contract"])
+def test_the_kernels_pass(mode: str, driver: Path) -> None:
+    run(str(driver), mode, "7", {"exact": "12", "callers": "2"}.get(mode, "20"))
+
+
+def test_a_difference_between_two_builds_is_found(driver: Path, tmp_path: Path) -> None:
+    outputs, changed = tmp_path / "outputs", tmp_path / "changed"
+    outputs.write_bytes(run(str(driver), "dump", "3").stdout)
+    run(str(driver), "compare", str(outputs), str(outputs), "0")
+    changed.write_bytes(b"\0\0\0\0" + outputs.read_bytes()[4:])
+    with pytest.raises(AssertionError, match=r"1 of .* outputs differ"):
+        run(str(driver), "compare", str(outputs), str(changed), "0")
