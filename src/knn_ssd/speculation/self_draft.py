@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from knn_ssd.backends.base import Session
@@ -65,4 +66,7 @@ class SelfDraft:
 def top_probability(logits: torch.Tensor) -> torch.Tensor:
     """The probability (n,) of the most likely token under logits (n, V), before any sampling settings."""
     scores = logits.float()
+    if len(scores) == 1 and scores.device.type == "cpu":  # torch would use threads, which then spin beside the kernels'
+        row = scores[0].numpy()
+        return torch.tensor([1.0 / float(np.exp(row - row.max()).sum())])
     return (scores.amax(dim=-1) - scores.logsumexp(dim=-1)).exp()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -163,7 +164,7 @@ class NativeBackend:
 
     def embed(self, token: int) -> torch.Tensor:
         """The hidden state (1, D) of a token before the first layer."""
-        return self.embedding[token][None].float()
+        return self._embed([token])
 
     def run_layer(self, layer: int, states: torch.Tensor, cache: KVCache, position: int) -> torch.Tensor:
         """Hidden states (m, D) after one layer of the full model, each as if it were the only row at `position`.
@@ -184,6 +185,15 @@ class NativeBackend:
         entries = (BatchEntry * len(states))(*[entry] * len(states))
         self.kernels.knn_ssd_forward(attention, mlp, 1, entries, len(states), address(x))
         return x
+
+    def _embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The embeddings (n, D) of tokens in float32. By numpy: torch would use threads, which then spin for a while on
+        the cores that the kernels' threads need.
+        """
+        if self.embedding.dtype is torch.float32:
+            return torch.from_numpy(self.embedding.numpy()[tokens])
+        halves = self.embedding.view(torch.int16).numpy()[tokens]  # the upper halves of float32 values
+        return torch.from_numpy((halves.astype(np.int32) << 16).view(np.float32))
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (at least `count`, rotary) in float32."""
@@ -228,7 +238,7 @@ class NativeBackend:
         tables = self._rotary_tables(max(r.position + n for r, n in zip(requests, counts, strict=True)))
         entries = (BatchEntry * len(requests))(*[_batch_entry(request, tables) for request in requests])
         tokens = [token for request in requests for token in request.token_ids]
-        x = self.embedding[torch.tensor(tokens)].float()  # (n, D)
+        x = self._embed(tokens)  # (n, D)
         hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
         self.kernels.knn_ssd_forward(plan.attentions, plan.mlps, self.num_layers, entries, len(requests), address(x))
         self.kernels.knn_ssd_lm_head(

@@ -31,7 +31,7 @@
 #endif
 
 #ifndef SPIN_NS
-#define SPIN_NS 10000 /* longer than the gaps between the jobs of a forward pass, far shorter than a time slice */
+#define SPIN_NS 30000 /* longer than the gaps between the jobs of a forward pass, far shorter than a time slice */
 #endif
 #define PAUSES 16      /* between two looks at the clock */
 #define CACHE_LINE 128 /* bytes; two lines of 64, which processors fetch in pairs */
