@@ -49,7 +49,7 @@ def kernels_by_name(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], 
     keeper = TensorKeeper()
     full = [matrix_of(linear, keeper) for linear in halves]
     low = LowBitCopies([], [], full[0], lambda *_: None)
-    copies = [low._round(matrix, torch.ones(cols)) for matrix in full]
+    copies = [low._quantise(matrix, torch.ones(cols)) for matrix in full]
     KEPT_ALIVE.extend((keeper, low, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),

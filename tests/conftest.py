@@ -26,7 +26,7 @@ set_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests come first, so that no worker is left alone with them at the end."""
-    longest = ["test_embedded", "test_routing", "test_calibrate"]
+    longest = ["test_embedded", "test_wheel", "test_routing", "test_calibrate"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

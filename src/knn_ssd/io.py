@@ -131,7 +131,6 @@ def cut_torn_line(path: Path) -> None:
             path.write_bytes(whole)
 
 
-@functools.cache
 def cache_directory() -> Path:
     """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory.
 
@@ -144,8 +143,11 @@ def cache_directory() -> Path:
         preferred = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "knn-ssd"
     except RuntimeError:  # the user has no home directory
         preferred = None
-    if preferred is not None and _can_be_made(preferred):
-        return preferred
+    return preferred if preferred is not None and _can_be_made(preferred) else _replacement(preferred)
+
+
+@functools.cache  # one warning and one directory in a process
+def _replacement(preferred: Path | None) -> Path:
     replacement = _own_temporary_directory()
     logger.warning(
         "The cache directory '%s' cannot be written, and '%s' is used. Set KNN_SSD_CACHE to a directory that is kept.",
