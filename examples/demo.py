@@ -27,6 +27,7 @@ OUT = Path("out/demo")
 CALIBRATED = 12  # prompts per domain; the prompts decoded below are others
 NEW_TOKENS = 48
 SEARCH_MINUTES = "1.3"
+PLANTED_TRIALS = 50
 console = Console() if Console().is_terminal else Console(width=100)
 
 
@@ -85,7 +86,9 @@ def show_planted_redundancy() -> bool:
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
     prompts = [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in redundant for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        atlas = calibrate(loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=50, search_prompts=4))
+        atlas = calibrate(
+            loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4)
+        )
     engine = Engine(loaded.model, loaded.tokenizer, atlas)
     title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"
     table = new_table(title, "domain", "routed to", "plan")

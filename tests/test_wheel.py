@@ -114,6 +114,7 @@ def test_without_a_compiler_and_a_wheel_one_line_says_what_is_missing(tmp_path: 
 
 
 @pytest.mark.real
+@pytest.mark.timeout(1200)  # it times plans, which takes long beside other tests
 def test_the_demo_runs_in_a_container(installed: Path, tmp_path: Path, quota: Path | None) -> None:
     """No compiler, no home, two CPUs of a quota; fewer prompts and less search than `make demo` has."""
     printed = run_bare(
@@ -122,7 +123,7 @@ def test_the_demo_runs_in_a_container(installed: Path, tmp_path: Path, quota: Pa
         from knn_ssd.kernels.threads import thread_count
         print(thread_count())
         demo = runpy.run_path({str(ROOT / "examples" / "demo.py")!r})
-        demo["run"].__globals__.update(CALIBRATED=3, NEW_TOKENS=12, SEARCH_MINUTES="0.1")
+        demo["run"].__globals__.update(CALIBRATED=3, NEW_TOKENS=12, SEARCH_MINUTES="0.1", PLANTED_TRIALS=12)
         assert demo["run"]() == 0
         """,
         installed,
