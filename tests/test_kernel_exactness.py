@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,20 +49,12 @@ BUILDS = [
 ]
 
 
-def processor_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
-
-
 @pytest.fixture(scope="module", params=BUILDS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler, processor = request.param.split()
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    if missing := PROCESSORS[processor] - processor_flags():
+    if missing := PROCESSORS[processor] - build.processor_features():
         pytest.skip(f"this machine lacks {', '.join(sorted(missing))}")
     folder = tmp_path_factory.mktemp("kernels")
     found = load(build.compile_library([compiler], folder, [f"-march={processor}"]))

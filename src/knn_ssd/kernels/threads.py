@@ -78,9 +78,7 @@ def thread_count(
     Raises:
         UsageError: KNN_SSD_THREADS is not a whole number of at least 1.
     """
-    limits = [
-        ThreadCount(affinity_cpus or _affinity_cpus(), "CPU affinity" if _HAS_AFFINITY else "CPUs of the machine")
-    ]
+    limits = [ThreadCount(affinity_cpus or usable_cpus(), "CPU affinity" if _HAS_AFFINITY else "CPUs of the machine")]
     for hierarchy in _hierarchies(root):
         quota_cpus = hierarchy.quota_cpus()
         if quota_cpus < math.inf:
@@ -101,7 +99,8 @@ def _parse(text: str) -> int:
     return int(text)
 
 
-def _affinity_cpus() -> int:
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
     return len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count() or 1
 
 

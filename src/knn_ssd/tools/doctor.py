@@ -24,7 +24,7 @@ from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
-from knn_ssd.kernels.threads import thread_count
+from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import most_likely
@@ -165,7 +165,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
             **{package: version(package) for package in ("knn-ssd", "torch", "transformers")},
         },
         cpu=_cpu_name(),
-        cores=_cores(),
+        cores=usable_cpus(),
         threads=num_threads(),
         threads_because=thread_count().reason,
         cpu_flags=_cpu_flags(),
@@ -269,12 +269,6 @@ def _time(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _capabilities() -> dict[str, object]:
