@@ -6,6 +6,7 @@ nothing of rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,10 +179,19 @@ def most_likely(scores: torch.Tensor) -> tuple[int, ...]:
     return tuple(_fastest(scores).argmax(-1).tolist())
 
 
-def highest(scores: torch.Tensor) -> list[float]:
-    """The highest of each row of scores (n, V); NaN where there is one."""
-    values = _fastest(scores)
-    return (values.max(-1) if isinstance(values, np.ndarray) else values.amax(-1)).tolist()  # type: ignore[no-any-return]
+def are_finite(logits: torch.Tensor, probs: Probs) -> bool:
+    """Whether each row of logits (n, V) has a finite highest value and no NaN.
+
+    Where `probs` are certain, the value of their token is looked at, which is the first NaN if there is one.
+    """
+    values = _fastest(logits)
+    if isinstance(probs, Certain):
+        return all(math.isfinite(row[token]) for row, token in zip(values, probs.tokens, strict=True))
+    return (
+        bool(np.isfinite(values.max(-1)).all())
+        if isinstance(values, np.ndarray)
+        else bool(values.amax(-1).isfinite().all())
+    )
 
 
 def _fastest(scores: torch.Tensor) -> Any:

@@ -16,11 +16,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from knn_ssd.backends.base import Session
 from knn_ssd.errors import ModelError
-from knn_ssd.sampling import CertainRow, Probs, Row, Sampler, highest
+from knn_ssd.sampling import CertainRow, Probs, Row, Sampler, are_finite
 from knn_ssd.speculation.drafter import Draft, Drafter, Outcome
 
 if TYPE_CHECKING:
@@ -115,17 +113,18 @@ class Verdict:
 def verify(session: Session, context: Sequence[int], draft: Draft, sampler: Sampler) -> Verification:
     """Runs the draft through the target in one forward pass, which gives its distributions at and after the draft."""
     logits = session.forward([context[-1], *draft.tokens])  # (k + 1, V)
-    _check_finite(logits)
-    return Verification(logits, sampler.probs(logits, context, draft.tokens))
+    return Verification(logits, _checked_probs(logits, context, draft.tokens, sampler))
 
 
-def _check_finite(logits: torch.Tensor) -> None:
-    """Raises a `ModelError` where the target's logits are NaN or infinite: comparing them would accept any draft."""
-    if not np.isfinite(highest(logits)).all():
+def _checked_probs(logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int], sampler: Sampler) -> Probs:
+    """The sampler's distributions. Raises a `ModelError` for NaN or infinite logits, which would accept any draft."""
+    probs = sampler.probs(logits, context, tokens)
+    if not are_finite(logits, probs):
         raise ModelError(
             "the model gave logits that are not finite",
             "Its weights may be damaged; or its activations overflow: load it in float32.",
         )
+    return probs
 
 
 def accept(target_probs: Probs, draft: Draft, sampler: Sampler) -> Verdict:
@@ -197,8 +196,7 @@ def decode(
     def ending(token: int, room: int) -> FinishReason | None:
         return ends(token) or (at_limit if room == 0 else None)
 
-    _check_finite(first_logits[None])
-    first = sampler.pick(sampler.probs(first_logits[None], context)[0])
+    first = sampler.pick(_checked_probs(first_logits[None], context, (), sampler)[0])
     current = _emit(context, [first], left, ending, Round((), is_prefill=True))
     current = _scored(replace(current, verify_sec=clock() - started), first_logits[None], logprobs)
     while True:

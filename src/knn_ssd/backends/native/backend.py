@@ -252,6 +252,8 @@ class NativeBackend:
             address(hidden),
             address(logits),
         )
+        if len(requests) == 1:
+            return [ForwardOutput(hidden, logits)]
         split_logits = torch.split(logits, [request.num_logits for request in requests])
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
 

@@ -216,23 +216,35 @@ static void attend_row(const Attention *a, const BatchEntry *e, KVCache cache, c
     attend(queries, count, spans, a->head_dim, uses_int8(a), (float)a->scale, scores, stride, out);
 }
 
-/* Normalises and rotates the queries and keys of an entry's rows, and stores keys and values. */
-static void store_rows(const Attention *a, const BatchEntry *e, const NewRows *new, float *q, float *k, const float *v) {
+typedef struct {
+    const Attention *attention;
+    const BatchEntry *entry;
+    const NewRows *new;
+    float *q, *k; /* of the entry's first row */
+    const float *v;
+} Storing;
+
+/* Normalises and rotates the queries and keys of rows `first` .. `last` - 1 of an entry, and stores keys and values. */
+static void store_rows(void *context, int64_t first, int64_t last, int thread) {
+    const Storing *c = context;
+    const Attention *a = c->attention;
+    const BatchEntry *e = c->entry;
     const int64_t size = a->head_dim;
-    for (int64_t r = 0; r < e->n_rows; r++) {
+    (void)thread;
+    for (int64_t r = first; r < last; r++) {
         const float *cosines = e->cosines + (e->position + r) * a->rotary_dim;
         const float *sines = e->sines + (e->position + r) * a->rotary_dim;
         for (int64_t h = 0; h < a->heads; h++) {
-            float *head = q + (r * a->heads + h) * size;
+            float *head = c->q + (r * a->heads + h) * size;
             if (a->q_norm) rms_norm(head, size, a->q_norm, a->epsilon, head);
             rotate(head, cosines, sines, a->rotary_dim);
         }
         for (int64_t h = 0; h < a->kv_heads; h++) {
-            float *head = k + (r * a->kv_heads + h) * size;
-            const float *value = v + (r * a->kv_heads + h) * size;
+            float *head = c->k + (r * a->kv_heads + h) * size;
+            const float *value = c->v + (r * a->kv_heads + h) * size;
             if (a->k_norm) rms_norm(head, size, a->k_norm, a->epsilon, head);
             rotate(head, cosines, sines, a->rotary_dim);
-            const KVCache to = cache_from(new->cache, h * new->stride + r, size);
+            const KVCache to = cache_from(c->new->cache, h * c->new->stride + r, size);
             quantise_vector(head, size, to.int8_keys, to.key_scales);
             quantise_vector(value, size, to.int8_values, to.value_scales);
             if (uses_int8(a)) continue;
@@ -299,15 +311,16 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
         else new[i] = (NewRows){cache_from(layer_cache(a, e, layer), e->position, a->head_dim), e->capacity};
     }
     if (scratch_failed()) return OUT_OF_MEMORY;
-    for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, a->norm, a->epsilon, normed + r * width);
+    normalise_rows(x, n, width, a->norm, a->epsilon, normed);
     if (linear((const Matrix *[]){&a->q, &a->k, &a->v}, 3, normed, n, (float *[]){q, k, v})) return OUT_OF_MEMORY;
     for (int64_t i = 0, first = 0; i < n_entries; first += entries[i++].n_rows) {
-        store_rows(a, entries + i, new + i, q + first * inner, k + first * kv_inner, v + first * kv_inner);
+        Storing storing = {a, entries + i, new + i, q + first * inner, k + first * kv_inner, v + first * kv_inner};
+        parallel_for(entries[i].n_rows, ROWS_PER_CHUNK, store_rows, &storing);
         for (int64_t r = 0; r < entries[i].n_rows; r++) entry_of[first + r] = i, row_of[first + r] = r;
     }
     Attending attending = {a, entries, new, entry_of, row_of, layer, shared, stride, q, scores, mixed};
     parallel_for(n * a->heads / shared, 1, attend_items, &attending);
     if (linear((const Matrix *[]){&a->o}, 1, mixed, n, (float *[]){out})) return OUT_OF_MEMORY;
-    add_residual(x, out, n * width);
+    add_residual(x, out, n, width);
     return SUCCESS;
 }

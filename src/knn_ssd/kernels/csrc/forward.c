@@ -28,13 +28,13 @@ static int mlp(const Mlp *m, float *x, int64_t n) {
     float *normed = scratch_take(n, width * 4), *out = scratch_take(n, width * 4);
     float *gate = scratch_take(n, inner * 4), *up = scratch_take(n, inner * 4);
     if (scratch_failed()) return OUT_OF_MEMORY;
-    for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, m->norm, m->epsilon, normed + r * width);
+    normalise_rows(x, n, width, m->norm, m->epsilon, normed);
     if (linear((const Matrix *[]){&m->gate, &m->up}, 2, normed, n, (float *[]){gate, up})) return OUT_OF_MEMORY;
     Gating gating = {gate, up};
     const int64_t vectors = n * inner / LANES;
     parallel_for(vectors, n * inner > 16384 ? 64 : vectors, apply_gate, &gating);
     if (linear((const Matrix *[]){&m->down}, 1, gate, n, (float *[]){out})) return OUT_OF_MEMORY;
-    add_residual(x, out, n * width);
+    add_residual(x, out, n, width);
     return SUCCESS;
 }
 
@@ -75,7 +75,7 @@ int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const
                     const int64_t *selected, int64_t n_selected, float *hidden, float *logits) {
     if (!is_valid_head(head)) return INVALID_SIZES;
     const int64_t width = head->cols;
-    for (int64_t r = 0; r < n; r++) rms_norm(x + r * width, width, norm, epsilon, hidden + r * width);
+    normalise_rows(x, n, width, norm, epsilon, hidden);
     if (!n_selected) return SUCCESS;
     pool_lock();
     const int status = run_head(head, hidden, n, selected, n_selected, logits);
