@@ -15,6 +15,8 @@ import numpy as np
 
 from knn_ssd.errors import UsageError
 
+NUM_NEIGHBOURS = 6  # whose answers draft
+RADIUS = 1.0  # cosine distance beyond which a request is no neighbour
 DEFAULT_MAX_TOKENS = 1_000_000
 _LARGEST_SHARE = 0.1  # of the store's tokens that one request may take; a longer one is not kept
 _KEPT_SHARE = 0.9  # of the store's tokens that stay when it is full, so that evictions are rare
@@ -169,7 +171,7 @@ class AnswerStore:
         count = len(self._answers)
         if count == len(self._vectors):
             grown = np.empty((max(_MIN_ROWS, 2 * count), len(unit)), np.float32)
-            grown[:count] = self._vectors[:count]
+            grown[:count] = self._vectors[:count] if count else 0.0
             self._vectors = grown
         self._vectors[count] = unit
         self._answers.append(answer)
