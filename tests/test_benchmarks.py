@@ -122,6 +122,18 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
+def test_arms_of_earlier_answers_are_compared(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--out", str(tmp_path / "run"), "--max-new-tokens", "12"]
+    shown = run("recurring.py", *options)
+    assert "the same as plain decoding: 48 of 48" in shown  # 8 prompts, 5 arms and plain decoding
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    copied = {record["method"] for record in records if record["drafted"].get("retrieval")}
+    assert "nearest" in copied
+    assert not copied & {"plain", "auto"}
+    assert "Along the stream" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
 def test_outputs_are_compared_batched_and_alone(
     run: Run, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
