@@ -111,9 +111,14 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     assert "different from plain: []" in shown
     assert ["signs, foreign", "1"] in [row[:2] for row in rows(shown)]
     assert (tmp_path / "run" / "report.html").is_file()
-    head, *found = rows(run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0"))
+    shown = run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0")
+    head, *found = rows(shown)
     assert head == ["method", "letters", "signs", "all"]
-    assert [row[0] for row in found][3:] == ["atlas atlas"]
+    assert [row[0] for row in found][3:] == ["atlas atlas", "method", "atlas atlas"]
+    assert found[4] == head
+    first, second = shown.split("over default settings without an atlas")
+    for part, own in ((first, found[:4]), (second, found[5:])):
+        assert f"smallest: {min(float(cell) for row in own for cell in row[1:]):.3f}" in part
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
