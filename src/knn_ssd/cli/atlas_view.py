@@ -44,7 +44,7 @@ def domains_table(atlas: Atlas) -> Table:
     from rich.text import Text
 
     caption = (
-        "over plain, over general: speed over plain decoding and over the general plan, on prompts that the search "
+        "vs plain, vs general: speed over plain decoding and over the general plan, on prompts that the search "
         "has not seen; accepted: acceptance rate\n"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
@@ -52,7 +52,7 @@ def domains_table(atlas: Atlas) -> Table:
     for title in ("anchors", "radius"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    for title in ("over plain", "over general", "accepted", "trials"):
+    for title in ("vs plain", "vs general", "accepted", "trials"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, domain in atlas.domains.items():
         count = str(atlas.anchor_domains.count(name))
