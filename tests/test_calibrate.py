@@ -679,7 +679,7 @@ def test_without_enough_held_out_prompts_a_domain_keeps_the_general_plan(planted
     judging = atlas.domains["red"].evidence["judging"]
     assert (judging["chosen"], judging["held_out_prompts"]) == ("general plan", 0)
     assert judging["speedup_over_plain"] is None
-    assert atlas.fallback_evidence["judging"]["held_out_prompts"] > MIN_PROMPTS, "three of each domain"
+    assert atlas.fallback_evidence["judging"]["held_out_prompts"] >= MIN_PROMPTS, "three of each domain"
 
 
 def test_prompts_of_judging_are_none_of_the_search_s(planted: PlantedModel) -> None:

@@ -7,6 +7,7 @@ Prompts differ from each other more than the repeats of one prompt do: each prom
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -72,12 +73,18 @@ class Comparison:
         wanted = max(_smallest_significant(scatter, num_prompts), math.log(MIN_SPEEDUP))
         wanted_of_remaining = (num_prompts * wanted - count * mean) / remaining
         error = scatter * math.sqrt(1 / count + 1 / remaining)
-        return wanted_of_remaining > mean + float(student_t.isf(_GIVE_UP, count - 1)) * error
+        return wanted_of_remaining > mean + _quantile(_GIVE_UP, count - 1) * error
 
 
 def _smallest_significant(scatter: float, count: int) -> float:
     """The mean gain over `count` prompts from which on chance does not explain it."""
-    return float(student_t.isf(_SIGNIFICANCE, count - 1)) * scatter / math.sqrt(count)
+    return _quantile(_SIGNIFICANCE, count - 1) * scatter / math.sqrt(count)
+
+
+@functools.cache
+def _quantile(significance: float, degrees_of_freedom: int) -> float:
+    """What Student's t exceeds with this probability."""
+    return float(student_t.isf(significance, degrees_of_freedom))
 
 
 def time_in_turn(
