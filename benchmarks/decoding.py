@@ -2,9 +2,10 @@
 
     python benchmarks/decoding.py --prompts FILE.jsonl… [--model M] [--limit N] [--max-new-tokens N] [--hf float32]
 
-The methods run prompt by prompt in turn, in rotating order, in one process; text after the end-of-sequence token is not
-counted. Prints total tokens over total decode time per domain, and on how many prompts the output was that of plain
-decoding. `--hf` also times transformers, prefill included; in that column so do our times.
+The methods run prompt by prompt in turn, in rotating order, in one process; every output ends at the end-of-sequence
+token. Prints total tokens over total decode time per domain, and on how many prompts the output was that of plain
+decoding. `--hf` also times transformers, prefill included: our tokens per second over its own, and on how many prompts
+its output was that of plain decoding, too.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from knn_ssd import Engine
 from knn_ssd.prompts import read_prompts
 
 
-def transformers_seconds(model: torch.nn.Module, token_ids: list[int], count: int) -> float:
-    """Seconds of `model.generate` for `count` greedy tokens, prefill included."""
+def transformers_output(
+    model: torch.nn.Module, token_ids: list[int], max_new_tokens: int
+) -> tuple[tuple[int, ...], float]:
+    """The greedy output of `model.generate`, and its seconds, prefill included."""
     prompt = torch.tensor([token_ids])
     started = time.perf_counter()
-    model.generate(  # type: ignore[operator]
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=count, max_new_tokens=count
+    output = model.generate(  # type: ignore[operator]
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens
     )
-    return time.perf_counter() - started
+    return tuple(output[0, len(token_ids) :].tolist()), time.perf_counter() - started
 
 
 def main() -> None:
@@ -70,14 +73,16 @@ def main() -> None:
             total["accepted"] += results["auto"].stats.accepted
             total["rounds"] += results["auto"].stats.rounds
         if reference is not None:
-            taken = transformers_seconds(reference, engine.encode(prompt.prompt), len(results["plain"].token_ids))
+            output, taken = transformers_output(reference, engine.encode(prompt.prompt), args.max_new_tokens)
             for domain in (prompt.domain or "none", "all"):
                 sums[domain]["hf sec"] += taken
+                sums[domain]["hf tokens"] += len(output)
+                sums[domain]["hf same"] += output == results["plain"].token_ids
     print(
         "domain          plain ms/token  auto ms/token  speed-up  accepted  tokens/round  prefill  same as plain",
         end="",
     )
-    print("  end to end over transformers" if args.hf else "")
+    print("  end to end over transformers  transformers same as plain" if args.hf else "")
     for domain, t in sorted(sums.items(), key=lambda item: item[0] == "all"):
         plain, auto = (1e3 * t[f"{method} sec"] / t[f"{method} tokens"] for method in ("plain", "auto"))
         print(
@@ -86,7 +91,10 @@ def main() -> None:
             f"{t['same']:.0f} of {t['prompts']:.0f}",
             end="",
         )
-        print(f"  {t['hf sec'] / (t['auto sec'] + t['auto prefill']):.2f}" if args.hf else "")
+        if args.hf:
+            ours, theirs = t["auto tokens"] / (t["auto sec"] + t["auto prefill"]), t["hf tokens"] / t["hf sec"]
+            print(f"  {ours / theirs:28.2f}  {t['hf same']:.0f} of {t['prompts']:.0f}", end="")
+        print()
     means = [
         t["plain sec"] / t["plain tokens"] * t["auto tokens"] / t["auto sec"] for d, t in sums.items() if d != "all"
     ]

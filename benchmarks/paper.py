@@ -29,7 +29,9 @@ def main() -> None:
     args = parser.parse_args()
     first, second = halves(read_workloads(args.prompts))
     loaded = load_model(args.model, device="cpu")
-    settings = CalibrationSettings(search=Strategy(args.search), trials=args.trials, low=False, lookup=False)
+    settings = CalibrationSettings(  # the methods use what the search found, whatever judging would come to
+        search=Strategy(args.search), trials=args.trials, judging_prompts=0, low=False, lookup=False
+    )
     engine = calibrated(loaded, limit_each(first, args.calibrating), args.out / "atlas", settings)
     for ratio in args.ratios:
         ordered = stream(limit_each(second, args.limit), ratio)

@@ -49,7 +49,9 @@ def main() -> None:
     own = limit_each(prompts, args.calibrating)
     others = [prompt for prompt in prompts if prompt not in own]
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
-    settings = CalibrationSettings(trials=args.trials, search_prompts=4, low=False, lookup=False)
+    settings = CalibrationSettings(  # the methods use what the search found, whatever judging would come to
+        trials=args.trials, search_prompts=4, judging_prompts=0, low=False, lookup=False
+    )
     engine = calibrated(loaded, own, args.out / "atlas", settings)
     streams = {}
     for ratio in args.ratios:

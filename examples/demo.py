@@ -48,7 +48,8 @@ def calibrate_the_real_model() -> Path:
         console.print(f"The atlas of an earlier run is at [bold]{path}[/]; remove it to calibrate again.")
         return path
     command = ["calibrate", "--out", str(path), "--vector-prompts", str(CALIBRATED),
-               "--search-prompts", "2", "--new-tokens", "20", "--minutes", SEARCH_MINUTES, "--resume"]  # fmt: skip
+               "--search-prompts", "2", "--judging-prompts", "8", "--new-tokens", "20",
+               "--minutes", SEARCH_MINUTES, "--resume"]  # fmt: skip
     console.print(f"$ knn-ssd {' '.join(command)}")
     if (code := main(command)) != 0:
         sys.exit(code)
@@ -116,10 +117,13 @@ def show_planted_redundancy() -> bool:
     redundant = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
     planted = planted_tiny_model(redundant, seed=3)
     loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
-    prompts = [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in redundant for i in range(8)]
+    prompts = [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in redundant for i in range(12)]
     with tempfile.TemporaryDirectory() as folder:
         atlas = calibrate(
-            loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4)
+            loaded,
+            prompts,
+            Path(folder) / "atlas",
+            CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4, judging_prompts=8),
         )
     engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"

@@ -199,7 +199,7 @@ def test_methods_take_turns_and_the_first_of_ours_sets_the_length() -> None:
         assert list(run_prompt(methods, [1], 20, turn)) == list(methods)
     firsts = [asked[0], asked[3], asked[6]]
     assert [name for name, _ in firsts] == ["plain", "auto", "auto"], (
-        "never transformers, which takes the length as given"
+        "never transformers, whose output may be another one by rounding"
     )
     assert all(length == 20 for _, length in firsts)
     assert all(length == 7 for i, (_, length) in enumerate(asked) if i % 3)
@@ -276,6 +276,24 @@ def test_all_methods_run_and_the_lossless_ones_have_the_output_of_plain_decoding
         make_methods(["plain", "knn-ssd"], engine)
     with pytest.raises(UsageError, match="no method 'fast'"):
         make_methods(["fast"], engine)
+
+
+@pytest.mark.parametrize("name", ["hf", "hf-lookup"])
+def test_the_output_of_transformers_ends_where_ours_does_and_is_the_same_in_float32(name: str, tmp_path: Path) -> None:
+    model = endless(tiny_model("llama"))
+    prompt = Engine(model, tiny_tokenizer()).encode(PROMPTS[0].prompt)
+    whole = Engine(model, tiny_tokenizer()).generate(prompt, max_new_tokens=12).token_ids
+    end = next(token for i, token in enumerate(whole) if i >= 4 and token not in whole[:i])
+    model.generation_config.eos_token_id = end
+    model.config.eos_token_id = end
+    engine = Engine(model, tiny_tokenizer())
+    methods = make_methods(["plain", name], engine)
+    output = methods[name](prompt, 12)
+    assert output.token_ids == methods["plain"](prompt, 12).token_ids == whole[: whole.index(end) + 1]
+    summary = bench(engine, tmp_path / "run", methods, prompts=PROMPTS[:1])
+    own = summary["methods"][name]
+    assert own["identical_to_plain"] == 1.0
+    assert own["tokens"] == len(output.token_ids) < 12, "none after the end"
 
 
 # --- Streams

@@ -17,7 +17,6 @@ import torch
 from knn_ssd import Engine
 from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
-from knn_ssd.calibrate.objective import PairedTimer, Timing
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.threads import THREADS_VARIABLE, thread_count, usable_cpus
 from knn_ssd.outputs import Generation, Stream
@@ -116,9 +115,14 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     assert "different from plain: []" in shown
     assert ["signs, foreign", "1"] in [row[:2] for row in rows(shown)]
     assert (tmp_path / "run" / "report.html").is_file()
-    head, *found = rows(run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0"))
+    shown = run("never_slower.py", *options, "--atlas", str(tmp_path / "atlas"), "--least", "0")
+    head, *found = rows(shown)
     assert head == ["method", "letters", "signs", "all"]
-    assert [row[0] for row in found][3:] == ["atlas atlas"]
+    assert [row[0] for row in found][3:] == ["atlas atlas", "method", "atlas atlas"]
+    assert found[4] == head
+    first, second = shown.split("over default settings without an atlas")
+    for part, own in ((first, found[:4]), (second, found[5:])):
+        assert f"smallest: {min(float(cell) for row in own for cell in row[1:]):.3f}" in part
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
@@ -189,9 +193,8 @@ def test_conversations_are_the_same_with_any_drafts_and_with_a_prefix_cache(run:
         assert all(float(row[2]) > 0.3 for row in found if row[0] == "2" and "cache" in row[1])
 
 
-def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The methods skip what the search found, whatever was timed, so timing is left out to save a minute."""
-    monkeypatch.setattr(PairedTimer, "compare", lambda timer, plans, agreements: [Timing() for _ in plans])
+def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path) -> None:
+    """The methods skip what the search found, whatever judging would come to."""
     options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]
     shown = run("planted.py", *options, "--ratios", "0", "1")
     assert shown.count("3 prompts, different from plain: []") == 2

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,19 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, ObservationFile, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal, uninterrupted
-from knn_ssd.calibrate.objective import DraftTrace, PairedTimer, Score, TeacherForcedScorer, Timing, predicted_speedup
+from knn_ssd.calibrate.judging import MIN_PROMPTS, Judgement, judge, time_in_turn
+from knn_ssd.calibrate.objective import DraftTrace, Score, TeacherForcedScorer, predicted_speedup
 from knn_ssd.calibrate.pipeline import by_domain, calibrate
 from knn_ssd.calibrate.search import FinishedTrial, Search, Strategy, create_study, next_change, next_growing_set
+from knn_ssd.calibrate.search_runs import held_out_by_search, observations_by_search
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
 from knn_ssd.loading.resolve import LoadedModel
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import Prompt
+from knn_ssd.routing.plan_choice import general_plan
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import PlantedModel, planted_tiny_model, tiny_model, tiny_tokenizer
 
@@ -71,9 +75,9 @@ def planted_atlas(
     request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Atlas:
     out = tmp_path_factory.mktemp("planted") / "atlas"
-    settings = CalibrationSettings(search=Strategy(request.param), trials=BUDGET, search_prompts=5)
+    settings = CalibrationSettings(search=Strategy(request.param), trials=BUDGET, search_prompts=5, judging_prompts=6)
     with metered(COST):
-        return calibrate(loaded(planted), prompts_of(planted), out, settings)
+        return calibrate(loaded(planted), prompts_of(planted, 16), out, settings)
 
 
 def best_skipping(evidence: Mapping[str, Any]) -> Plan:
@@ -150,7 +154,7 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
 
 def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
-    settings = CalibrationSettings(trials=BUDGET, search_prompts=4)
+    settings = CalibrationSettings(trials=BUDGET, search_prompts=4, judging_prompts=0)
     with metered(COST):
         atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
     found = {name: skipped(best_skipping(atlas.domains[name].evidence)) for name in REDUNDANT}
@@ -160,11 +164,12 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
 
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
-    settings = CalibrationSettings(trials=40, search_prompts=4)
+    settings = CalibrationSettings(trials=40, search_prompts=4, judging_prompts=6)
     with metered(COST):
-        atlas = calibrate(loaded(needed), prompts_of(needed, 4), tmp_path / "atlas", settings)
-    assert all(domain.plan.is_plain for domain in atlas.domains.values())
-    assert atlas.fallback.is_plain
+        atlas = calibrate(loaded(needed), prompts_of(needed, 10), tmp_path / "atlas", settings)
+    without_skips = (general_plan(TransformersBackend(needed.model)), Plan.plain(8))
+    assert all(domain.plan in without_skips for domain in atlas.domains.values())
+    assert atlas.fallback in without_skips
 
 
 def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_path: Path) -> None:
@@ -174,13 +179,16 @@ def test_the_published_search_times_real_decoding(planted: PlantedModel, tmp_pat
     atlas = calibrate(loaded(planted), prompts_of(planted, 3), tmp_path / "atlas", settings)
     domain = atlas.domains["red"]
     assert domain.evidence["trials"] == 4
+    assert domain.evidence["judging"] is None
+    assert domain.evidence["agreement"] is None, "the published search measures none"
+    assert domain.plan.policy == Policy(3, 0.5), "the best plan as the search found it"
     assert Plan.from_json(domain.evidence["best_skipping"]["plan"]).policy == Policy(3, 0.5)
     assert domain.evidence["best_score"] > 1  # tokens per second, as published, not a ratio
 
 
 def test_an_atlas_keeps_vectors_and_evidence(planted_atlas: Atlas) -> None:
     assert planted_atlas.vectors is not None
-    assert len(planted_atlas.vectors) == len(planted_atlas.vector_domains) == 24
+    assert len(planted_atlas.vectors) == len(planted_atlas.vector_domains) == 48
     assert planted_atlas.evidence["routing"]["accuracy"] == 1.0
     assert {"versions", "created", "settings", "wall_sec", "model"} <= set(planted_atlas.evidence)
 
@@ -548,38 +556,154 @@ def test_few_and_equal_vectors_make_fewer_anchors() -> None:
     assert anchors.radii == pytest.approx({"a": 0.0, "b": 0.0}, abs=1e-5)
 
 
-def test_a_paired_timer_times_every_plan_against_plain_decoding(planted: PlantedModel) -> None:
+@pytest.mark.parametrize("spherical", [True, False])
+def test_clusters_are_those_of_directions_unless_they_are_to_be_as_published(spherical: bool) -> None:
+    """Two directions, each with short vectors and long ones: lengths decide how the vectors as they are cluster."""
+    generator = np.random.default_rng(0)
+    directions = np.repeat(np.eye(2, 8), 40, axis=0)
+    lengths = np.tile([1.0, 100.0], 40)[:, None]
+    vectors = (lengths * (directions + generator.normal(0, 0.02, (80, 8)))).astype(np.float32)
+    anchors = fit_anchors(np.concatenate([vectors, -vectors]), ["a"] * 80 + ["b"] * 80, 2, seed=0, spherical=spherical)
+    own = anchors.points[:2] / np.linalg.norm(anchors.points[:2], axis=1, keepdims=True)
+    both_directions_found = bool((own @ np.eye(2, 8).T > 0.99).any(axis=0).all())
+    if spherical:
+        assert both_directions_found
+        assert np.linalg.norm(anchors.points, axis=1) == pytest.approx(1.0, abs=1e-6)
+    else:
+        assert np.linalg.norm(anchors.points, axis=1).max() > 10
+
+
+def test_a_radius_is_not_that_of_the_farthest_prompt() -> None:
+    generator = np.random.default_rng(0)
+    centres = np.eye(2, 16) * 5
+    vectors = np.concatenate([centre + generator.normal(0, 0.3, (200, 16)) for centre in centres]).astype(np.float32)
+    domains = ["a"] * 200 + ["b"] * 200
+    without = fit_anchors(vectors, domains, 4, seed=0)
+    vectors[7] = -centres[0]
+    outlier = fit_anchors(vectors, domains, 4, seed=0)
+    assert outlier.radii["a"] < 1.5 * without.radii["a"]
+    assert 1 / 400 <= outlier.beyond_radius <= 0.01
+
+
+# Judging on prompts that the search has not seen
+
+
+def judged(speeds: Sequence[float], num_prompts: int, seed: int) -> Judgement:
+    """Judges simulated plans: the general plan, plain decoding, then others, by their speeds.
+
+    The speed of each of the others differs from prompt to prompt by 0.1, and every decoding by 0.05.
+    """
+    generator = np.random.default_rng(seed)
+    by_prompt = generator.normal(0, 0.1, (len(speeds), num_prompts))
+    by_prompt[:2] = 0
+
+    def seconds(plan: int, prompt: int) -> float:
+        return float(np.exp(by_prompt[plan, prompt] + generator.normal(0, 0.05)) / speeds[plan])
+
+    repeats = max(1, CalibrationSettings().judging_prompts // num_prompts)
+    if num_prompts < MIN_PROMPTS:  # as `judge` does
+        return Judgement(PLANS[: len(speeds)], [[] for _ in speeds], 0)
+    timed = time_in_turn(seconds, len(speeds), num_prompts, repeats)
+    return Judgement(PLANS[: len(speeds)], timed, repeats)
+
+
+PLANS = [Plan.low(8), Plan.plain(8), Plan.skipping(8, mlp=[3]), Plan.skipping(8, mlp=[4])]
+
+
+@pytest.mark.parametrize("num_prompts", [2, 4, 8, 24])
+def test_a_plan_of_no_effect_is_hardly_ever_chosen(num_prompts: int) -> None:
+    one = [judged([1.0, 0.6, 1.0], num_prompts, seed).chosen for seed in range(1000)]
+    assert sum(plan > 1 for plan in one) <= 20
+    two = [judged([1.0, 0.6, 1.0, 1.0], num_prompts, seed).chosen for seed in range(1000)]
+    assert sum(plan > 1 for plan in two) <= 30
+
+
+def test_a_faster_plan_is_mostly_found() -> None:
+    found = [judged([1.0, 0.6, 1.15], 8, seed).chosen for seed in range(400)]
+    assert found.count(2) >= 240
+    found = [judged([1.0, 0.6, 1.15], 24, seed).chosen for seed in range(400)]
+    assert found.count(2) >= 380
+
+
+def test_plain_decoding_is_chosen_where_the_general_plan_is_slower_and_no_other_beats_plain() -> None:
+    found = [judged([0.85, 1.0, 0.95, 0.9], 8, seed).chosen for seed in range(200)]
+    assert found.count(1) >= 195
+    found = [judged([0.85, 1.0, 1.3], 8, seed).chosen for seed in range(200)]
+    assert found.count(2) >= 180
+
+
+def test_a_plan_that_cannot_win_any_more_is_given_up() -> None:
+    slow = judged([1.0, 0.6, 0.9], 24, 0)
+    assert len(slow.timed[1]) == MIN_PROMPTS
+    assert MIN_PROMPTS <= len(slow.timed[2]) < 12
+    assert len(slow.timed[0]) == max(len(slow.timed[1]), len(slow.timed[2]))
+    evidence = slow.to_json()
+    assert evidence["chosen"] == "general plan"
+    assert evidence["speedup_over_general"] == 1.0
+    assert evidence["speedup_over_plain"] == pytest.approx(1 / 0.6, rel=0.1)
+    assert [row["plan_from"] for row in evidence["comparisons"]] == ["plain decoding", "search"]
+    assert {row["compared_with"] for row in evidence["comparisons"]} == {"general plan"}
+    assert [row["prompts"] for row in evidence["comparisons"]] == [len(timed) for timed in slow.timed[1:]]
+
+
+def test_plans_decode_the_prompts_in_turn_for_real(planted: PlantedModel) -> None:
     backend = TransformersBackend(planted.model)
-    ids = [ord(c) for c in planted.prompt("red", 12, 5)]
-    seen = [observe(backend, "red", str(i), ids, 24, Pooling.MEAN, frozenset()) for i in range(2)]
+    seen = [
+        observe(backend, "red", str(i), [ord(c) for c in planted.prompt("red", 12, i)], 1, Pooling.MEAN, frozenset())
+        for i in range(6)
+    ]
     everything = Plan.skipping(8, range(8), range(8), Policy(8, 0.0))  # drafts that are never right
     redundant = REDUNDANT["red"]
     good = Plan.skipping(
         8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
     )
+    general = general_plan(backend)
     with metered(COST):
-        slow, fast = PairedTimer(backend, seen, frozenset(), COST).compare([everything, good], [0.0, 1.0])
-    assert not slow.proven
-    assert fast.proven
-    assert fast.speedup > 1.2
+        found = judge(backend, [general, everything, good], [None, 0.0, 1.0], seen, 24, 12, frozenset(), COST)
+    assert found.plan == good
+    evidence = found.to_json()
+    assert (evidence["chosen"], evidence["held_out_prompts"], evidence["decodings_per_prompt"]) == ("search", 6, 2)
+    slow, fast = evidence["comparisons"][1:]
+    assert not slow["faster_beyond_chance"]
+    assert fast["faster_beyond_chance"]
+    assert fast["speedup"] > 1.2
+
+
+def test_without_enough_held_out_prompts_a_domain_keeps_the_general_plan(planted: PlantedModel, tmp_path: Path) -> None:
+    settings = CalibrationSettings(trials=24, search_prompts=4, judging_prompts=6)
+    with metered(COST):
+        atlas = calibrate(loaded(planted), prompts_of(planted, 4 + MIN_PROMPTS - 1), tmp_path / "atlas", settings)
+    general = general_plan(TransformersBackend(planted.model))
+    assert {entry.plan for entry in atlas.domains.values()} == {general}
+    assert all(best_skipping(entry.evidence).num_skipped for entry in atlas.domains.values())
+    judging = atlas.domains["red"].evidence["judging"]
+    assert (judging["chosen"], judging["held_out_prompts"]) == ("general plan", 0)
+    assert judging["speedup_over_plain"] is None
+    assert atlas.fallback_evidence["judging"]["held_out_prompts"] >= MIN_PROMPTS, "three of each domain"
+
+
+def test_prompts_of_judging_are_none_of_the_search_s(planted: PlantedModel) -> None:
+    settings = CalibrationSettings(search_prompts=3, judging_prompts=4)
+    made = [
+        Observation(name, f"{name}-{i}", (1, 2), (7,) if i != 4 else (0,), (0.0,))
+        for name in ("red", "green")
+        for i in range(9)
+    ]
+    searched = observations_by_search(made, settings)
+    held_out = held_out_by_search(made, settings, 100, frozenset([0]))
+    assert [o.id for o in held_out["red"]] == ["red-3", "red-5", "red-6"], "the output of red-4 ends at once"
+    assert [o.id for o in held_out[MIXTURE]] == ["red-3", "green-3", "red-5", "green-5"]
+    for name in ("red", "green", MIXTURE):
+        assert not {o.id for o in searched[name]} & {o.id for o in held_out[name]}
+    assert held_out_by_search(made, settings, 3, frozenset())["red"] == [], "no room for two tokens"
 
 
 @pytest.mark.parametrize(
-    ("gain", "noise", "verdict"),
-    [
-        (1.0, 0.02, "beaten"),  # no slower, but not faster by enough
-        (0.9, 0.02, "beaten"),
-        (1.1, 0.02, "proven"),
-        (1.04, 0.04, None),  # fast enough to choose, but not yet significant
-        (1.0, 0.2, None),  # too noisy to decide
-    ],
-)
-def test_a_plan_is_timed_until_it_is_proven_or_beaten(gain: float, noise: float, verdict: str | None) -> None:
-    wins = 0
-    for seed in range(20):
-        timing, generator = Timing(), np.random.default_rng(seed)
-        for i in range(16):
-            timing.add(i % 4, 1.0, float(np.exp(generator.normal(0, noise))) / gain)
-        assert not (timing.proven and timing.beaten)
-        wins += {"proven": timing.proven, "beaten": timing.beaten, None: not (timing.proven or timing.beaten)}[verdict]
-    assert wins >= 12
+    ("low", "lookup", "expected"),
+    [(True, True, "4-bit; drafts up to 12 while confidence >= 0.7; lookup"),
+     (True, False, "4-bit; drafts up to 12 while confidence >= 0.7"),
+     (False, True, "full model; drafts up to 12 by lookup"), (False, False, "plain decoding")],
+)  # fmt: skip
+def test_the_general_plan_is_made_of_what_plans_may_use(low: bool, lookup: bool, expected: str) -> None:
+    backend: Any = SimpleNamespace(num_layers=4, modes=frozenset(Mode))
+    assert general_plan(backend, low=low, lookup=lookup).describe() == expected

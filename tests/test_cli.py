@@ -58,6 +58,9 @@ def save_model(path: Path, chat: bool = True, **overrides: Any) -> Path:
     return path
 
 
+JUDGED = {"speedup_over_plain": 1.25, "speedup_over_general": 1.08}
+
+
 @pytest.fixture(scope="session")
 def engine(model_dir: Path) -> Engine:
     return Engine.from_pretrained(model_dir)
@@ -76,7 +79,7 @@ def atlas(engine: Engine) -> Atlas:
         anchors=np.stack(vectors),
         anchor_domains=("math", "story"),
         domains={
-            "math": DomainEntry(PLAN, 0.5, {"trials": 20, "timed": [{"speedup": 1.25}]}),
+            "math": DomainEntry(PLAN, 0.5, {"trials": 20, "judging": JUDGED}),
             "story": DomainEntry(Plan.skipping(NUM_LAYERS, mlp=[3], policy=Policy(2, 0.5)), -1.0),
         },
         fallback=Plan.plain(NUM_LAYERS),
@@ -860,8 +863,10 @@ def test_atlas_show(run: Run, atlas_dir: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "LlamaForCausalLM, 4 layers of 32, 128 tokens, in float32" in result.out
     assert "routing accuracy 1" in result.out
-    assert re.search(r"domain +anchors +radius +plan +speed-up +accepted +trials\n", result.out)
-    assert re.search(r"math +1 +0\.5000 +skip attention 2 and MLP 1; drafts up to +1\.25x +– +20\n +4\n", result.out)
+    assert re.search(r"domain +anchors +radius +plan +vs plain +vs general +accepted +trials\n", result.out)
+    assert re.search(
+        r"math +1 +0\.5000 +skip attention 2 and MLP 1; +1\.25x +1\.08x +– +20\n +drafts up to 4 *\n", result.out
+    )
     assert max(map(len, result.out.splitlines())) <= 100
     assert re.search(r"fallback +plain decoding", result.out)
     assert "math      attention ··S·\n          MLP       ·S··\nstory     attention ····\n" in result.out

@@ -253,7 +253,7 @@ def _with_drafter(engine: Engine, sampling: dict[str, Any], new_drafter: Callabl
 def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) -> Method:
     """`model.generate` as in the documentation of transformers, with the same weights as the engine.
 
-    It generates exactly `max_new_tokens` tokens, the length of the baseline's output, so that both do the same work.
+    Its output ends at an end-of-sequence token or after `max_new_tokens` tokens, as the engine's does.
     """
     model: Any = engine.model
     extra: dict[str, Any] = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS} if lookup else {}
@@ -267,7 +267,6 @@ def transformers_method(engine: Engine, sampling: dict[str, Any], lookup: bool) 
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            min_new_tokens=max_new_tokens,
             max_new_tokens=max_new_tokens,
             **extra,
         )

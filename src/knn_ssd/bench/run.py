@@ -1,7 +1,7 @@
 """The harness: every method runs every prompt in one process, prompt by prompt, in rotating order.
 
 It guards against a baseline slowed by other load (methods alternate, and a bare step of the model is timed without the
-engine too), outputs of different lengths (the first method to run a prompt sets the length for the others), text after
+engine too), outputs of different lengths (none may be longer than that of the first method to run a prompt), text after
 the end-of-sequence token (it is cut off before tokens are counted), and a warm-up that counts (it is not recorded).
 """
 
@@ -127,8 +127,8 @@ def run_bench(
 def run_prompt(methods: Mapping[str, Method], prompt: list[int], max_new_tokens: int, turn: int) -> dict[str, Output]:
     """Runs all methods on one prompt; in each turn another method is the first.
 
-    The first method sets the length for the others. It is one of the engine's, since those of transformers take the
-    length as given.
+    The first method's output is the longest that the others may give. It is one of the engine's, since the output of
+    transformers may be another one, by rounding.
     """
     names = list(methods)
     order = names[turn % len(names) :] + names[: turn % len(names)]

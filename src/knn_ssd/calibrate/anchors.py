@@ -1,4 +1,8 @@
-"""Anchors from prompt vectors, by k-means per domain as in the released code of arXiv 2505.16162, and radii."""
+"""Anchors from prompt vectors, by k-means per domain, and radii.
+
+Prompts are routed by cosine, so clusters are those of directions: spherical k-means. The released code of arXiv
+2505.16162 clusters the vectors as they are, long ones and short ones apart; that can be asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ import torch
 from knn_ssd.routing.router import Router
 
 _FOLDS = 4  # cross-validation: anchors fitted on three quarters of each domain route the vectors of the fourth
-_RADIUS_SLACK = 1.5  # the radius of a domain over the distance of its farthest held-out vector
+# The radius of a domain is this quantile of its held-out distances: the farthest of many vectors is an outlier, so a
+# radius by the farthest grows with every prompt added, and takes in prompts of other domains. The slack is for domains
+# of a few dozen prompts, whose quantile is uncertain.
+_RADIUS_QUANTILE, _RADIUS_SLACK = 0.99, 1.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +32,8 @@ class Anchors:
         radii: the radius of each domain, as a cosine distance.
         held_out: number of vectors routed by anchors that were fitted without them: all vectors, fold by fold.
         accuracy: share of those vectors that were routed to their own domain.
+        beyond_radius: share of those vectors that lie beyond the radius of their own domain; such prompts get the
+            fallback plan.
     """
 
     points: np.ndarray[Any, Any]
@@ -32,24 +41,51 @@ class Anchors:
     radii: dict[str, float]
     held_out: int
     accuracy: float
+    beyond_radius: float
 
 
-def fit_anchors(vectors: np.ndarray[Any, Any], domains: Sequence[str], per_domain: int, seed: int) -> Anchors:
-    """Clusters vectors (N, D) into at most `per_domain` anchors for each domain, which has two vectors or more."""
+def fit_anchors(
+    vectors: np.ndarray[Any, Any], domains: Sequence[str], per_domain: int, seed: int, *, spherical: bool = True
+) -> Anchors:
+    """Clusters vectors (N, D) into at most `per_domain` anchors for each domain, which has two vectors or more.
+
+    Args:
+        vectors: the prompt vectors.
+        domains: the domain of each.
+        per_domain: number of anchors per domain.
+        seed: seed of clustering.
+        spherical: whether only directions count, and anchors have length one; otherwise as published.
+    """
+    clustered = _of_length_one(vectors) if spherical else vectors
     names = list(dict.fromkeys(domains))
     own = np.array(domains)
     fold = np.array([_rank(domains, i) % _FOLDS for i in range(len(domains))])
     hits: list[bool] = []
-    farthest = dict.fromkeys(names, 0.0)
+    distances: dict[str, list[float]] = {name: [] for name in names}
     for held_out in (fold == number for number in range(_FOLDS)):
-        points, point_domains = _cluster(vectors[~held_out], own[~held_out], names, per_domain, seed)
+        points, point_domains = _cluster(clustered[~held_out], own[~held_out], names, per_domain, seed)
         router = Router().fit(torch.from_numpy(points), point_domains)
         for vector, domain in zip(vectors[held_out], own[held_out], strict=True):
             hits.append(router.predict(torch.from_numpy(vector)).domain == domain)
-            farthest[domain] = max(farthest[domain], _distance(vector, points[np.array(point_domains) == domain]))
-    points, point_domains = _cluster(vectors, own, names, per_domain, seed)
-    radii = {name: min(2.0, _RADIUS_SLACK * distance) for name, distance in farthest.items()}
-    return Anchors(points, tuple(point_domains), radii, len(hits), float(np.mean(hits)))
+            distances[domain].append(_distance(vector, points[np.array(point_domains) == domain]))
+    points, point_domains = _cluster(clustered, own, names, per_domain, seed)
+    radii = {
+        name: min(2.0, _RADIUS_SLACK * float(np.quantile(found, _RADIUS_QUANTILE))) for name, found in distances.items()
+    }
+    beyond = [distance > radii[name] for name, found in distances.items() for distance in found]
+    return Anchors(
+        _of_length_one(points) if spherical else points,
+        tuple(point_domains),
+        radii,
+        len(hits),
+        float(np.mean(hits)),
+        float(np.mean(beyond)),
+    )
+
+
+def _of_length_one(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _cluster(

@@ -24,7 +24,7 @@ class Observation:
         domain: the prompt's domain.
         id: the prompt's id.
         prompt_ids: the prompt's tokens, as the engine encodes it.
-        token_ids: the target's greedy continuation; empty where only the vector is needed.
+        token_ids: the target's greedy continuation, or the beginning of it; empty where only the vector is needed.
         vector: the prompt vector (D,).
     """
 

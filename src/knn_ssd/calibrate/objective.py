@@ -1,25 +1,21 @@
-"""The objective of the search: the speed-up of a plan over plain decoding, predicted or timed.
+"""The objective of the search: the speed-up of a plan over plain decoding, predicted, or its timed speed.
 
 Predicted: teacher-forced scoring. One forward pass under the plan, over the target's own continuation, gives for many
 positions at once whether the draft agrees and its confidence. From that trace and the cost profile, the rounds under
 any draft policy are simulated without the model.
-Timed: real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162, in alternation with plain decoding.
+Timed: tokens per second of real rounds on real prompts, as in arXiv 2309.08168 and 2505.16162.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
-
-from scipy.stats import t as student_t
 
 from knn_ssd.backends.base import Backend, Session
 from knn_ssd.calibrate.continuations import Observation
-from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.plan import Plan, Policy
 from knn_ssd.request import Request, end_at
 from knn_ssd.sampling import Sampler, SamplingParams, most_likely
 from knn_ssd.speculation.cost_model import CostProfile
@@ -29,14 +25,6 @@ from knn_ssd.speculation.self_draft import top_probability
 RUN_LENGTH = 8  # tokens that a draft is scored on before its KV cache is that of the target again
 POLICIES = tuple(Policy(k, p) for k, p in product((1, 2, 3, 4, 6, 8, 12), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)))
 _GIVE_UP_MARGIN = 0.1  # a plan this far below the best one so far is not scored on further continuations
-_MIN_PAIRS, _MAX_PAIRS = 6, 48  # pairs of decodings until a plan is proven faster or given up
-# One-sided significance level of Student's t after each pair. In simulation, over all pairs, a plan that is no faster
-# is proven in about 4 of 1000 cases, and one that is 1.16 times as fast in 95 of 100, even where pairs scatter by 0.2.
-_SIGNIFICANCE = 0.0003
-_MAX_GAIN = 0.25  # bound on one pair's gain or loss, so that other load on the machine counts for no more than that
-MIN_SPEEDUP = 1.02  # a plan is chosen only if it was timed to be this much faster than plain decoding
-_FALSE_REJECTION = 0.01  # probability that a plan with that speed-up is given up
-_MAX_LOSSES = 5  # a plan that lost so many more pairs than it won is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,120 +143,49 @@ def _simulate_round(trace: DraftTrace, start: int, policy: Policy) -> tuple[int,
     return drafted, accepted
 
 
-@dataclass(slots=True)
-class Timing:
-    """Timings of a plan against plain decoding, in pairs of decodings of the same prompt.
-
-    Args:
-        gains: for each pair, the logarithm of the plan's speed over that of plain decoding, within `_MAX_GAIN`.
-        fastest: by prompt, the fewest seconds that plain decoding and the plan took.
-    """
-
-    gains: list[float] = field(default_factory=list)
-    fastest: dict[int, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, prompt: int, plain_sec: float, plan_sec: float) -> None:
-        """Adds a pair."""
-        known_plain, known_plan = self.fastest.get(prompt, (plain_sec, plan_sec))
-        self.fastest[prompt] = (min(known_plain, plain_sec), min(known_plan, plan_sec))
-        self.gains.append(max(-_MAX_GAIN, min(_MAX_GAIN, math.log(plain_sec / plan_sec))))
-
-    @property
-    def speedup(self) -> float:
-        """Tokens per second over those of plain decoding: total tokens over total time."""
-        plain, plan = (sum(times) for times in zip(*self.fastest.values(), strict=True)) if self.fastest else (1.0, 1.0)
-        return plain / plan
-
-    @property
-    def proven(self) -> bool:
-        """Whether the plan is faster by more than chance explains."""
-        return len(self.gains) >= _MIN_PAIRS and statistics.mean(self.gains) > self._margin_of_error(_SIGNIFICANCE)
-
-    @property
-    def beaten(self) -> bool:
-        """Whether the plan lost so often, or gains so little, that it is given up."""
-        count, won = len(self.gains), sum(gain > 0 for gain in self.gains)
-        if count >= _MIN_PAIRS and statistics.mean(self.gains) + self._margin_of_error(_FALSE_REJECTION) < math.log(
-            MIN_SPEEDUP
-        ):
-            return True
-        return count - 2 * won >= _MAX_LOSSES
-
-    def _margin_of_error(self, significance: float) -> float:
-        """One-sided margin of error of the mean gain."""
-        count = len(self.gains)
-        return float(student_t.isf(significance, count - 1)) * statistics.stdev(self.gains) / math.sqrt(count)
-
-
-class PairedTimer:
-    """Times plans against plain decoding on the same prompts, prompt by prompt in turn. Prefill is not timed.
+class TimedDecoding:
+    """Decodes prompts for real under one plan, as an engine of its own would: no other plan's drafts teach it.
 
     Args:
         backend: executes the target model.
-        observations: the prompts to decode; each output is as long as the prompt's continuation.
+        plan: how to draft.
         eos_token_ids: the tokens that end an output.
         cost: the cost profile; None is a typical one.
+        agreement: the agreement of the plan's drafts in the search; None where it is unknown.
+        adaptive: whether the controller decides, as in an engine by default; otherwise the plan's policy is followed.
     """
 
     def __init__(
         self,
         backend: Backend,
-        observations: Sequence[Observation],
+        plan: Plan,
         eos_token_ids: frozenset[int],
         cost: CostProfile | None = None,
+        agreement: float | None = None,
+        *,
+        adaptive: bool = True,
     ) -> None:
         self._backend = backend
-        self._observations = [o for o in observations if len(o.token_ids) > 1]
+        self._plan = plan
         self._ends = end_at(eos_token_ids)
         self._drafters = DrafterFactory(backend, cost)
-        self._agreement: dict[tuple[Mode, ...], float | None] = {}
+        self._agreement = agreement
+        self._adaptive = adaptive
 
-    def compare(self, plans: Sequence[Plan], agreements: Sequence[float | None] = ()) -> list[Timing]:
-        """Times each plan against plain decoding, pair by pair, until it is proven, beaten, or behind a proven one.
-
-        A single decoding is no evidence on a machine with other load. So both decode the same prompt one shortly after
-        the other, repeatedly, and for each prompt the fastest times count.
-
-        Args:
-            plans: the plans to time.
-            agreements: the agreement of each plan's drafts in the search; None where it is unknown.
-        """
-        self._agreement = {plan.modes: agreement for plan, agreement in zip(plans, agreements, strict=False)}
-        plain = Plan.plain(self._backend.num_layers)
-        timings = [Timing() for _ in plans]
-        if self._observations:  # the warm-up
-            self.seconds(self._observations[0], plain)
-        for turn in range(_MAX_PAIRS if self._observations else 0):
-            best = max((timing.speedup for timing in timings if timing.proven), default=0.0)
-            undecided = [i for i, t in enumerate(timings) if not (t.proven or t.beaten) and t.speedup > best]
-            if not undecided:
-                break
-            place = turn % len(self._observations)
-            observation = self._observations[place]
-            candidates = [plain, *(plans[i] for i in undecided)]
-            seconds = [0.0] * len(candidates)
-            for step in range(len(candidates)):
-                index = (step + turn) % len(candidates)
-                seconds[index] = self.seconds(observation, candidates[index])
-            for i, taken in zip(undecided, seconds[1:], strict=True):
-                timings[i].add(place, seconds[0], taken)
-        return timings
-
-    def tokens_per_sec(self, plan: Plan) -> float:
-        """The published objective: total tokens over total time under the plan's own fixed policy, without baseline."""
-        tokens = sum(len(o.token_ids) for o in self._observations)
-        return tokens / sum(self.seconds(o, plan, adaptive=False) for o in self._observations)
-
-    def seconds(self, observation: Observation, plan: Plan, adaptive: bool = True) -> float:
-        """Seconds to decode one continuation after its prompt."""
-        self._backend.prepare(plan)
+    def decode(self, prompt_ids: Sequence[int], new_tokens: int) -> tuple[int, float]:
+        """Decodes up to `new_tokens` tokens; gives how many came, and the seconds that they took without prefill."""
+        self._backend.prepare(self._plan)
         sampler = Sampler.from_params(SamplingParams(), self._backend.device)
-        with Request(self._backend, observation.prompt_ids, len(observation.token_ids), sampler, self._ends) as request:
-            agreement = self._agreement.get(plan.modes)
+        with Request(self._backend, prompt_ids, new_tokens, sampler, self._ends) as request:
             request.drafter = self._drafters.new_drafter(
-                request.session, plan, sampler, agreement=agreement, adaptive=adaptive
+                request.session, self._plan, sampler, agreement=self._agreement, adaptive=self._adaptive
             )
             started = time.perf_counter()
-            for _round in request.rounds():
-                pass
-            return time.perf_counter() - started
+            tokens = sum(len(current.tokens) for current in request.rounds())
+            return tokens, time.perf_counter() - started
+
+
+def timed_tokens_per_sec(decoding: TimedDecoding, observations: Sequence[Observation]) -> float:
+    """The published objective: total tokens over total time, on continuations of two tokens or more."""
+    results = [decoding.decode(o.prompt_ids, len(o.token_ids)) for o in observations if len(o.token_ids) > 1]
+    return sum(tokens for tokens, _ in results) / sum(seconds for _, seconds in results)

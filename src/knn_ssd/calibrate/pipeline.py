@@ -1,4 +1,4 @@
-"""From prompts to an atlas: decode the prompts, measure costs, search for plans, time the best of them, place anchors.
+"""From prompts to an atlas: decode the prompts, measure costs, search for plans, judge the best of them, place anchors.
 
 Every step's result is kept in the journal as it is made, so that an interrupted calibration resumes where it stopped.
 Nothing is printed; `progress` receives how far it is.
@@ -21,22 +21,22 @@ from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import MIN_SPEEDUP, Timing
+from knn_ssd.calibrate.judging import judge
 from knn_ssd.calibrate.search import FinishedTrial, Strategy
-from knn_ssd.calibrate.search_runs import SearchRuns, observations_by_search
+from knn_ssd.calibrate.search_runs import SearchRuns, held_out_by_search, observations_by_search
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.errors import Interrupted, OutputError, UsageError
 from knn_ssd.io import provenance
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.loading.resolve import LoadedModel
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Plan
 from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.prompts import Prompt
+from knn_ssd.routing.plan_choice import general_plan
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.tokenization import encode, eos_token_ids
 
-_MIN_PREDICTED_SPEEDUP = 0.95  # a plan with a smaller one is not timed
-_NUM_FINALISTS = 2
+_NUM_FINALISTS = 2  # the plans of each search that are judged, at most
 
 
 def calibrate(
@@ -112,6 +112,7 @@ class _Calibration:
     ) -> None:
         self.loaded = loaded
         self.backend = select_backend(loaded.model)
+        self.eos_token_ids = eos_token_ids(loaded.model)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out
@@ -131,7 +132,8 @@ class _Calibration:
         observations = self._observe(prompts)
         runs = self._search_runs(observations, self._measure_cost())
         runs.run(self.loaded, self.fingerprint.dtype, self.progress, resume=resume)
-        entries = {domain: self._choose_plan(domain, runs) for domain in runs.observations}
+        held_out = held_out_by_search(observations, self.settings, self.backend.context_length, self.eos_token_ids)
+        entries = {domain: self._choose_plan(domain, runs, held_out[domain]) for domain in runs.observations}
         atlas = self._atlas(observations, runs.cost, entries)
         atlas.save(self.out)
         self.journal.remove()
@@ -156,9 +158,10 @@ class _Calibration:
         for domain, index, prompt, prompt_ids in wanted:
             observation = done.get((domain, prompt.id, tuple(prompt_ids)))
             if observation is None:
-                new_tokens = settings.new_tokens if index < settings.search_prompts else 0
-                eos = eos_token_ids(self.loaded.model)
-                observation = observe(self.backend, domain, prompt.id, prompt_ids, new_tokens, settings.pooling, eos)
+                new_tokens = settings.continuation_length(index)
+                observation = observe(
+                    self.backend, domain, prompt.id, prompt_ids, new_tokens, settings.pooling, self.eos_token_ids
+                )
                 self.journal.observations.append(observation)
             observations.append(observation)
             self.progress.advance(domain)
@@ -176,7 +179,7 @@ class _Calibration:
         asked = {name: value for name, value in self.identity.items() if name != "seed"}  # each worker has its own
         return SearchRuns(
             self.backend,
-            eos_token_ids(self.loaded.model),
+            self.eos_token_ids,
             self.settings,
             self.journal,
             _digest(asked),
@@ -184,42 +187,56 @@ class _Calibration:
             observations_by_search(observations, self.settings),
         )
 
-    def _choose_plan(self, domain: str, runs: SearchRuns) -> DomainEntry:
-        """Times the best plans of a search against plain decoding; the fastest becomes the domain's plan."""
+    def _choose_plan(self, domain: str, runs: SearchRuns, held_out: Sequence[Observation]) -> DomainEntry:
+        """Judges the best plans of a search; the search `paper` takes the best one as it is."""
         finished = runs.open(domain).finished()
         ranked = sorted(finished, key=lambda f: f.speedup, reverse=True)
         skipping = [f for f in ranked if f.plan.num_skipped]
-        finalists = self._finalists(ranked)
-        timed: list[Timing] = []
-        if finalists:
-            self.progress.stage(f"timing {domain}", None)
-            agreements = [_agreement(ranked, plan) for plan in finalists]
-            timed = runs.timer(domain).compare(finalists, agreements)
-        winners = [i for i, t in enumerate(timed) if t.proven and t.speedup >= MIN_SPEEDUP]
-        best = max(winners, key=lambda i: timed[i].speedup, default=None)
-        plan = Plan.plain(self.backend.num_layers) if best is None else finalists[best]
+        published = self.settings.search is Strategy.PAPER
+        if published:
+            plan, judged = ranked[0].plan if ranked else Plan.plain(self.backend.num_layers), None
+        else:
+            plan, judged = self._judge(domain, ranked, held_out, runs.cost)
         evidence = {
             "trials": len(finished),
-            "prompts": len(runs.observations[domain]),
+            "search_prompts": len(runs.observations[domain]),
             "best_score": ranked[0].speedup if ranked else None,
-            "agreement": _agreement(ranked, plan),
-            "timed": [
-                {"plan": p.to_json(), "speedup": t.speedup, "pairs": len(t.gains), "proven": t.proven}
-                for p, t in zip(finalists, timed, strict=True)
-            ],
+            "agreement": None if published else _agreement(ranked, plan),
+            "judging": judged,
             "best_skipping": _trial_json(skipping[0]) if skipping else None,
         }
         return DomainEntry(plan, 2.0, evidence)
 
-    def _finalists(self, ranked: Sequence[FinishedTrial]) -> list[Plan]:
-        """The plans to time: those with the highest scores, or lookup alone where no plan is worth timing."""
-        is_paper = self.settings.search is Strategy.PAPER  # whose scores are tokens per second, not predicted speed-ups
-        worth = [f for f in ranked[:_NUM_FINALISTS] if is_paper or f.speedup >= _MIN_PREDICTED_SPEEDUP]
-        best = [f.plan for f in worth if f.plan.cheapens]
-        if is_paper or not self.settings.lookup:
-            return best
-        plans = [plan.with_policy(replace(plan.policy, lookup=True)) for plan in best]
-        return plans or [Plan.skipping(self.backend.num_layers, policy=Policy(lookup=True))]
+    def _judge(
+        self, domain: str, ranked: Sequence[FinishedTrial], held_out: Sequence[Observation], cost: CostProfile
+    ) -> tuple[Plan, dict[str, Any]]:
+        """The plan that a domain gets, and the evidence for it."""
+        settings = self.settings
+        general = general_plan(self.backend, low=settings.low, lookup=settings.lookup)
+        plans = [general, *self._finalists(ranked, general)]
+        self.progress.stage(f"judging {domain}", None)
+        judgement = judge(
+            self.backend,
+            plans,
+            [_agreement(ranked, plan) for plan in plans],
+            held_out,
+            settings.new_tokens,
+            settings.judging_prompts,
+            self.eos_token_ids,
+            cost,
+        )
+        return judgement.plan, judgement.to_json()
+
+    def _finalists(self, ranked: Sequence[FinishedTrial], general: Plan) -> list[Plan]:
+        """The plans to judge: those with the highest scores, if the search predicts them to beat the general plan.
+
+        Predictions leave out lookup, which the general plan and the finalists have alike.
+        """
+        own = [f.speedup for f in ranked if general.cheapens and _same_drafts(f.plan, general)]
+        to_beat = max(own, default=1.0)  # without self-drafts, the general plan is predicted to be plain decoding
+        found = [f.plan for f in ranked if f.plan.cheapens and f.speedup > to_beat]
+        lookup = self.settings.lookup
+        return [plan.with_policy(replace(plan.policy, lookup=lookup)) for plan in found[:_NUM_FINALISTS]]
 
     def _atlas(
         self, observations: Sequence[Observation], cost: CostProfile, entries: Mapping[str, DomainEntry]
@@ -227,14 +244,19 @@ class _Calibration:
         self.progress.stage("placing anchors", None)
         vectors = np.array([o.vector for o in observations], dtype=np.float32)
         domains = [o.domain for o in observations]
-        anchors = fit_anchors(vectors, domains, self.settings.anchors, self.settings.seed)
+        published = self.settings.search is Strategy.PAPER
+        anchors = fit_anchors(vectors, domains, self.settings.anchors, self.settings.seed, spherical=not published)
         name = Path(self.loaded.name).name if self.loaded.directory else self.loaded.name  # an atlas names no folders
         evidence = {
             **provenance(),
             "model": name,
             "settings": {**self.settings.identity(), "trials": self.settings.trials, "minutes": self.settings.minutes},
             "wall_sec": round(time.perf_counter() - self.started, 1),
-            "routing": {"held_out": anchors.held_out, "accuracy": anchors.accuracy},
+            "routing": {
+                "held_out": anchors.held_out,
+                "accuracy": anchors.accuracy,
+                "beyond_radius": anchors.beyond_radius,
+            },
         }
         return Atlas(
             fingerprint=self.fingerprint,
@@ -253,7 +275,12 @@ class _Calibration:
 
 def _agreement(finished: Sequence[FinishedTrial], plan: Plan) -> float | None:
     """Share of positions at which the drafts of a plan agreed in the search; None if it was not tried."""
-    return next((f.agreement for f in finished if f.plan.modes == plan.modes), None)
+    return next((f.agreement for f in finished if _same_drafts(f.plan, plan)), None)
+
+
+def _same_drafts(a: Plan, b: Plan) -> bool:
+    """Whether two plans run the same sublayers in the same modes."""
+    return (a.modes, a.head) == (b.modes, b.head)
 
 
 def _trial_json(finished: FinishedTrial) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from knn_ssd.backends.base import Backend
 from knn_ssd.backends.select import select_backend
 from knn_ssd.calibrate.continuations import Observation
 from knn_ssd.calibrate.journal import Journal
-from knn_ssd.calibrate.objective import PairedTimer, Score, TeacherForcedScorer
+from knn_ssd.calibrate.objective import Score, TeacherForcedScorer, TimedDecoding, timed_tokens_per_sec
 from knn_ssd.calibrate.search import Search, Strategy, Trial, create_study
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.kernels.binding import num_threads, set_threads
@@ -73,10 +73,6 @@ class SearchRuns:
             skip=settings.skip,
             shared=[f for f in shared if len(f.changes) == 1],
         )
-
-    def timer(self, domain: str) -> PairedTimer:
-        """The timer that decodes the prompts of a domain for real."""
-        return PairedTimer(self.backend, self.observations[domain], self.eos_token_ids, self.cost)
 
     def num_trials(self, domain: str) -> int | None:
         """Trials of a domain's search; None where the time limit decides."""
@@ -144,12 +140,12 @@ class SearchRuns:
         """The function that scores a trial: predicted by teacher-forced scoring, or timed as published."""
         settings = self.settings
         if settings.search is Strategy.PAPER:
-            timer = self.timer(domain)
             policy = Policy(settings.max_draft, settings.threshold)
 
             def timed(trial: Trial, _best: float) -> Score:
                 plan = trial.plan.with_policy(policy)
-                return Score(plan, timer.tokens_per_sec(plan), 0.0, 0)
+                decoding = TimedDecoding(self.backend, plan, self.eos_token_ids, self.cost, adaptive=False)
+                return Score(plan, timed_tokens_per_sec(decoding, self.observations[domain]), 0.0, 0)
 
             yield timed
             return
@@ -181,11 +177,41 @@ def observations_by_search(
     observations: Sequence[Observation], settings: CalibrationSettings
 ) -> dict[str, list[Observation]]:
     """The continuations that each search scores plans on: a domain's own, and for the mixture some of every domain."""
-    continued: dict[str, list[Observation]] = {}
+    searched = {
+        domain: [o for o in members[: settings.search_prompts] if o.token_ids]
+        for domain, members in _by_domain(observations).items()
+    }
+    return {**searched, MIXTURE: _mixed(searched, settings.search_prompts)}
+
+
+def held_out_by_search(
+    observations: Sequence[Observation], settings: CalibrationSettings, context_length: int, eos: frozenset[int]
+) -> dict[str, list[Observation]]:
+    """The prompts that each search's plans are judged on; no search sees them.
+
+    Prompts whose output would end with its first token are left out, since nothing is drafted there.
+    """
+    first, last = settings.search_prompts, settings.search_prompts + settings.judging_prompts
+    held_out = {
+        domain: [
+            o
+            for o in members[first:last]
+            if not eos.issuperset(o.token_ids) and context_length - len(o.prompt_ids) >= 2
+        ]
+        for domain, members in _by_domain(observations).items()
+    }
+    return {**held_out, MIXTURE: _mixed(held_out, settings.judging_prompts)}
+
+
+def _by_domain(observations: Sequence[Observation]) -> dict[str, list[Observation]]:
+    members: dict[str, list[Observation]] = {}
     for observation in observations:
-        members = continued.setdefault(observation.domain, [])
-        if observation.token_ids and len(members) < settings.search_prompts:
-            members.append(observation)
-    turns = zip_longest(*continued.values())
+        members.setdefault(observation.domain, []).append(observation)
+    return members
+
+
+def _mixed(by_domain: Mapping[str, Sequence[Observation]], count: int) -> list[Observation]:
+    """As many of all domains in turn, at least one of each."""
+    turns = zip_longest(*by_domain.values())
     mixed = [observation for turn in turns for observation in turn if observation is not None]
-    return {**continued, MIXTURE: mixed[: max(settings.search_prompts, len(continued))]}
+    return mixed[: max(count, len(by_domain))]

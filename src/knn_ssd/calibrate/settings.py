@@ -22,8 +22,12 @@ class CalibrationSettings:
         trials: number of plans tried per domain; None is a default for the strategy. Published: 1000.
         minutes: time limit of all searches together, instead of `trials`.
         search_prompts: number of prompts per domain that plans are scored on. Published: 8.
-        new_tokens: length of the continuations that plans are scored on. Published: 32.
-        vector_prompts: largest number of prompts per domain that anchors are made of. Published: 1000.
+        judging_prompts: number of further prompts per domain on which the best plans are judged against the general
+            plan; where there are fewer, each is decoded more often. With none, every domain keeps the general plan.
+            The search `paper` judges none.
+        new_tokens: length of the continuations that plans are scored and judged on. Published: 32.
+        vector_prompts: largest number of prompts per domain that anchors are made of, those of search and judging
+            among them. Published: 1000.
         anchors: number of anchors per domain. Published: 10.
         pooling: how hidden states become a prompt vector. The released code takes the mean.
         max_draft, threshold: the fixed draft policy of the search `paper`. Published: 12 and 0.8.
@@ -43,6 +47,7 @@ class CalibrationSettings:
     trials: int | None = None
     minutes: float | None = None
     search_prompts: int = 8
+    judging_prompts: int = 24
     new_tokens: int = 32
     vector_prompts: int = 1000
     anchors: int = 10
@@ -62,6 +67,8 @@ class CalibrationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be 1 or more, got {value}")
+        if self.judging_prompts < 0:
+            raise UsageError(f"judging_prompts must be 0 or more, got {self.judging_prompts}")
         if self.minutes is not None and self.minutes <= 0:
             raise UsageError(f"minutes must be above 0, got {self.minutes}")
         if not (self.low or self.skip or self.lookup):
@@ -74,6 +81,15 @@ class CalibrationSettings:
         """The settings that must stay the same when a calibration is resumed."""
         open_ended = ("trials", "minutes", "workers", "storage")
         return {name: getattr(self, name) for name in self.__slots__ if name not in open_ended}
+
+    def continuation_length(self, index: int) -> int:
+        """Tokens that are decoded after a domain's prompt with this number, before any search.
+
+        One for prompts of judging, which prefill gives: it shows whether the output ends at once.
+        """
+        if index < self.search_prompts:
+            return self.new_tokens
+        return int(index < self.search_prompts + self.judging_prompts)
 
     def uses_low_bit(self, backend: Backend) -> bool:
         """Whether plans may use 4-bit weights on this backend; those of the search `paper` never do."""

@@ -43,13 +43,16 @@ def domains_table(atlas: Atlas) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    caption = "speed-up: the best one timed over plain decoding; accepted: acceptance rate\n"
+    caption = (
+        "vs plain, vs general: speed over plain decoding and over the general plan, on prompts that the search "
+        "has not seen; accepted: acceptance rate\n"
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column("domain", overflow="fold", min_width=min(_LONGEST_NAME, max(map(len, (*atlas.domains, FALLBACK)))))
     for title in ("anchors", "radius"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    for title in ("speed-up", "accepted", "trials"):
+    for title in ("vs plain", "vs general", "accepted", "trials"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, domain in atlas.domains.items():
         count = str(atlas.anchor_domains.count(name))
@@ -134,12 +137,14 @@ def _marks(modes: tuple[Mode, ...]) -> str:
     return "".join(_MARKS[mode] for mode in modes)
 
 
-def _evidence(evidence: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The best timed speed-up, the acceptance rate of the plan's drafts, and the number of trials."""
-    speedup = max((timed["speedup"] for timed in evidence.get("timed") or () if "speedup" in timed), default=None)
+def _evidence(evidence: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """The plan's judged speed over plain decoding and over the general plan, its acceptance rate, number of trials."""
+    judging = evidence.get("judging") or {}
+    over_plain, over_general = (judging.get(f"speedup_over_{name}") for name in ("plain", "general"))
     agreement, trials = evidence.get("agreement"), evidence.get("trials")
     return (
-        "–" if speedup is None else f"{speedup:.2f}x",
+        "–" if over_plain is None else f"{over_plain:.2f}x",
+        "–" if over_general is None else f"{over_general:.2f}x",
         "–" if agreement is None else f"{agreement:.0%}",
         "–" if trials is None else str(trials),
     )

@@ -19,8 +19,8 @@ STRATEGIES = ("paper", "greedy", "bayes", "evolve")
 MODES = ("skip", "low")
 
 _SAME_NAME = (  # options that have the name and the value of a setting
-    "trials", "minutes", "search_prompts", "new_tokens", "vector_prompts", "anchors", "workers", "storage", "seed",
-    "max_draft", "threshold",
+    "trials", "minutes", "search_prompts", "judging_prompts", "new_tokens", "vector_prompts", "anchors", "workers",
+    "storage", "seed", "max_draft", "threshold",
 )  # fmt: skip
 
 
@@ -57,6 +57,11 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     option(budget, "--trials", "N", text, whole_number(1))
     option(budget, "--minutes", "T", "time limit of all searches, in minutes", options.number)
     option(group, "--search-prompts", "N", "number of prompts per domain to score plans on", whole_number(1), 8)
+    text = (
+        "number of further prompts per domain on which the best plans are judged; 0 keeps the general plan in every "
+        "domain"
+    )
+    option(group, "--judging-prompts", "N", text, whole_number(0), 24)
     text = "number of tokens that the model generates after each of them"
     option(group, "--new-tokens", "N", text, whole_number(2), 32)
     text = (

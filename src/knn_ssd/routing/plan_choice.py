@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from knn_ssd.atlas import Atlas
 from knn_ssd.backends.base import Backend, Prefill
@@ -93,8 +93,15 @@ class PlanChooser:
         return ChosenPlan(route, plan, domain, evidence.get("agreement") if plan == own else None)
 
 
-def general_plan(backend: Backend) -> Plan:
-    """The plan without calibration: 4-bit where the backend supports it, and lookup."""
-    if Mode.LOW in backend.modes:
-        return Plan.low(backend.num_layers, _GENERAL_POLICY)
-    return Plan.skipping(backend.num_layers, policy=_GENERAL_POLICY)
+def general_plan(backend: Backend, *, low: bool = True, lookup: bool = True) -> Plan:
+    """The plan without calibration: 4-bit where the backend supports it, and lookup; plain decoding without both.
+
+    Args:
+        backend: executes the model.
+        low: whether it may use 4-bit weights.
+        lookup: whether it may draft by lookup.
+    """
+    policy = replace(_GENERAL_POLICY, lookup=lookup)
+    if low and Mode.LOW in backend.modes:
+        return Plan.low(backend.num_layers, policy)
+    return Plan.skipping(backend.num_layers, policy=policy) if lookup else Plan.plain(backend.num_layers)
