@@ -23,13 +23,15 @@ from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.routing.answer_file import AnswerFile, StoredAnswer, answer_key
 from knn_ssd.routing.vector_index import VectorIndex
 
+NUM_NEIGHBOURS = 6  # whose answers draft
+RADIUS = 1.0  # cosine distance beyond which a request is no neighbour
 DEFAULT_MAX_TOKENS = 1_000_000
 _LARGEST_SHARE = 0.1  # of the store's tokens that one request may take; a longer one is not kept
 _KEPT_SHARE = 0.9  # of the store that stays when it is full, so that evictions are rare
 _TOKENS_PER_REQUEST = 64  # at least, on average: the vectors of many short requests would outgrow their tokens
 _MIN_REQUESTS = 1024  # that a store of whatever size may hold
-_Key = bytes
 _OBJECT_BYTES = 1024  # of a request in memory besides its vector and tokens
+_Key = bytes  # of a request
 
 
 class DraftCount(NamedTuple):
