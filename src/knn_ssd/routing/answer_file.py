@@ -25,6 +25,8 @@ from knn_ssd.loading.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
+Key = bytes  # of a request; see `answer_key`
+
 FILE_NAME = "answers.sqlite"
 FORMAT = 1
 _LOCK_SECONDS = 5.0  # to wait for another process, which writes for a millisecond
@@ -55,10 +57,10 @@ _OF_THE_DISK = (  # a disk that is full, read-only or broken, or a file that ano
 class StoredAnswer(NamedTuple):
     """A request as it is stored."""
 
-    key: bytes
-    """Identifies prompt and answer; see `answer_key`."""
+    key: Key
+    """Identifies prompt and answer."""
     vector: np.ndarray[Any, Any]
-    """(D,) float32, finite."""
+    """(D,) float32, finite and not zero."""
     prompt_ids: np.ndarray[Any, Any]
     """(n,) int32."""
     token_ids: np.ndarray[Any, Any]
@@ -71,7 +73,7 @@ class StoredAnswer(NamedTuple):
     """The number of the request that used it last."""
 
 
-def answer_key(prompt_ids: np.ndarray[Any, Any], token_ids: np.ndarray[Any, Any]) -> bytes:
+def answer_key(prompt_ids: np.ndarray[Any, Any], token_ids: np.ndarray[Any, Any]) -> Key:
     """Identifies a prompt (n,) and its answer (m,), both int32: a hash of both."""
     digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=16)
     for ids in (prompt_ids, token_ids):
@@ -108,6 +110,12 @@ class AnswerFile:
             self._stop_writing(error)
         self._vocab_size = vocab_size or self.fingerprint.vocab_size
 
+    @property
+    def bytes(self) -> int:
+        """Size on disk, SQLite's write-ahead log included."""
+        files = (self.path, self.path.with_name(f"{FILE_NAME}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
     def read(self, max_tokens: int = _MAX_COUNT // 4) -> Iterator[StoredAnswer]:
         """All requests in the order in which they were added; the ids of damaged ones are put into `skipped`.
 
@@ -134,7 +142,7 @@ class AnswerFile:
     def remove_skipped(self) -> None:
         """Removes the entries that `read` skipped, and reports how many in one warning."""
         if self.skipped:
-            logger.warning("%d damaged entries of '%s' were skipped and are removed.", len(self.skipped), self.path)
+            logger.warning("'%s' had %d damaged entries, which were skipped and removed.", self.path, len(self.skipped))
             self._write("DELETE FROM answers WHERE id = ?", [(number,) for number in self.skipped])
             self.skipped = []
 
@@ -144,11 +152,11 @@ class AnswerFile:
         row = (stored.key, stored.accepted, stored.last_used, json.dumps(stored.by_drafter), *blobs)
         self._write(f"INSERT OR REPLACE INTO answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", [row])
 
-    def update(self, usefulness: Iterable[tuple[float, int, bytes]]) -> None:
+    def update(self, usefulness: Iterable[tuple[float, int, Key]]) -> None:
         """Writes `accepted` and `last_used` of the requests with these keys."""
         self._write("UPDATE answers SET accepted = ?, last_used = ? WHERE key = ?", usefulness)
 
-    def delete(self, keys: Iterable[bytes]) -> None:
+    def delete(self, keys: Iterable[Key]) -> None:
         """Removes the requests with these keys."""
         self._write("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
 
@@ -244,7 +252,13 @@ class AnswerFile:
         known = all(
             not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab_size) for ids in (prompt_ids, token_ids)
         )
-        if not in_range or not known or not np.isfinite(vector).all() or key != answer_key(prompt_ids, token_ids):
+        if (
+            not in_range
+            or not known
+            or not np.isfinite(vector).all()
+            or not vector.any()
+            or key != answer_key(prompt_ids, token_ids)
+        ):
             return None
         return StoredAnswer(key, vector, prompt_ids, token_ids, by_drafter, accepted, last_used)
 
