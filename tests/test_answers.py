@@ -44,7 +44,7 @@ def open_store(folder: Path, **options: Any) -> AnswerStore:
 def filled(folder: Path, count: int = 5, **options: Any) -> AnswerStore:
     store = open_store(folder, **options)
     for i in range(count):
-        store.add(vector(i), PROMPT, [i, i], {"lookup": DraftCount(3, i)})
+        store.add(vector(i), PROMPT, [i, i], {"lookup": DraftCount(100, i)})
     return store
 
 
@@ -518,6 +518,8 @@ HOSTILE = {
     "a last use far ahead": {"last_used": 2**62},
     "counts that are no JSON": {"by_drafter": "{"},
     "counts that are no pairs": {"by_drafter": '{"a": 1}'},
+    "counts beyond what was drafted": {"by_drafter": '{"a": [1, 2]}'},
+    "counts below zero": {"by_drafter": '{"a": [1, -2]}'},
     "counts without end": {"by_drafter": json.dumps({str(i): [1, 1] for i in range(2000)})},
     "counts that are a list": {"by_drafter": "[1]"},
     "another key": {"key": b"0" * 16},
@@ -539,12 +541,29 @@ def test_an_entry_that_cannot_be_true_is_skipped_and_removed_with_one_warning(
         sql(tmp_path, f"UPDATE answers SET {name} = ? WHERE id = ?", value, row)
     with caplog.at_level(logging.WARNING):
         assert sorted(answers_of(open_store(tmp_path))) == [[i, i] for i in range(1, 5)]
-    (message,) = caplog.messages
-    assert message == f"'{tmp_path / FILE_NAME}' had 1 damaged entries, which were skipped and removed."
+    fact = f"'{tmp_path / FILE_NAME}' had 1 requests that are damaged or too long for it."
+    assert caplog.messages == [f"{fact} They were skipped and removed."]
     assert sql(tmp_path, "SELECT count(*) FROM answers") == [(4,)]
     caplog.clear()
     open_store(tmp_path)
     assert not caplog.messages
+
+
+def test_text_that_is_not_unicode_spoils_no_other_entry(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    first = "WHERE id = (SELECT min(id) FROM answers)"
+    sql(tmp_path, f"UPDATE answers SET by_drafter = CAST(X'7bff' AS TEXT) {first}")
+    assert len(open_store(tmp_path)) == 4
+
+
+def test_the_largest_counts_can_be_read_again_after_more_use(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    sql(tmp_path, "UPDATE answers SET accepted = ?, last_used = ?", 2.0**53, 2**53)
+    store = open_store(tmp_path)
+    store.credit({0: 2**53})
+    store.add(vector(9), PROMPT, ANSWER)
+    store.add(vector(9), PROMPT, [9])
+    assert len(open_store(tmp_path)) == 7
 
 
 def test_an_entry_larger_than_any_that_is_written_is_skipped_as_well(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ FORMAT = 1
 _LOCK_SECONDS = 5.0  # to wait for another process, which writes for a millisecond
 _MAX_TEXT = 10_000  # characters of the fingerprint, and of what was drafted in a request
 _MAX_ROW = 2**26  # bytes
-_MAX_COUNT = 2**53  # of requests and tokens: what a float holds exactly
+MAX_COUNT = 2**53  # of requests and tokens: what a float holds exactly
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE answers (
@@ -116,7 +116,7 @@ class AnswerFile:
         files = (self.path, self.path.with_name(f"{FILE_NAME}-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def read(self, max_tokens: int = _MAX_COUNT // 4) -> Iterator[StoredAnswer]:
+    def read(self, max_tokens: int = MAX_COUNT // 4) -> Iterator[StoredAnswer]:
         """All requests in the order in which they were added; the ids of damaged ones are put into `skipped`.
 
         Args:
@@ -142,7 +142,8 @@ class AnswerFile:
     def remove_skipped(self) -> None:
         """Removes the entries that `read` skipped, and reports how many in one warning."""
         if self.skipped:
-            logger.warning("'%s' had %d damaged entries, which were skipped and removed.", self.path, len(self.skipped))
+            text = "'%s' had %d requests that are damaged or too long for it. They were skipped and removed."
+            logger.warning(text, self.path, len(self.skipped))
             self._write("DELETE FROM answers WHERE id = ?", [(number,) for number in self.skipped])
             self.skipped = []
 
@@ -241,14 +242,15 @@ class AnswerFile:
 
     def _checked(self, row: list[Any]) -> StoredAnswer | None:
         """A row's content; None if something in it cannot be true."""
-        key, accepted, last_used, drafted, *blobs = row
+        key, accepted, last_used, counts, *blobs = row
         try:
             prompt_ids, token_ids = (np.frombuffer(blob, "<i4").astype(np.int32, copy=False) for blob in blobs[:2])
             vector = np.frombuffer(blobs[2], "<f4").astype(np.float32, copy=False)
-            by_drafter = {str(name): (int(pair[0]), int(pair[1])) for name, pair in json.loads(drafted).items()}
+            by_drafter = {str(name): (int(pair[0]), int(pair[1])) for name, pair in json.loads(counts).items()}
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
-        in_range = 0 <= accepted <= _MAX_COUNT and 0 <= last_used <= _MAX_COUNT
+        in_range = 0 <= accepted <= MAX_COUNT and 0 <= last_used <= MAX_COUNT
+        in_range &= all(0 <= right <= drafted <= MAX_COUNT for drafted, right in by_drafter.values())
         known = all(
             not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab_size) for ids in (prompt_ids, token_ids)
         )
@@ -298,6 +300,7 @@ def _connect(uri: str) -> sqlite3.Connection:
         uri, uri=True, timeout=_LOCK_SECONDS, isolation_level="IMMEDIATE", check_same_thread=False
     )
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
+    connection.text_factory = lambda text: text.decode(errors="replace")  # so that one bad text spoils no other row
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     return connection

@@ -20,7 +20,7 @@ import numpy as np
 
 from knn_ssd.errors import UsageError
 from knn_ssd.loading.fingerprint import Fingerprint
-from knn_ssd.routing.answer_file import AnswerFile, Key, StoredAnswer, answer_key
+from knn_ssd.routing.answer_file import MAX_COUNT, AnswerFile, Key, StoredAnswer, answer_key
 from knn_ssd.routing.vector_index import VectorIndex
 
 NUM_NEIGHBOURS = 6  # whose answers draft
@@ -188,7 +188,7 @@ class AnswerStore:
             else:
                 evicted = self._make_room(len(prompt) + len(answer))
                 entry = self._keep(stored._replace(last_used=self._clock))
-            self._clock += 1
+            self._clock = min(self._clock + 1, MAX_COUNT)
             stored = stored._replace(accepted=entry.accepted, last_used=entry.last_used)
         if self._file is not None:
             self._file.delete(evicted)
@@ -200,7 +200,7 @@ class AnswerStore:
             used = [(self._entries[number], count) for number, count in accepted.items() if number in self._entries]
             changed = [(entry, count) for entry, count in used if count > 0]
             for entry, count in changed:
-                entry.accepted = self._usefulness(entry) + count
+                entry.accepted = min(self._usefulness(entry) + count, float(MAX_COUNT))
                 entry.last_used = self._clock
             rows = [(entry.accepted, entry.last_used, entry.key) for entry, _ in changed]
         if self._file is not None and rows:
@@ -231,7 +231,7 @@ class AnswerStore:
         for stored in file.read(int(_LARGEST_SHARE * self.max_tokens)):
             unit = _unit(stored.vector)
             if unit is not None and stored.key not in self._ids:
-                self._clock = max(self._clock, stored.last_used + 1)
+                self._clock = min(max(self._clock, stored.last_used + 1), MAX_COUNT)
                 evicted += self._make_room(len(stored.prompt_ids) + len(stored.token_ids))
                 self._keep(stored._replace(vector=unit))
         file.remove_skipped()
