@@ -102,6 +102,9 @@ class AnswerFile:
         self._writable = True
         try:
             self.fingerprint = self._open(fingerprint)
+        except AnswerStoreError:
+            self.close()
+            raise
         except (OSError, sqlite3.Error) as error:
             self.close()
             if fingerprint is None or not (isinstance(error, OSError) or _is_of_the_disk(error)):
