@@ -211,7 +211,7 @@ def test_what_came_of_answers_is_credited_and_an_abandoned_request_is_not_kept(e
     stream.close()
     assert len(store) == 1
     accepted = engine.generate(PROMPT, max_new_tokens=40, owner=owner).stats.by_drafter["retrieval"].accepted
-    assert store._usefulness[0].accepted == accepted > 0
+    assert store._entries[0].accepted == accepted > 0
 
 
 # Guesses that ride along in a self-draft

@@ -23,7 +23,7 @@ _SAMPLES = 1024  # of each weight; fine-tuning changes all values, so a few are 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Identifies the model that an atlas belongs to.
+    """Identifies the model that an atlas or an answer store belongs to.
 
     Args:
         architecture: the name of the model's class.
@@ -41,11 +41,16 @@ class Fingerprint:
     tokenizer_hash: str
     dtype: str
 
-    def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """The differences to another fingerprint, as sentences; empty if both are of the same model."""
+    def differences(self, other: Fingerprint, holder: str = "the atlas") -> tuple[str, ...]:
+        """The differences to another fingerprint, as sentences; empty if both are of the same model.
+
+        Args:
+            other: the fingerprint of the model at hand.
+            holder: what has this fingerprint, in the sentences.
+        """
         names = [f.name for f in fields(self) if f.name != "dtype"]
         pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
-        return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
+        return tuple(f"{n} is {its or 'none'}, {holder} has {own or 'none'}" for n, its, own in pairs if its != own)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
@@ -84,7 +89,7 @@ def _fingerprint(
         hidden_size=int(sizes.hidden_size),
         vocab_size=int(sizes.vocab_size),
         weights_hash=_weights_hash(weights),
-        tokenizer_hash=_tokenizer_hash(tokenizer),
+        tokenizer_hash=hash_of_vocabulary(tokenizer),
         dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -121,7 +126,8 @@ def _mapped_weights(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
     return weights | {"lm_head.weight": embeddings} if tied and embeddings is not None else weights
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+def hash_of_vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Identifies a tokenizer by its vocabulary; empty where there is none."""
     if tokenizer is None:
         return ""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
