@@ -227,7 +227,7 @@ def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Serve
 
 
 def test_the_page_asks_for_an_api_key_once_the_server_needs_one(page: Page) -> None:
-    for own in serving(ServeSettings(MODEL, api_key="secret")):
+    for own in serving(ServeSettings(MODEL, Owners.dividing(keys=["secret"]))):
         page.goto(own.url)
         page.get_by_role("alert").filter(has_text="The API key is missing or wrong").wait_for()
         page.get_by_label("API key").fill("secret")

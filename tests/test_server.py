@@ -250,7 +250,7 @@ def test_many_clients_with_cancellations_and_invalid_requests_each_get_their_own
 
 
 def test_a_server_with_an_api_key_refuses_requests_without_it() -> None:
-    for own in serving(ServeSettings(MODEL, api_key="secret")):
+    for own in serving(ServeSettings(MODEL, Owners.dividing(keys=["secret"]))):
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             ask(own.client, "a fox")
         assert httpx.get(f"{own.url}/health").status_code == 200
