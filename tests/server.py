@@ -14,6 +14,7 @@ from helpers import endless
 
 from knn_ssd.engine import Engine
 from knn_ssd.request import EndRule
+from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.listen import listen
 from knn_ssd.server.scheduler import Scheduler
@@ -21,6 +22,11 @@ from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 MODEL = "tiny"
+
+
+def new_store(_name: str, max_tokens: int) -> AnswerStore:
+    """An owner's answer store, in memory."""
+    return AnswerStore(max_tokens)
 
 
 class SlowEngine(Engine):

@@ -15,6 +15,7 @@ from test_logprobs import tiny_atlas
 
 from knn_ssd.engine import Engine
 from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.owners import Owners
 from knn_ssd.server.scheduler import Limits
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 

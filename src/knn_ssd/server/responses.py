@@ -35,8 +35,8 @@ class PromptTexts:
         ids, (before, after) = list(token_ids), self._frame
         if after and ids[-len(after) :] == after:
             del ids[-len(after) :]
-        starts = (end for end in range(len(ids), len(before) - 1, -1) if ids[end - len(before) : end] == before)
-        start = next(starts, 0)
+        ends = range(len(ids), len(before) - 1, -1) if before else ()
+        start = next((end for end in ends if ids[end - len(before) : end] == before), 0)
         text = self._tokenizer.decode(ids[start : start + _TOKENS_SHOWN], skip_special_tokens=True)
         return str(text).strip()[:_SHOWN]
 
@@ -71,7 +71,11 @@ def prefill_fields(prefill: PrefillDone, texts: PromptTexts) -> dict[str, Any]:
         "plan": prefill.plan.describe(),
         "prompt_tokens": prefill.prompt_tokens,
         "neighbours": [
-            {"id": each.answer.id, "distance": each.distance, "prompt": texts.beginning(each.answer.prompt_ids.tolist())}
+            {
+                "id": each.answer.id,
+                "distance": each.distance,
+                "prompt": texts.beginning(each.answer.prompt_ids.tolist()),
+            }
             for each in prefill.neighbours
         ],
     }

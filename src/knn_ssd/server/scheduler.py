@@ -94,7 +94,8 @@ class Scheduler:
     """Runs requests until it is closed.
 
     Args:
-        engine: its model and atlas are used by all requests; what is kept between requests is the option `owner` of each.
+        engine: its model and atlas are used by all requests. What a request may use of earlier ones is its option
+            `owner`.
         limits: how many requests are accepted.
     """
 
