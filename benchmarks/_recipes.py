@@ -52,7 +52,7 @@ def calibrated(loaded: LoadedModel, prompts: Sequence[Prompt], folder: Path, set
     if not folder.exists():
         with ProgressBars() as progress:
             calibrate(loaded, prompts, folder, settings, resume=True, progress=progress)
-    return Engine(loaded.model, loaded.tokenizer, Atlas.load(folder))
+    return Engine(loaded.model, loaded.tokenizer, Atlas.load(folder), answers=False)
 
 
 def measured(
@@ -69,7 +69,7 @@ def measured(
     Only the methods in `with_atlas` use the engine's atlas; the others use the general plan.
     """
     first, temperature, seed = ordered[0].domain, asked.temperature, asked.seed
-    bare = Engine(engine.model, engine.tokenizer, backend=engine.backend)
+    bare = Engine(engine.model, engine.tokenizer, answers=False, backend=engine.backend)
     names = [method for method in names if method != "low" or Mode.LOW in engine.backend.modes]
     routed = make_methods([method for method in names if method in with_atlas], engine, first, temperature, seed)
     others = make_methods([method for method in names if method not in with_atlas], bare, first, temperature, seed)

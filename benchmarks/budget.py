@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     backend = engine.backend
     low = Mode.LOW in backend.modes and not args.skip_only
     prompts = [prompt for prompt in read_workloads(args.prompts) if prompt.domain == args.domain]

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--quota", type=float, metavar="CPUS", help="compare under a quota instead of beside a process")
     args = parser.parse_args()
     conditions = QUOTA_CONDITIONS if args.quota else CONDITIONS
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     prompts = limit_each(read_workloads(args.prompts), args.limit)
     engine.generate("Hello", max_new_tokens=16)  # the warm-up, which makes the 4-bit copies
     ms_per_token: dict[tuple[str, str], list[float]] = defaultdict(list)

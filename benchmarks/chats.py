@@ -61,10 +61,12 @@ def main() -> None:
     parser.add_argument("--prefix-cache", type=int, default=512, help="in MiB")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     args = parser.parse_args()
-    bare = Engine.from_pretrained(args.model, device="cpu")
+    bare = Engine.from_pretrained(args.model, device="cpu", answers=False)
     atlas = Atlas.load(args.atlas) if args.atlas else None
     methods = {
-        method + suffix: Engine(bare.model, bare.tokenizer, atlas, prefix_cache=size, backend=bare.backend)
+        method + suffix: Engine(
+            bare.model, bare.tokenizer, atlas, answers=False, prefix_cache=size, backend=bare.backend
+        )
         for suffix, size in (("", 0), (", cache", args.prefix_cache * 2**20))
         for method in ("plain", "auto")
     }

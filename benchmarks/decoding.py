@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--hf", metavar="DTYPE", help="time transformers too, in this dtype")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, atlas=args.atlas, device="cpu")
+    engine = Engine.from_pretrained(args.model, atlas=args.atlas, device="cpu", answers=False)
     reference = Engine.from_pretrained(args.model, dtype=args.hf, device="cpu").model if args.hf else None
     chooser = random.Random(args.seed)
     files = [read_prompts(path) for path in args.prompts]

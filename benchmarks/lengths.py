@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="in tokens")
     args = parser.parse_args()
     loaded = load_model(args.model, device="cpu")
-    engine = Engine(loaded.model, loaded.tokenizer)
+    engine = Engine(loaded.model, loaded.tokenizer, answers=False)
     prompts = read_workloads(args.prompts)
     short = stream(limit_each(halves(prompts)[1], args.limit), 1.0)
     workloads = {"as they are": short}

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     lookup = Plan.skipping(engine.backend.num_layers, policy=Policy(lookup=True))
     sampled = {"temperature": 1.0, "seed": args.seed}
     controlled = {**sampled, "adaptive": True}
@@ -42,7 +42,7 @@ def main() -> None:
         "default, temperature 1, a seed": (engine, sampled, sampled),
     }
     for folder in args.atlas:
-        with_atlas = Engine(engine.model, engine.tokenizer, Atlas.load(folder), backend=engine.backend)
+        with_atlas = Engine(engine.model, engine.tokenizer, Atlas.load(folder), answers=False, backend=engine.backend)
         methods[f"atlas {folder.name}"] = (with_atlas, {}, {})
     prompts = limit_each(halves(read_workloads(args.prompts))[1], args.limit)
     for own, options, _ in methods.values():

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4, help="prompts per file")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     backend = engine.backend
     assert isinstance(backend, NativeBackend), "the rounding of the native backend is measured"
     outputs = []

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, nargs="+", default=[1, 2, 5, 10, 20])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 5])
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     first, second = halves(limit_each(read_workloads(args.prompts), args.limit))
     own, others = (np.array([prompt.domain or "none" for prompt in half]) for half in (first, second))
     ours, theirs = vectors_of(engine, first), vectors_of(engine, second)

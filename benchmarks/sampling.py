@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     loaded = load_model(args.model, device="cpu")
-    engine = Engine(loaded.model, loaded.tokenizer, Atlas.load(args.atlas) if args.atlas else None)
+    engine = Engine(loaded.model, loaded.tokenizer, Atlas.load(args.atlas) if args.atlas else None, answers=False)
     ordered = stream(limit_each(halves(read_workloads(args.prompts))[1], args.limit), 1.0, args.seed)
     rows = []
     for temperature in args.temperatures:

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0, 0.4, 0.8, 0.95])
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, device="cpu")
+    engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     backend, layers = engine.backend, engine.backend.num_layers
     prompts = limit_each(read_workloads(args.prompts), args.limit)
     observations = observed(engine, prompts, args.max_new_tokens)

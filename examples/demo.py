@@ -89,7 +89,7 @@ def show_planted_redundancy() -> bool:
         atlas = calibrate(
             loaded, prompts, Path(folder) / "atlas", CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4)
         )
-    engine = Engine(loaded.model, loaded.tokenizer, atlas)
+    engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"
     table = new_table(title, "domain", "routed to", "plan")
     identical = True
@@ -127,7 +127,7 @@ def run() -> int:
     path = calibrate_the_real_model()
     atlas = Atlas.load(path)
     loaded = load_model(None)
-    engine = Engine(loaded.model, loaded.tokenizer, atlas)
+    engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     fresh = [next(p for p in builtin_prompts([name])[CALIBRATED:] if len(p.prompt) < 600) for name in BUILTIN_DOMAINS]
     main(["atlas", "show", str(path)])
     identical = show_routed_decoding(engine, fresh)

@@ -417,7 +417,7 @@ def test_model_options_reach_the_loader(generate: Run, monkeypatch: pytest.Monke
     assert generate("--prompt", MATH, "--dtype", "bfloat16", "--device", "cpu").code == 0
     assert seen == {
         "name": str(model_dir), "atlas": None, "dtype": "bfloat16", "device": "cpu", "neighbours": 1,
-        "remember": 0, "prefix_cache": 0, "runs_in": torch.bfloat16,
+        "prefix_cache": 0, "runs_in": torch.bfloat16,
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Lookups:
         self.length = length
 
     def match(self, context: Sequence[int], drafted: Sequence[int] = ()) -> Match | None:
-        return None if self.length is None else Match(self.length, "context", 0)
+        return None if self.length is None else Match(self.length, 0)
 
     def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
         return Draft((9,) * limit, drafter="lookup", match_length=self.length or 0)
@@ -148,12 +148,12 @@ def test_good_lookups_extend_a_self_draft() -> None:
     cost = CostProfile(1.0, 0.0, 0.0, CHEAP.verify_sec, 0.95 / 8, 0.95 / 8)
     controller = controller_of(Drafts(0.98), Lookups(2), cost)
     for _ in range(300):  # short matches turn out to be right three times in four: too seldom to go first
-        controller.acceptance.at_match(2).record(True)
-        controller.acceptance.at_match(2).record(True)
-        controller.acceptance.at_match(2).record(True)
-        controller.acceptance.at_match(2).record(False)
+        controller.acceptance.at_match("lookup", 2).record(True)
+        controller.acceptance.at_match("lookup", 2).record(True)
+        controller.acceptance.at_match("lookup", 2).record(True)
+        controller.acceptance.at_match("lookup", 2).record(False)
     _, drafts = play(controller, {"self": 0.98, "lookup": 0.75}, cost, 20, 0.05)
-    assert any(draft.num_looked_up and draft.drafter == "self" for draft in drafts)
+    assert any(draft.num_copied and draft.drafter == "self" for draft in drafts)
 
 
 def test_a_draft_goes_on_while_its_confidence_is_high() -> None:

@@ -152,7 +152,7 @@ def test_a_seed_reproduces_and_another_one_differs() -> None:
 
 def test_tokens_beyond_the_drawn_ones_were_determined() -> None:
     """As where lookup extends a self-draft."""
-    target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), num_looked_up=1)
+    target, draft = rows([0.5, 0.5], [0.4, 0.6], [1.0, 0.0]), Draft((1, 0), rows([0.5, 0.5]), num_copied=1)
     assert accept(target, draft, Scripted(0.99, 0.39)) == Verdict(2, 0)
     assert accept(target, draft, Scripted(0.99, 0.41)) == Verdict(1, 1)
     assert draft.drafters == ("none", "lookup")

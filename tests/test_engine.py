@@ -23,7 +23,6 @@ from knn_ssd.outputs import Generation
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.speculation.decode import FinishReason
-from knn_ssd.speculation.lookup import LookupDraft, Match
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 DOMAINS = {"story": "once upon a time", "math": "3 + 4 * 12 = 51"}
@@ -179,35 +178,6 @@ def test_without_an_atlas_the_default_plan_drafts(engine: Engine) -> None:
         assert generation.plan.cheapens == cheapens
     length = 20 if Mode.LOW in engine.backend.modes else 100  # until something repeats, where only lookup drafts
     assert engine.generate("hi", max_new_tokens=length, adaptive=False).stats.drafted > 0
-
-
-def test_earlier_answers_are_looked_up_where_that_was_asked_for(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[str] = []
-    match = LookupDraft.match
-
-    def watched(self: LookupDraft, context: Sequence[int], drafted: Sequence[int] = ()) -> Match | None:
-        result = match(self, context, drafted)
-        found.extend([result.text] if result else [])
-        return result
-
-    monkeypatch.setattr(LookupDraft, "match", watched)
-    remembering = Engine(engine.model, engine.tokenizer, remember=1000)
-    expected = engine.generate("hello there", max_new_tokens=24, plain=True).token_ids
-    sampling = {"temperature": 1.0, "seed": 1}
-    for options in ({"plain": True}, sampling, {"plan": Plan.skipping(engine.backend.num_layers, [1])}, {}):
-        found.clear()
-        said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
-        assert "corpus" not in found, "reproducible requests neither add to the corpus nor search it"
-        assert options is sampling or said == expected
-    for options, reminded in (({}, True), (sampling, False), ({"plain": True}, False)):
-        found.clear()
-        said = remembering.generate("hello there", max_new_tokens=24, **options).token_ids
-        assert ("corpus" in found) == reminded
-        assert options is sampling or said == expected
-    with pytest.raises(UsageError, match="got 3"):
-        Engine(engine.model, engine.tokenizer, remember=3)
 
 
 def test_a_seeded_output_depends_on_its_request_alone(engine: Engine) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from types import FrameType
 from typing import Any
 
@@ -19,8 +17,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from knn_ssd.sampling import Sampler
 from knn_ssd.speculation import lookup, suffix_automaton
 from knn_ssd.speculation.decode import FinishReason, decode
-from knn_ssd.speculation.lookup import LookupCorpus, LookupDraft, Match
-from knn_ssd.speculation.suffix_automaton import SEPARATOR, SuffixAutomaton, SuffixMatcher
+from knn_ssd.speculation.lookup import LookupDraft, Match
+from knn_ssd.speculation.suffix_automaton import SuffixAutomaton, SuffixMatcher
 
 
 def words(alphabet: int, longest: int = 40) -> st.SearchStrategy[list[int]]:
@@ -183,7 +181,7 @@ def test_a_draft_copies_what_followed_the_longest_match(
             assert draft.tokens == ()
             continue
         assert match is not None
-        assert (match.length, match.text) == (size, "context")
+        assert match.length == size
         assert match.end in ends
         assert list(draft.tokens) == periodic(context, match.end, limit)
         assert draft.probs is None
@@ -219,9 +217,6 @@ def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_of_zero_gives_no_draft(limit: int) -> None:
-    corpus = LookupCorpus()
-    corpus.add([1, 2, 3, 4, 5])
-    assert LookupDraft(corpus).propose([1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2, 1, 2], limit).tokens == ()
     assert LookupDraft().propose([1, 2, 1, 2], limit, drafted=[1, 2]).tokens == ()
 
@@ -229,7 +224,7 @@ def test_a_limit_of_zero_gives_no_draft(limit: int) -> None:
 def test_a_match_that_is_too_short_is_no_match() -> None:
     context = [1, 2, 3, 9, 1, 2]
     assert LookupDraft(min_match=3).match(context) is None
-    assert LookupDraft(min_match=2).match(context) == Match(2, "context", 2)
+    assert LookupDraft(min_match=2).match(context) == Match(2, 2)
     assert LookupDraft().match([1, 9, 1]) is None
     with pytest.raises(ValueError, match="min_match=0"):
         LookupDraft(min_match=0)
@@ -261,201 +256,7 @@ def test_decoding_with_lookup_gives_the_plain_output_in_fewer_rounds() -> None:
     assert with_lookup[1] < plain[1] / 2
 
 
-# The corpus
-
-
-@pytest.mark.parametrize("hops", [suffix_automaton._HOPS, sys.maxsize])
-@given(texts=st.lists(words(3, 12), max_size=6), context=words(4, 12), limit=st.integers(1, 8))
-def test_the_longer_match_of_context_and_corpus_is_copied(
-    hops: int, texts: list[list[int]], context: list[int], limit: int
-) -> None:
-    """The longest that goes on, if looking for it is not cut short; else one that goes on."""
-    corpus = LookupCorpus()
-    source = LookupDraft(corpus, min_match=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suffix_automaton, "_HOPS", hops)
-        for text in texts:
-            corpus.add(text)
-        match, draft = source.match(context), source.propose(context, limit)
-    own, _ = longest_suffix(context, context, before=len(context))
-    best = max([longest_suffix(context, text, before=len(text))[0] for text in texts], default=0)
-    length = match.length if match else 0
-    assert own <= length <= max(own, best)
-    assert length == max(own, best) or hops != sys.maxsize
-    if match is not None and match.text == "corpus":
-        assert length > own
-        ends = [(text, end) for text in texts for end in ends_of(context[len(context) - length :], text)]
-        copies = [tuple(text[end : end + limit]) for text, end in ends if end < len(text)]
-        assert draft.tokens in copies
-        assert draft.tokens == copies[-1] or hops != sys.maxsize
-
-
-def test_a_context_as_long_a_match_as_the_corpus_has_goes_first() -> None:
-    corpus = LookupCorpus()
-    corpus.add([1, 2, 8, 8])
-    assert LookupDraft(corpus).propose([1, 2, 5, 1, 2], 2).tokens == (5, 1)
-    assert LookupDraft(corpus).propose([4, 1, 2], 9).tokens == (8, 8)
-    corpus.add([3, 1, 2, 9])
-    assert LookupDraft(corpus).propose([4, 1, 2], 9).tokens == (9,)  # the most recent
-    assert LookupDraft(corpus).match([1, 2, 5, 3, 1, 2]) == Match(3, "corpus", 8)
-    assert LookupDraft(corpus).propose([1, 2, 5, 3, 1, 2], 2).tokens == (9,)
-
-
-def test_tokens_of_another_drafter_are_matched_in_the_corpus_and_forgotten() -> None:
-    corpus = LookupCorpus()
-    corpus.add([1, 2, 3, 4, 5, 6])
-    source = LookupDraft(corpus)
-    assert source.propose([9, 1, 2], 2, drafted=[3, 4]).tokens == (5, 6)
-    assert source.propose([9, 1, 2], 2, drafted=[7]).tokens == ()
-    assert source.propose([9, 1, 2], 2).tokens == (3, 4)
-
-
-def test_an_occurrence_with_a_continuation_is_preferred_to_a_text_s_end() -> None:
-    corpus = LookupCorpus()
-    for text in ([1, 2, 3], [9, 1, 2], [8, 1, 2]):
-        corpus.add(text)
-    assert LookupDraft(corpus).propose([7, 1, 2], 5).tokens == (3,)
-    assert LookupDraft(corpus).propose([8, 1, 2], 5).tokens == (3,)  # of which nothing longer goes on
-
-
-def test_looking_for_an_occurrence_that_goes_on_is_given_up_after_a_few() -> None:
-    corpus = LookupCorpus()
-    corpus.add([5, 6])
-    for first in (5, 4, 3, 2, 1, 0):
-        corpus.add(range(first, 6))
-    assert LookupDraft(corpus, min_match=1).propose([3, 4, 5], 2).tokens == (6,)
-    assert LookupDraft(corpus, min_match=1).match([0, 1, 2, 3, 4, 5]) is None
-
-
-def test_no_match_crosses_from_text_to_text() -> None:
-    corpus = LookupCorpus()
-    corpus.add([1, 2])
-    corpus.add([3, 4])
-    assert LookupDraft(corpus).propose([1, 2], 5).tokens == ()
-    assert LookupDraft(corpus, min_match=3).match([2, 3, 4]) is None
-
-
-def test_what_is_added_during_a_request_is_matched_from_then_on() -> None:
-    corpus = LookupCorpus()
-    source = LookupDraft(corpus)
-    assert source.propose([1, 2], 3).tokens == ()
-    corpus.add([1, 2, 3, 4, 5, 6])
-    assert source.propose([1, 2, 3], 3).tokens == ()  # only the 3 was read since
-    assert source.propose([1, 2, 3, 4], 3).tokens == (5, 6)
-
-
-@given(st.integers(4, 40), st.lists(words(3, 30), min_size=1, max_size=20))
-def test_a_corpus_keeps_its_bound_and_the_latest_texts(capacity: int, texts: list[list[int]]) -> None:
-    corpus = LookupCorpus(capacity)
-    watcher = LookupDraft(corpus)
-    for index, text in enumerate(texts):
-        corpus.add(text)
-        watcher.propose([0] * (index + 1), 3)
-        assert len(corpus) <= capacity
-        assert sum(len(part) for part in corpus._texts) == len(corpus)
-        newest = text[-(capacity // 2 - 1) :]
-        matcher = SuffixMatcher(corpus._texts[0])
-        for token in newest:
-            matcher.extend(token)
-        assert matcher.length == len(newest)
-    held = [token for part in corpus._texts[::-1] for token in part.tokens]
-    everything = [token for text in texts if text for token in (*text[-(capacity // 2 - 1) :], SEPARATOR)]
-    assert held == everything[len(everything) - len(held) :]
-    assert held == everything or len(held) > capacity // 2
-
-
-def test_half_of_a_corpus_stays_when_the_oldest_goes() -> None:
-    corpus = LookupCorpus(200)
-    for first in range(0, 1000, 10):
-        corpus.add(range(first, first + 10))
-    assert 100 < len(corpus) <= 200
-    assert LookupDraft(corpus).propose([990, 991], 3).tokens == (992, 993, 994)
-    assert LookupDraft(corpus).propose([920, 921], 3).tokens == (922, 923, 924)
-    corpus.add([7, 920, 921, 5])
-    assert LookupDraft(corpus).propose([920, 921], 3).tokens == (5,)  # the newer half's, of two equal ones
-    assert LookupDraft(corpus).propose([0, 1], 3).tokens == ()
-
-
-def test_a_request_goes_on_through_forgetting() -> None:
-    corpus = LookupCorpus(40)
-    corpus.add([1, 2, 3, 4, 5, 6])
-    source = LookupDraft(corpus)
-    assert source.propose([1, 2], 2).tokens == (3, 4)
-    corpus.add(range(20, 34))  # a new half begins: the match is kept
-    assert source.propose([1, 2, 3], 2).tokens == (4, 5)
-    corpus.add(range(40, 55))  # the half that had it goes
-    assert source.propose([1, 2, 3, 4], 2).tokens == ()
-    assert source.propose([1, 2, 3, 4, 40, 41], 2).tokens == (42, 43)
-
-
-def test_a_corpus_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
-        LookupCorpus(3)
-    corpus = LookupCorpus(4)
-    with pytest.raises(ValueError, match="got -1"):
-        corpus.add([SEPARATOR])
-    corpus.add([])
-    assert len(corpus) == 0
-    corpus.add([1, 2, 3])
-    assert corpus._texts[0].tokens.tolist() == [3, SEPARATOR]
-
-
-def test_threads_share_a_corpus() -> None:
-    """Every text counts upwards from some number, so every copy must count upwards from its context."""
-    corpus, wrong, drafts = LookupCorpus(600), list[Any](), list[int]()
-
-    def request(seed: int) -> None:
-        try:
-            for number in range(60):
-                start = (seed * 37 + number * 11) % 150
-                source, context = LookupDraft(corpus), [1000 + seed]
-                for token in range(start, start + 40, 2):
-                    context += [token, token + 1]
-                    draft = source.propose(context, 5)
-                    drafts.append(len(draft.tokens))
-                    wrong.extend(pair for pair in pairwise([token + 1, *draft.tokens]) if pair[0] + 1 != pair[1])
-                corpus.add(context[1:])
-        except Exception as error:
-            wrong.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=request, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not wrong
-    assert sum(drafts) > 1000
-    assert len(corpus) <= 600
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"), [(SuffixAutomaton, "extend"), (SuffixMatcher, "extend"), (SuffixMatcher, "continued")]
-)
-def test_a_corpus_is_locked_whenever_it_is_read_or_written(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
-) -> None:
-    corpus, seen = LookupCorpus(), list[bool]()
-    original = getattr(owner, name)
-
-    def watched(self: Any, *arguments: int) -> object:
-        if getattr(self, "automaton", self) in corpus._texts:
-            seen.append(corpus._lock.locked())
-        return original(self, *arguments)
-
-    monkeypatch.setattr(owner, name, watched)
-    corpus.add([1, 2, 3])
-    LookupDraft(corpus).propose([1, 2], 3, drafted=[3])
-    assert seen
-    assert all(seen)
-    assert not corpus._lock.locked()
-
-
-# CostModel
+# Cost
 
 
 def steps(function: Callable[[], object]) -> int:
@@ -524,9 +325,7 @@ def test_matching_a_token_takes_constant_steps_over_a_text(text: list[int], othe
 
 @every_text
 def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None:
-    corpus = LookupCorpus()
-    corpus.add(TEXTS["fibonacci"])
-    source = LookupDraft(corpus)
+    source = LookupDraft()
     rounds = range(10, len(text), 10)
     context: list[int] = []
 
@@ -536,15 +335,3 @@ def test_a_proposal_takes_constant_steps_over_a_context(text: list[int]) -> None
             source.propose(context, 8)
 
     assert steps(propose) < 2 * MAX_STEPS * len(text)
-
-
-def test_reading_beside_a_corpus_takes_as_many_steps_with_many_texts_as_with_few() -> None:
-    context = scrambled(500, 3)
-
-    def cost(texts: int) -> int:
-        corpus = LookupCorpus()
-        for number in range(texts):
-            corpus.add(scrambled(4000 // texts + number % 2, 3))
-        return steps(lambda: LookupDraft(corpus).propose(context, 4))
-
-    assert cost(100) < 1.5 * cost(2)

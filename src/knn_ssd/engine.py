@@ -5,28 +5,28 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from knn_ssd.atlas import Atlas
-from knn_ssd.backends.base import Backend
+from knn_ssd.backends.base import Backend, Prefill
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
+from knn_ssd.owner import Owner
 from knn_ssd.plan import Plan
 from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
+from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, AnswerStore, Neighbour
 from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
-from knn_ssd.sampling import Sampler, SamplingParams, refuse_stateful
+from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, refuse_stateful
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.speculation.drafter_factory import DrafterFactory
-from knn_ssd.speculation.lookup import MIN_CORPUS_TOKENS
 from knn_ssd.tokenization import Detokenizer, PromptLike, encode, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
@@ -52,9 +52,9 @@ class Engine:
         atlas: which plan to use for which prompts; without one, all prompts use a general plan: everything in 4 bits
             where the backend can, and lookup.
         neighbours: how many anchors vote on a route.
-        remember: how many tokens of earlier prompts and outputs lookup searches too, for each domain of the atlas; 0
-            is none. Output stays the same; requests that decode plainly or have a plan or a seed of their own neither
-            add to it nor read it.
+        answers: where earlier requests are kept, whose answers draft for near ones; True is a store in memory, False
+            none. Output stays the same. Requests that decode plainly, follow a plan of their own to the letter, or
+            sample with a seed neither add to it nor read it: an output with a seed depends on its request alone.
         prefix_cache: how many bytes of KV cache to keep of earlier requests, so that a prompt with the same first
             tokens is only run from where it differs. Output stays the same.
         threads: how many threads compute in this process; None is as many CPUs as it may use, its CPU quota included,
@@ -73,15 +73,13 @@ class Engine:
         atlas: Atlas | None = None,
         *,
         neighbours: int = 1,
-        remember: int = 0,
+        answers: AnswerStore | bool = True,
         prefix_cache: int = 0,
         threads: int | None = None,
         backend: Backend | None = None,
     ) -> None:
         if threads is not None:
             set_threads(threads)
-        if remember != 0 and remember < MIN_CORPUS_TOKENS:
-            raise UsageError(f"remember must be 0 or at least {MIN_CORPUS_TOKENS} tokens, got {remember}")
         if prefix_cache < 0:
             raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
@@ -90,20 +88,20 @@ class Engine:
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
         self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        self._remember = remember
-        self._prefix_cache = PrefixCache(prefix_cache) if prefix_cache else None
+        store = answers if isinstance(answers, AnswerStore) else AnswerStore() if answers else None
+        self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
         profile = atlas.cost if atlas is not None else None
-        self._drafters = DrafterFactory(self.backend, profile, remember=remember)
+        self._drafters = DrafterFactory(self.backend, profile)
         self._batcher: Batcher = Unbatched(self.backend, self._drafters.cost_model)
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
         self._plans = PlanChooser(self.backend, atlas, neighbours)
 
     def with_batcher(self, batcher: Batcher) -> Engine:
-        """An engine on the same model, backend, atlas and prefix cache whose requests run in a batcher."""
+        """An engine on the same model, backend, atlas and owner whose requests run in a batcher."""
         engine = copy.copy(self)
         engine._batcher = batcher
-        engine._drafters = DrafterFactory(self.backend, self.cost_profile, batcher.cost_model, self._remember)
+        engine._drafters = DrafterFactory(self.backend, self.cost_profile, batcher.cost_model)
         return engine
 
     @classmethod
@@ -115,7 +113,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         neighbours: int = 1,
-        remember: int = 0,
+        answers: AnswerStore | bool = True,
         prefix_cache: int = 0,
         threads: int | None = None,
     ) -> Engine:
@@ -126,7 +124,7 @@ class Engine:
             atlas: an atlas, or the folder of one.
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
-            neighbours, remember, prefix_cache, threads: see the class.
+            neighbours, answers, prefix_cache, threads: see the class.
 
         Raises:
             ModelError, AtlasError: what cannot be found, read or used together.
@@ -135,16 +133,8 @@ class Engine:
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
-        tokenizer = loaded.tokenizer
-        return cls(
-            loaded.model,
-            tokenizer,
-            atlas,
-            neighbours=neighbours,
-            remember=remember,
-            prefix_cache=prefix_cache,
-            threads=threads,
-        )
+        options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
+        return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, **options)
 
     @property
     def memory(self) -> MemoryUse:
@@ -208,6 +198,8 @@ class Engine:
         adaptive: bool | None = None,
         chat: bool = True,
         logprobs: int | None = None,
+        store: bool = True,
+        owner: Owner | None = None,
     ) -> Stream:
         """Runs the prompt, routes it, and gives the output round by round.
 
@@ -226,6 +218,8 @@ class Engine:
                 request alone.
             chat: put text through the tokenizer's chat template if it has one.
             logprobs: report each token's log-probability and so many of the likeliest tokens; None reports neither.
+            store: use the answer store: draft from near requests' answers, and keep this one's for later requests.
+            owner: whose answer store and prefix cache are used; None is the engine's own.
 
         Raises:
             PromptError: a prompt that cannot be used.
@@ -240,18 +234,19 @@ class Engine:
             raise UsageError(f"logprobs must be 0 or more, got {logprobs}")
         reproducible = adaptive is None and plan is None and not params.greedy and seed is not None
         wanted = PlanRequest(plain, domain, plan, plan is None if adaptive is None else adaptive, reproducible)
-        request, plan_domain = self._open(
+        request = self._open(
             token_ids,
             limit,
             Sampler.from_params(params, self.backend.device),
             end_at(eos_token_ids(self.model)),
             wanted,
             detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
+            owner=owner,
+            store=store,
             limit_reason=FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT,
             logprobs=logprobs,
         )
-        remembers = wanted.adaptive and not reproducible and not plain
-        return request.stream(self._weight_bytes, partial(self._drafters.remember, plan_domain) if remembers else None)
+        return request.stream(self._weight_bytes)
 
     def custom_generate(
         self,
@@ -269,7 +264,10 @@ class Engine:
             UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.
             PromptError: a prompt that fills the context.
         """
-        self._check_custom(model, input_ids, logits_processor, generation_config, model_kwargs.get("attention_mask"))
+        if model is not self.model:
+            raise UsageError("custom_generate was called by another model than the engine's own")
+        refuse_beams_and_batches(input_ids, generation_config, model_kwargs.get("attention_mask"))
+        refuse_stateful(logits_processor)
         token_ids = self.encode(input_ids[0].tolist())
         limit = min(int(generation_config.max_length), self.backend.context_length) - len(token_ids)
         sampler = Sampler(logits_processor, greedy=not generation_config.do_sample)
@@ -278,7 +276,7 @@ class Engine:
             so_far = torch.tensor([request.context], device=input_ids.device)
             return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None
 
-        request, _ = self._open(token_ids, limit, sampler, ends, PlanRequest(reproducible=not sampler.greedy))
+        request = self._open(token_ids, limit, sampler, ends, PlanRequest(reproducible=not sampler.greedy))
         with request:
             for _round in request.rounds():
                 pass
@@ -290,16 +288,29 @@ class Engine:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
 
     def _open(
-        self, token_ids: Sequence[int], limit: int, sampler: Sampler, ends: EndRule, wanted: PlanRequest, **options: Any
-    ) -> tuple[Request, str | None]:
-        """A prefilled request with its route, plan and drafter; and the domain whose statistics it shares."""
-        options |= {"batcher": self._batcher, "prefix_cache": self._prefix_cache}
+        self,
+        token_ids: Sequence[int],
+        limit: int,
+        sampler: Sampler,
+        ends: EndRule,
+        wanted: PlanRequest,
+        *,
+        owner: Owner | None = None,
+        store: bool = True,
+        **options: Any,
+    ) -> Request:
+        """A prefilled request with its route, plan, neighbours and drafter."""
+        owner = owner or self.owner
+        options |= {"batcher": self._batcher, "prefix_cache": owner.prefix_cache}
         request = Request(self.backend, token_ids, limit, sampler, ends, **options)
         try:
             started = time.perf_counter()
             chosen = self._plans.choose(request.prefill, wanted)
-            request.route_sec = time.perf_counter() - started
             request.route, request.plan = chosen.route, chosen.plan
+            if store and wanted.adaptive and not wanted.reproducible and not wanted.plain:
+                request.answers = owner.answers
+                request.neighbours = self._neighbours(request.prefill, owner.answers)
+            request.route_sec = time.perf_counter() - started
             self.backend.prepare(chosen.plan)
             request.drafter = self._drafters.new_drafter(
                 request.session,
@@ -307,13 +318,21 @@ class Engine:
                 sampler,
                 domain=chosen.domain,
                 agreement=chosen.agreement,
+                neighbours=request.neighbours,
                 adaptive=wanted.adaptive,
                 reproducible=wanted.reproducible,
             )
         except BaseException:
             request.close()
             raise
-        return request, chosen.domain
+        return request
+
+    def _neighbours(self, prefill: Prefill, answers: AnswerStore | None) -> tuple[Neighbour, ...]:
+        """The nearest earlier requests whose answers the model can read."""
+        if answers is None:
+            return ()
+        near = answers.nearest(prefill.mean.cpu().numpy(), NUM_NEIGHBOURS, RADIUS)
+        return tuple(each for each in near if each.answer.token_ids.max() < self.backend.vocab_size)
 
     def _detokenizer(self, stop: tuple[str, ...]) -> Detokenizer | None:
         if not all(stop):
@@ -329,21 +348,3 @@ class Engine:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         return min(room, max_new_tokens)
-
-    def _check_custom(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        attention_mask: torch.Tensor | None,
-    ) -> None:
-        if model is not self.model:
-            raise UsageError("custom_generate was called by another model than the engine's own")
-        if config.num_beams not in (None, 1):
-            raise UsageError(f"custom_generate decodes without beams, got num_beams={config.num_beams}")
-        if input_ids.shape[0] != 1:
-            raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
-        refuse_stateful(processors)

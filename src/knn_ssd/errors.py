@@ -7,6 +7,8 @@
     │   └── UnsupportedModelError a model that was read but cannot run here
     ├── AtlasError                an atlas that cannot be found or read
     │   └── AtlasMismatchError    an atlas that was calibrated on another model; lists the differences
+    ├── AnswerStoreError          an answer store that cannot be found or read
+    │   └── AnswerStoreMismatchError  an answer store of another model; lists the differences
     ├── OutputError               a file or folder that cannot be written
     ├── BenchError                a benchmark that cannot be run, or records that cannot be read
     └── CalibrationError          a calibration that cannot continue
@@ -57,6 +59,18 @@ class AtlasError(KnnSsdError):
 
 class AtlasMismatchError(AtlasError):
     """An atlas that was calibrated on another model."""
+
+    def __init__(self, message: str, differences: tuple[str, ...], hint: str | None = None) -> None:
+        super().__init__(f"{message}: {'; '.join(differences)}", hint)
+        self.differences = differences
+
+
+class AnswerStoreError(KnnSsdError):
+    """An answer store that cannot be found or read."""
+
+
+class AnswerStoreMismatchError(AnswerStoreError):
+    """An answer store of another model."""
 
     def __init__(self, message: str, differences: tuple[str, ...], hint: str | None = None) -> None:
         super().__init__(f"{message}: {'; '.join(differences)}", hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan
+from knn_ssd.routing.answers import DraftCount, Neighbour
 from knn_ssd.routing.router import Route
 from knn_ssd.speculation.decode import FinishReason, Round, TokenLogprobs
 from knn_ssd.tools.memory import MemoryUse
@@ -28,6 +30,7 @@ class Stats:
         exactness: what the backend's forward passes guarantee.
         memory: memory of the engine and the process at the end.
         reused: number of prompt tokens whose keys and values came from the prefix cache.
+        by_drafter: numbers of drafted and accepted tokens of each drafter that drafted.
     """
 
     tokens: int
@@ -40,6 +43,7 @@ class Stats:
     exactness: Exactness
     memory: MemoryUse
     reused: int = 0
+    by_drafter: Mapping[str, DraftCount] = field(default_factory=dict)
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -68,6 +72,7 @@ class Generation:
         stats: the statistics.
         finish_reason: why it ended.
         logprobs: one entry for each of `token_ids` if they were asked for, else empty.
+        neighbours: the earlier requests whose answers could draft, nearest first.
     """
 
     text: str
@@ -77,6 +82,7 @@ class Generation:
     stats: Stats
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +109,21 @@ class Stream(Iterator[Chunk]):
         route: the prompt's route, known before the first chunk; None without an atlas.
         plan: the plan that drafts.
         prompt_tokens: number of tokens in the prompt.
+        neighbours: the earlier requests whose answers can draft, nearest first; known before the first chunk.
     """
 
     def __init__(
-        self, route: Route | None, plan: Plan, prompt_tokens: int, steps: Generator[Chunk, None, Generation]
+        self,
+        route: Route | None,
+        plan: Plan,
+        prompt_tokens: int,
+        neighbours: tuple[Neighbour, ...],
+        steps: Generator[Chunk, None, Generation],
     ) -> None:
         self.route = route
         self.plan = plan
         self.prompt_tokens = prompt_tokens
+        self.neighbours = neighbours
         self._steps = steps
         self._result: Generation | None = None
 
@@ -132,3 +145,12 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         self._steps.close()
+
+
+def count_by_drafter(rounds: Sequence[Round]) -> dict[str, DraftCount]:
+    """Numbers of drafted and accepted tokens of each drafter that drafted in these rounds."""
+    drafted, accepted = Counter[str](), Counter[str]()
+    for each in rounds:
+        drafted.update(each.drafters)
+        accepted.update(each.drafters[: each.accepted])
+    return {name: DraftCount(count, accepted[name]) for name, count in drafted.items()}

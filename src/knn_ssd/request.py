@@ -7,6 +7,7 @@ Generation, streams, `custom_generate`, calibration and the benchmark all run re
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,8 +15,9 @@ from typing import Protocol
 
 from knn_ssd.backends.base import Backend, ForwardOutput, ForwardRequest
 from knn_ssd.backends.native.prefix_cache import PrefixCache
-from knn_ssd.outputs import Chunk, Generation, Stats, Stream
+from knn_ssd.outputs import Chunk, Generation, Stats, Stream, count_by_drafter
 from knn_ssd.plan import Plan
+from knn_ssd.routing.answers import AnswerStore, Neighbour
 from knn_ssd.routing.router import Route
 from knn_ssd.sampling import Sampler
 from knn_ssd.speculation.cost_model import CostModel
@@ -82,7 +84,9 @@ class Request:
         context: prompt and output so far.
         route, plan: of the prompt; set by the engine once the prompt is routed.
         drafter: None decodes plainly.
-        route_sec: seconds from prompt vector to plan.
+        neighbours: earlier requests whose answers can draft, nearest first.
+        answers: where this request is kept when its output has ended; None keeps it nowhere.
+        route_sec: seconds from prompt vector to plan and neighbours.
     """
 
     def __init__(
@@ -113,6 +117,8 @@ class Request:
         self.route: Route | None = None
         self.plan = Plan.plain(backend.num_layers)
         self.drafter: Drafter | None = None
+        self.neighbours: tuple[Neighbour, ...] = ()
+        self.answers: AnswerStore | None = None
         self.route_sec = 0.0
         forward = batcher.forward if batcher is not None else None
         self.session = backend.open(self.num_prompt_tokens + max_new_tokens, prefix_cache, forward)
@@ -124,6 +130,14 @@ class Request:
 
     def rounds(self) -> Iterator[Round]:
         """The rounds of the output. The session stays open."""
+        rounds: list[Round] = []
+        for current in self._decode():
+            rounds.append(current)
+            if current.finish_reason is not None and self.answers is not None:
+                self._keep(self.answers, rounds)
+            yield current
+
+    def _decode(self) -> Iterator[Round]:
         return decode(
             self.session,
             self.context,
@@ -137,14 +151,24 @@ class Request:
             self._logprobs,
         )
 
-    def stream(self, weight_bytes: int, finished: Callable[[Sequence[int]], None] | None = None) -> Stream:
+    def _keep(self, answers: AnswerStore, rounds: Sequence[Round]) -> None:
+        """Adds this request to the answer store, and credits the neighbours whose tokens were accepted."""
+        useful = Counter[int]()
+        for each in rounds:
+            if each.neighbour is not None:
+                answer = self.neighbours[each.neighbour].answer
+                useful[answer.id] += each.drafters[: each.accepted].count("retrieval")
+        answers.credit(useful)
+        prompt_ids, token_ids = self.context[: self.num_prompt_tokens], self.context[self.num_prompt_tokens :]
+        answers.add(self.prefill.mean.cpu().numpy(), prompt_ids, token_ids, count_by_drafter(rounds))
+
+    def stream(self, weight_bytes: int) -> Stream:
         """The output as a stream, which closes the session when it ends or is left.
 
         Args:
             weight_bytes: memory of the model's weights, for the stats.
-            finished: receives prompt and output once the output has ended.
         """
-        return Stream(self.route, self.plan, self.num_prompt_tokens, self._chunks(weight_bytes, finished))
+        return Stream(self.route, self.plan, self.num_prompt_tokens, self.neighbours, self._chunks(weight_bytes))
 
     def close(self) -> None:
         """Closes the session."""
@@ -161,9 +185,7 @@ class Request:
         self._pieces.append(self._detokenizer.take() if self._detokenizer is not None else "")
         return self._ends(token) or (FinishReason.STOP if stopped else None)
 
-    def _chunks(
-        self, weight_bytes: int, finished: Callable[[Sequence[int]], None] | None
-    ) -> Generator[Chunk, None, Generation]:
+    def _chunks(self, weight_bytes: int) -> Generator[Chunk, None, Generation]:
         rounds: list[Round] = []
         with self:
             for current in self.rounds():
@@ -171,8 +193,6 @@ class Request:
                 if current.finish_reason is not None and self._detokenizer is not None:
                     self._pieces[-1] += self._detokenizer.finish()
                 yield Chunk(tuple(self._pieces[-len(current.tokens) :]), current)
-            if finished is not None:
-                finished(self.context)
         return self._generation(rounds, weight_bytes)
 
     def _generation(self, rounds: Sequence[Round], weight_bytes: int) -> Generation:
@@ -189,7 +209,9 @@ class Request:
             exactness=self._backend.exactness,
             memory=MemoryUse.now(weight_bytes, self._backend.low_bit_bytes),
             reused=self.prefill.reused,
+            by_drafter=count_by_drafter(rounds),
         )
         token_ids = tuple(token for r in rounds for token in r.tokens)
         logprobs = tuple(each for r in rounds for each in r.logprobs)
-        return Generation("".join(self._pieces), token_ids, self.route, self.plan, stats, reason, logprobs)
+        text = "".join(self._pieces)
+        return Generation(text, token_ids, self.route, self.plan, stats, reason, logprobs, self.neighbours)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from transformers.generation.logits_process import (
 )
 
 from knn_ssd.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
@@ -205,6 +208,18 @@ def refuse_stateful(processors: LogitsProcessorList) -> None:
     stateful = [name for processor in processors if (name := type(processor).__name__) in _STATEFUL_PROCESSORS]
     if stateful:
         raise UsageError(f"{stateful[0]} keeps state between calls and cannot be used with drafts")
+
+
+def refuse_beams_and_batches(
+    input_ids: torch.Tensor, config: GenerationConfig, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises a `UsageError` for what `custom_generate` cannot decode: beams, several prompts (n, length), padding."""
+    if config.num_beams not in (None, 1):
+        raise UsageError(f"custom_generate decodes without beams, got num_beams={config.num_beams}")
+    if input_ids.shape[0] != 1:
+        raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
 
 
 def _require(condition: bool, rule: str, value: float) -> None:

@@ -192,7 +192,7 @@ def _skipping(atlas: Atlas, domain: str | None) -> Plan:
 
 
 def _engine_method(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
-    runner = Engine(engine.model, engine.tokenizer, atlas, backend=engine.backend)
+    runner = Engine(engine.model, engine.tokenizer, atlas, answers=False, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()

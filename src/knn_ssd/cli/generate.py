@@ -40,12 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     options.add_model_options(parser)
-    drafts = options.add_atlas_options(parser, plain=True)
-    text = (
-        "lookup also searches N tokens of earlier prompts and answers of the same domain (default: only the "
-        "request's own text)"
-    )
-    option(drafts, "--remember", "N", text, whole_number(4), 0)
+    options.add_atlas_options(parser, plain=True)
     options.add_sampling_options(parser)
 
 

@@ -187,7 +187,6 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         dtype=args.dtype,
         device=args.device,
         neighbours=args.neighbours or 1,
-        remember=getattr(args, "remember", 0),
         prefix_cache=getattr(args, "prefix_cache", 0) * 2**20,
     )
 

@@ -23,7 +23,7 @@ _SAMPLES = 1024  # of each weight; fine-tuning changes all values, so a few are 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Identifies the model that an atlas belongs to.
+    """Identifies the model that an atlas or an answer store belongs to.
 
     Args:
         architecture: the name of the model's class.
@@ -41,11 +41,16 @@ class Fingerprint:
     tokenizer_hash: str
     dtype: str
 
-    def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """The differences to another fingerprint, as sentences; empty if both are of the same model."""
+    def differences(self, other: Fingerprint, holder: str = "the atlas") -> tuple[str, ...]:
+        """The differences to another fingerprint, as sentences; empty if both are of the same model.
+
+        Args:
+            other: the fingerprint of the model at hand.
+            holder: what has this fingerprint, in the sentences.
+        """
         names = [f.name for f in fields(self) if f.name != "dtype"]
         pairs = [(name.replace("_", " "), getattr(other, name), getattr(self, name)) for name in names]
-        return tuple(f"{n} is {its or 'none'}, the atlas has {own or 'none'}" for n, its, own in pairs if its != own)
+        return tuple(f"{n} is {its or 'none'}, {holder} has {own or 'none'}" for n, its, own in pairs if its != own)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:

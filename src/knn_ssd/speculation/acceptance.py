@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from knn_ssd.plan import Plan
 from knn_ssd.speculation.drafter import Draft
 
+COPYING_DRAFTERS = ("lookup", "retrieval")
 _DECAY, _PRIOR_DECAY = 0.985, 0.95  # of the weight of observations, and of the prior, with every new observation
 _PRIOR_STRENGTH = 6.0  # observations that the prior stands for
 _CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
@@ -81,15 +82,15 @@ class AcceptanceStats:
     Attributes:
         self_draft: the rate of self-drafted tokens.
         by_confidence: the same by the draft's own top-1 probability.
-        by_match: the rate of looked-up tokens by match length.
+        by_match: the rate of copied tokens by drafter, which is lookup or retrieval, and match length.
     """
 
     prior: float
     self_draft: AcceptanceRate = field(init=False)
     by_confidence: list[AcceptanceRate] = field(init=False)
-    by_match: list[AcceptanceRate] = field(init=False)
+    by_match: dict[str, list[AcceptanceRate]] = field(init=False)
     self_draft_retry: RetryBackoff = field(default_factory=RetryBackoff)
-    lookup_retry: RetryBackoff = field(default_factory=RetryBackoff)
+    copy_retry: RetryBackoff = field(default_factory=RetryBackoff)
 
     def __post_init__(self) -> None:
         self.self_draft = AcceptanceRate(self.prior)
@@ -97,28 +98,28 @@ class AcceptanceStats:
         middles = [(low + high) / 2 for low, high in edges]
         # A good draft is right even where its confidence is low.
         self.by_confidence = [AcceptanceRate(middle ** (2 * (1 - self.prior))) for middle in middles]
-        self.by_match = [AcceptanceRate(prior) for prior in _MATCH_PRIORS]
+        self.by_match = {name: [AcceptanceRate(prior) for prior in _MATCH_PRIORS] for name in COPYING_DRAFTERS}
 
     def at_confidence(self, probability: float) -> AcceptanceRate:
         """The rate of self-drafted tokens of such a top-1 probability."""
         return self.by_confidence[sum(probability >= edge for edge in _CONFIDENCE_EDGES)]
 
-    def at_match(self, length: int) -> AcceptanceRate:
-        """The rate of tokens looked up by a match of so many tokens."""
-        return self.by_match[sum(length >= edge for edge in _MATCH_EDGES)]
+    def at_match(self, drafter: str, length: int) -> AcceptanceRate:
+        """The rate of tokens that a drafter copied after a match of so many tokens."""
+        return self.by_match[drafter][sum(length >= edge for edge in _MATCH_EDGES)]
 
     def record(self, draft: Draft, accepted: int) -> None:
         """Adds a verified draft of which the first `accepted` tokens were kept.
 
         Tokens after the first rejected one were never compared with the target, and count for nothing.
         """
-        for index in range(min(accepted + 1, len(draft.tokens))):
+        for index, drafter in enumerate(draft.drafters[: accepted + 1]):
             kept = index < accepted
             if index < len(draft.confidences):
                 self.self_draft.record(kept)
                 self.at_confidence(draft.confidences[index]).record(kept)
             else:
-                self.at_match(draft.match_length).record(kept)
+                self.at_match(drafter, draft.match_length).record(kept)
 
 
 def initial_acceptance(plan: Plan, agreement: float | None = None) -> AcceptanceStats:

@@ -9,19 +9,21 @@ What passes cost is known to `cost_model.py`, how often drafts are accepted to `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from knn_ssd.plan import Plan
 from knn_ssd.speculation.acceptance import AcceptanceStats
 from knn_ssd.speculation.cost_model import CostModel
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.lookup import LookupDraft
+from knn_ssd.speculation.retrieval import RetrievalDraft
 from knn_ssd.speculation.self_draft import SelfDraft
 
 _MIN_GAIN = 0.98  # a draft is made if it is expected to take at most this share of plain decoding's time per token
-_MAX_LOOKUP = 15  # tokens
-_TRIAL_LOOKUP = 2  # tokens looked up to try again a drafter that did not pay
+_MAX_COPIED = 15  # tokens
+_TRIAL_COPIED = 2  # tokens copied to try again a drafter that did not pay
 _LONG_MATCH = 4  # tokens of a match that a fixed policy prefers to a self-draft
 
 
@@ -36,6 +38,21 @@ class DraftOption:
 
     length: int
     sec_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Tokens that could be copied.
+
+    Args:
+        rate: their expected acceptance rate.
+        available: how many there are.
+        take: gives at most so many of them.
+    """
+
+    rate: float
+    available: int
+    take: Callable[[int], Draft]
 
 
 def best_draft_length(cost_model: CostModel, acceptance_rate: float, longest: int, step_sec: float) -> DraftOption:
@@ -134,6 +151,7 @@ class Controller:
         acceptance: of the request's domain.
         self_draft: None where the plan saves nothing.
         lookup: None where the policy has no lookup.
+        retrieval: None where there are no neighbours.
     """
 
     plan: Plan
@@ -141,23 +159,24 @@ class Controller:
     acceptance: AcceptanceStats
     self_draft: SelfDraft | None
     lookup: LookupDraft | None
+    retrieval: RetrievalDraft | None = None
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
-        if self.cost_model.needs_plain_timing:
+        copy = self._best_copy(context)
+        if self.cost_model.needs_plain_timing or limit < 1:
             return Draft()
         plain_sec = self.cost_model.verification_sec(1)
-        lookup = self._lookup_option(context, limit)
         self_draft = self._self_draft_choice(limit)
-        other_sec = self_draft.sec_per_token if self_draft else plain_sec
-        if lookup is not None and lookup.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
-            assert self.lookup is not None
-            return self.lookup.propose(context, lookup.length)
+        if copy is not None:
+            best = best_draft_length(self.cost_model, copy.rate, min(limit, _MAX_COPIED, copy.available), 0.0)
+            other_sec = self_draft.sec_per_token if self_draft else plain_sec
+            if best.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
+                return copy.take(best.length)
         if self_draft is not None and self_draft.is_faster_than_plain():
             return self._draft(context, limit, self_draft)
-        if lookup is not None and self.acceptance.lookup_retry.is_due():
-            assert self.lookup is not None
-            return self.lookup.propose(context, min(_TRIAL_LOOKUP, limit))
+        if copy is not None and self.acceptance.copy_retry.is_due():
+            return copy.take(min(_TRIAL_COPIED, limit))
         if self_draft is not None and self_draft.is_retry_due():
             return self._draft(context, 1, self_draft)
         return Draft()
@@ -170,6 +189,8 @@ class Controller:
             if draft.confidences:
                 self.cost_model.record_draft_steps(self.plan, len(draft.confidences), outcome.draft_sec)
         self.acceptance.record(draft, outcome.accepted)
+        if self.retrieval is not None:
+            self.retrieval.learn(outcome)
 
     def _draft(self, context: Sequence[int], limit: int, choice: SelfDraftChoice) -> Draft:
         assert self.self_draft is not None
@@ -178,20 +199,27 @@ class Controller:
         return self._extend(draft, context, limit, go_on.survival, choice.sec_per_token)
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
-        """Appends what lookup finds after a self-draft, as far as verifying it too is worth the time."""
-        match = self.lookup.match(context, draft.tokens) if self.lookup is not None else None
-        if match is None or self.lookup is None:
+        """Appends what can be copied after a self-draft, as far as verifying it too is worth the time."""
+        copy = self._best_copy(context, draft.tokens)
+        if copy is None:
             return draft
-        own, rate, length = len(draft.tokens), self.acceptance.at_match(match.length).mean, 0
-        while own + length < limit and length < _MAX_LOOKUP:
-            survival *= rate
+        own, length = len(draft.tokens), 0
+        while own + length < limit and length < min(_MAX_COPIED, copy.available):
+            survival *= copy.rate
             rows = own + length + 1
             extra_row = self.cost_model.verification_sec(rows + 1) - self.cost_model.verification_sec(rows)
             if survival * sec_per_token <= extra_row:
                 break
             length += 1
-        more = self.lookup.propose(context, length, draft.tokens).tokens
-        return replace(draft, tokens=draft.tokens + more, num_looked_up=len(more), match_length=match.length)
+        more = copy.take(length)
+        return replace(
+            draft,
+            tokens=draft.tokens + more.tokens,
+            num_copied=len(more.tokens),
+            copied_by=more.drafter,
+            match_length=more.match_length,
+            neighbour=more.neighbour,
+        )
 
     def _self_draft_choice(self, limit: int) -> SelfDraftChoice | None:
         longest = min(limit, self.plan.policy.max_draft)
@@ -200,14 +228,21 @@ class Controller:
         step_sec = self.cost_model.draft_step_sec(self.plan)
         return SelfDraftChoice(self.cost_model, self.acceptance, longest, step_sec)
 
-    def _lookup_option(self, context: Sequence[int], limit: int) -> DraftOption | None:
-        if self.lookup is None or limit < 1:
-            return None
-        match = self.lookup.match(context)
-        if match is None:
-            return None
-        rate = self.acceptance.at_match(match.length).mean
-        return best_draft_length(self.cost_model, rate, min(limit, _MAX_LOOKUP), 0.0)
+    def _best_copy(self, context: Sequence[int], drafted: Sequence[int] = ()) -> _Copy | None:
+        """The tokens that are likeliest to be accepted of those that could be copied after context and draft."""
+        return max(self._copies(context, drafted), key=lambda copy: copy.rate, default=None)  # the first of equal ones
+
+    def _copies(self, context: Sequence[int], drafted: Sequence[int]) -> Iterator[_Copy]:
+        """From the request's own context, then from its neighbours, nearest first."""
+        match = self.lookup.match(context, drafted) if self.lookup is not None else None
+        if match is not None and self.lookup is not None:
+            take = partial(self.lookup.propose, context, drafted=drafted)
+            yield _Copy(self.acceptance.at_match("lookup", match.length).mean, _MAX_COPIED, take)
+        if self.retrieval is None:
+            return
+        for found in self.retrieval.matches(context, drafted):
+            rate = self.retrieval.rate(found, self.acceptance.at_match("retrieval", found.length).mean)
+            yield _Copy(rate, found.available, partial(self.retrieval.copy, found))
 
 
 class FixedPolicy:

@@ -58,6 +58,7 @@ class Round:
         drafted: how many tokens were drafted.
         accepted: how many draft tokens are among `tokens`.
         drafters: the name of the drafter of each of the `drafted` tokens.
+        neighbour: which of the request's neighbours retrieved tokens came from; None where none were drafted.
         draft_sec: seconds spent drafting.
         verify_sec: seconds spent verifying and accepting.
         finish_reason: why the output ends with this round; None if it goes on.
@@ -69,6 +70,7 @@ class Round:
     drafted: int = 0
     accepted: int = 0
     drafters: tuple[str, ...] = ()
+    neighbour: int | None = None
     draft_sec: float = 0.0
     verify_sec: float = 0.0
     finish_reason: FinishReason | None = None
@@ -213,7 +215,7 @@ def decode(
         if drafter is not None:
             drafter.learn(Outcome(draft, verdict.accepted, drafted - started, clock() - drafted))
         tokens = [*draft.tokens[: verdict.accepted], verdict.token]
-        shape = Round((), len(draft.tokens), verdict.accepted, draft.drafters, drafted - started)
+        shape = Round((), len(draft.tokens), verdict.accepted, draft.drafters, draft.neighbour, drafted - started)
         current = replace(_emit(context, tokens, left, ending, shape), verify_sec=clock() - drafted)
         current = _scored(current, verification.logits, logprobs)
 

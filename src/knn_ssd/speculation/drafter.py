@@ -17,24 +17,28 @@ class Draft:
         tokens: k drafted tokens, possibly none.
         probs: (m, V) the distributions that the first m tokens were drawn from. The tokens after them, or all where
             this is None, were not drawn: each counts as proposed with probability one.
-        drafter: name of the drafter of all but the last `num_looked_up` tokens.
-        num_looked_up: how many of the last tokens lookup appended to another drafter's draft.
+        drafter: name of the drafter of all but the last `num_copied` tokens.
+        num_copied: how many of the last tokens were copied, and appended to another drafter's draft.
+        copied_by: name of the drafter that appended them.
         confidences: the draft's own top-1 probability of each self-drafted token.
-        match_length: tokens of the context's suffix after whose earlier occurrence the looked-up tokens stood.
+        match_length: tokens of the context's suffix after whose earlier occurrence the copied tokens stood.
+        neighbour: which of the request's neighbours retrieved tokens were copied from; None where none were.
     """
 
     tokens: tuple[int, ...] = ()
     probs: torch.Tensor | None = None
     drafter: str = "none"
-    num_looked_up: int = 0
+    num_copied: int = 0
+    copied_by: str = "lookup"
     confidences: tuple[float, ...] = ()
     match_length: int = 0
+    neighbour: int | None = None
 
     @property
     def drafters(self) -> tuple[str, ...]:
         """The name of each token's drafter."""
-        own = len(self.tokens) - self.num_looked_up
-        return (self.drafter,) * own + ("lookup",) * self.num_looked_up
+        own = len(self.tokens) - self.num_copied
+        return (self.drafter,) * own + (self.copied_by,) * self.num_copied
 
     def proposal_probability(self, index: int) -> float:
         """The probability with which the token at `index` was proposed: q(x) in the acceptance rule."""

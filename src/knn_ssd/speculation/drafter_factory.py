@@ -1,4 +1,4 @@
-"""Makes the drafter of each request, from what the requests of one engine share: costs, acceptance, earlier texts."""
+"""Makes the drafter of each request, from what the requests of one engine share: costs and acceptance."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from knn_ssd.backends.base import Backend, Session
 from knn_ssd.plan import Plan
+from knn_ssd.routing.answers import Neighbour
 from knn_ssd.sampling import Sampler
 from knn_ssd.speculation.acceptance import AcceptanceStats, initial_acceptance
 from knn_ssd.speculation.controller import Controller, FixedPolicy
 from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
 from knn_ssd.speculation.drafter import Drafter
-from knn_ssd.speculation.lookup import LookupCorpus, LookupDraft
+from knn_ssd.speculation.lookup import LookupDraft
+from knn_ssd.speculation.retrieval import RetrievalDraft
 from knn_ssd.speculation.self_draft import SelfDraft
 
 
@@ -22,7 +24,6 @@ class DrafterFactory:
         backend: executes the model.
         profile: what forward passes cost, in any unit; None is what is typical.
         cost_model: the same, corrected by the passes that ran; None is a new one.
-        remember: how many tokens of earlier prompts and outputs lookup searches too, for each domain.
     """
 
     def __init__(
@@ -30,11 +31,8 @@ class DrafterFactory:
         backend: Backend,
         profile: CostProfile | None = None,
         cost_model: CostModel | None = None,
-        remember: int = 0,
     ) -> None:
         self._backend = backend
-        self._remember = remember
-        self._corpora: dict[str | None, LookupCorpus] = {}
         self.profile = profile or typical_profile(backend.num_layers)
         self.cost_model = cost_model or CostModel(self.profile)
         self._acceptance: dict[object, AcceptanceStats] = {}
@@ -47,6 +45,7 @@ class DrafterFactory:
         *,
         domain: str | None = None,
         agreement: float | None = None,
+        neighbours: Sequence[Neighbour] = (),
         adaptive: bool = True,
         reproducible: bool = False,
     ) -> Drafter | None:
@@ -58,14 +57,14 @@ class DrafterFactory:
             sampler: the request's.
             domain: requests of one domain share their acceptance statistics.
             agreement: the acceptance rate that calibration measured for the plan.
+            neighbours: earlier requests whose answers an adaptive drafter may copy from, nearest first.
             adaptive: choose drafter, length and stop by expected tokens per second, within the policy's bounds.
                 Otherwise follow the policy to the letter, whatever earlier requests came to.
             reproducible: adaptive by the profile and by this request alone, not by the clock or other requests.
         """
         if plan.is_plain:
             return None
-        corpus = self._corpus(domain) if adaptive and not reproducible else None
-        lookup = LookupDraft(corpus) if plan.policy.lookup else None
+        lookup = LookupDraft() if plan.policy.lookup else None
         if not adaptive:
             drafts = plan.cheapens or lookup is None
             return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
@@ -76,15 +75,5 @@ class DrafterFactory:
         key = (domain, plan.modes, plan.head, sampler.greedy)
         if key not in self._acceptance:
             self._acceptance[key] = initial_acceptance(plan, agreement)
-        return Controller(plan, self.cost_model, self._acceptance[key], self_draft, lookup)
-
-    def remember(self, domain: str | None, token_ids: Sequence[int]) -> None:
-        """Keeps a prompt with its output for later lookups in the same domain."""
-        corpus = self._corpus(domain)
-        if corpus is not None:
-            corpus.add(token_ids)
-
-    def _corpus(self, domain: str | None) -> LookupCorpus | None:
-        if not self._remember:
-            return None
-        return self._corpora.setdefault(domain, LookupCorpus(self._remember))
+        retrieval = RetrievalDraft(neighbours, session.length) if neighbours and plan.policy.lookup else None
+        return Controller(plan, self.cost_model, self._acceptance[key], self_draft, lookup, retrieval)
