@@ -59,12 +59,14 @@ def serving(settings: ServeSettings, engine: Engine | None = None) -> Iterator[S
     app = make_app(engine, settings)
     own = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
-    own.close()
+    try:
+        yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        own.close()

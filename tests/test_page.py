@@ -272,7 +272,7 @@ def test_tokens_from_an_earlier_answer_name_the_request_that_it_answered(page: P
         named = "“a fox” at cosine distance 0.000"
         title = copied.first.get_attribute("title") or ""
         assert title.startswith(f"retrieval: copied from an earlier answer, accepted; it answered {named}; round ")
-        about = page.get_by_role("status")
+        about = page.locator("#about")
         assert about.is_hidden()
         copied.first.click()
         assert about.text_content() == title

@@ -248,6 +248,50 @@ def test_keys_come_from_the_environment(model: Path, monkeypatch: pytest.MonkeyP
         assert "note:" not in own.log.read_text("utf-8")
 
 
+def test_answers_in_a_folder_outlast_the_server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kept"
+    monkeypatch.setenv("KNN_SSD_API_KEY", "one,two")
+    with server_process(model, "--answers", str(folder)) as own:
+        first = ask(own.url, "one")
+        assert used(first) == (False, 0)
+    assert sorted(each.name for each in folder.iterdir()) == sorted([owner_name("one"), owner_name("two")])
+    with server_process(model, "--answers", str(folder)) as own:
+        other, again = ask(own.url, "two"), ask(own.url, "one")
+        assert (used(other), used(again)) == ((False, 0), (False, 1))
+        assert "retrieval" in sources(again)
+        assert again.json()["choices"] == first.json()["choices"]
+
+
+def test_without_keys_a_loopback_address_keeps_answers_in_a_folder(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    for near in (0, 1):
+        with server_process(model, "--answers", str(folder)) as own:
+            assert used(ask(own.url)) == (False, near)
+            assert "note:" not in own.log.read_text("utf-8")
+    assert [each.name for each in folder.iterdir()] == ["shared"]
+
+
+def test_keys_that_share_keep_answers_in_one_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kept"
+    monkeypatch.setenv("KNN_SSD_API_KEY", "one,two")
+    with server_process(model, "--answers", str(folder), "--answers", "shared") as own:
+        assert [used(ask(own.url, key)) for key in ("one", "two")] == [(False, 0), (True, 1)]
+    assert [each.name for each in folder.iterdir()] == ["shared"]
+
+
+def test_a_folder_that_is_no_answer_store_is_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "answers.sqlite").write_text("not a database" * 100)
+    assert main(["serve", "--model", str(model), "--port", "0", "--answers", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert "answers.sqlite" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("options", "keys", "sentence"),
     [

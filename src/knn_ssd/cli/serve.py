@@ -92,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
         engine = options.load_engine(args, atlas)
         engine.prepare()
         name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
+        owners = keeping.owners(engine, keys)
         settings = ServeSettings(
             model=name,
-            owners=keeping.owners(engine, keys),
+            owners=owners,
             limits=Limits(args.running, args.waiting, args.deadline),
             max_body_bytes=args.max_body,
             drain_sec=args.drain,
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         )
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
             uvicorn.Server(config).run(sockets=[socket])
+        owners.close()
     return 0
 
 
@@ -152,12 +154,21 @@ class _Keeping:
         return cls(shared, args.prefix_cache * 2**20 * prefix_cache, answers, folders[0] if folders else None)
 
     def owners(self, engine: Engine, keys: tuple[str, ...]) -> Owners:
-        """The owners, with what is kept for them."""
+        """The owners, with what is kept for them.
+
+        Raises:
+            AnswerStoreError: an answer store in the folder that cannot be used.
+        """
+        from knn_ssd.loading.fingerprint import fingerprint
         from knn_ssd.routing.answers import AnswerStore
         from knn_ssd.server.owners import Owners
 
+        own = fingerprint(engine.model, engine.tokenizer) if self.folder is not None else None
+
         def new_store(name: str, max_tokens: int) -> AnswerStore:
-            return AnswerStore(max_tokens)
+            if self.folder is None or own is None:
+                return AnswerStore(max_tokens)
+            return AnswerStore.open(self.folder / name, own, engine.backend.vocab_size, max_tokens)
 
         store = new_store if self.answers else None
         return Owners.dividing(self.prefix_cache_bytes, store, keys=keys, shared=self.shared)

@@ -72,6 +72,12 @@ class Owners:
                 found = owner
         return found
 
+    def close(self) -> None:
+        """Closes the answer stores that are kept on disk, once no more requests run."""
+        for owner in (self.everyone, *self.by_key.values()):
+            if owner.answers is not None:
+                owner.answers.close()
+
 
 def owner_name(key: str) -> str:
     """The name of the owner that an API key belongs to: the first digits of the key's SHA-256, never the key itself."""
