@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     _add_keeping_options(parser)
     parser.epilog = (
         f"If the environment variable {_KEY} is set, clients must send its value as their API key; several keys are "
-        "separated by commas, and what is kept of the requests of one is never used for those of another."
+        "separated by commas."
     )
     options.add_model_options(parser)
     options.add_atlas_options(parser)
@@ -55,18 +55,20 @@ def add_parser(subparsers: Any) -> None:
 def _add_keeping_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "kept between requests",
-        f"Each API key ({_KEY}) has a prefix cache and an answer store of its own, of an equal share of the memory. "
-        "Without keys there is no answer store, and a prefix cache only on a loopback address such as 127.0.0.1.",
+        f"Each API key ({_KEY}) has a prefix cache and an answer store of its own, with an equal share of the memory. "
+        "Without keys, there is an answer store only where --answers asks for one, and a prefix cache only there or on "
+        "a loopback address such as 127.0.0.1.",
     )
     text = "memory of all prefix caches together, which keep keys and values of earlier requests; 0 turns them off"
     option(group, "--prefix-cache", "MIB", text, whole_number(0), 512)
     answers = group.add_mutually_exclusive_group()
     text = (
-        "a folder in which answer stores, whose earlier answers draft for similar requests, outlast the server; or "
-        f"'{_SHARED}': all clients share one prefix cache and one answer store. May be given twice, for both"
+        "keep earlier requests, whose answers draft for similar ones, in this folder, where they outlast the server; "
+        f"or '{_SHARED}': all clients share one answer store and one prefix cache. May be given twice, for both "
+        "(default: each API key has a store in memory)"
     )
     option(answers, "--answers", f"DIR|{_SHARED}", text, options.filled, action="append")
-    answers.add_argument("--no-answers", action="store_true", help="keep no answers")
+    answers.add_argument("--no-answers", action="store_true", help="keep no answers of earlier requests")
 
 
 def run(args: argparse.Namespace) -> int:
