@@ -25,7 +25,7 @@ from knn_ssd.speculation.decode import TokenLogprobs
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import spell
 
-SOURCES = {"prefill", "self", "lookup", "corrected", "bonus", "plain"}
+SOURCES = {"prefill", "self", "lookup", "retrieval", "corrected", "bonus", "plain"}
 
 
 @pytest.fixture(scope="module")
