@@ -1,4 +1,4 @@
-"""Calibrates a real model on five domains, then decodes prompts with routed drafts and compares with plain decoding.
+"""Shows drafts from earlier answers, then calibrates a real model on five domains and decodes with routed drafts.
 
 Run by `make demo`. Everything it prints is measured while it runs. It writes to out/demo.
 """
@@ -21,6 +21,7 @@ from knn_ssd.cli import main
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.prompts import BUILTIN_DOMAINS, Prompt, builtin_prompts
+from knn_ssd.routing.answers import DraftCount
 from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 OUT = Path("out/demo")
@@ -28,6 +29,15 @@ CALIBRATED = 12  # prompts per domain; the prompts decoded below are others
 NEW_TOKENS = 48
 SEARCH_MINUTES = "1.3"
 PLANTED_TRIALS = 50
+RELATED = (
+    "Write the order as JSON with the keys customer, paid and items; each item has a name, a price and a quantity.\n\n"
+)
+ORDERS = {
+    "Ann's order": RELATED + "Ann Lee bought 2 lamps at 30 dollars each and 1 desk at 120 dollars. She has paid.",
+    "Tom's order": RELATED + "Tom Berg bought 3 chairs at 45 dollars each and 2 lamps at 30 dollars each. He has paid.",
+    "Ida's order": RELATED + "Ida Voss bought 1 desk at 120 dollars and 4 shelves at 25 dollars each. She has paid.",
+    "a haiku": "Write a haiku about the sea.",
+}
 console = Console() if Console().is_terminal else Console(width=100)
 
 
@@ -74,6 +84,28 @@ def show_forced_drafts(engine: Engine, atlas: Atlas, prompts: Sequence[Prompt]) 
         drafted = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS, plan=plan)
         identical = identical and drafted.token_ids == plain.token_ids
         table.add_row(prompt.domain, plan.describe(), *comparison(drafted, plain))
+    console.print(table)
+    return identical
+
+
+def show_drafts_from_earlier_answers(loaded: LoadedModel) -> bool:
+    """Decodes related requests and one that is not, each with what the nearest earlier ones gave to its drafts."""
+    engine = Engine(loaded.model, loaded.tokenizer)
+    table = new_table(
+        "Related requests: the answers of the nearest earlier ones draft too",
+        "request",
+        "neighbours (distance)",
+        "copied",
+    )
+    engine.generate("Hello", max_new_tokens=4, store=False)  # makes the 4-bit copies, once
+    identical, names = True, list(ORDERS)
+    for name, prompt in ORDERS.items():
+        plain = engine.generate(prompt, max_new_tokens=2 * NEW_TOKENS, plain=True)
+        drafted = engine.generate(prompt, max_new_tokens=2 * NEW_TOKENS)
+        identical = identical and drafted.token_ids == plain.token_ids
+        near = ", ".join(f"{names[each.answer.id]} ({each.distance:.3f})" for each in drafted.neighbours)
+        copied = drafted.stats.by_drafter.get("retrieval", DraftCount(0, 0)).accepted
+        table.add_row(name, near or "–", str(copied), *comparison(drafted, plain))
     console.print(table)
     return identical
 
@@ -129,8 +161,9 @@ def run() -> int:
     loaded = load_model(None)
     engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     fresh = [next(p for p in builtin_prompts([name])[CALIBRATED:] if len(p.prompt) < 600) for name in BUILTIN_DOMAINS]
+    identical = show_drafts_from_earlier_answers(loaded)
     main(["atlas", "show", str(path)])
-    identical = show_routed_decoding(engine, fresh)
+    identical = show_routed_decoding(engine, fresh) and identical
     identical = show_forced_drafts(engine, atlas, fresh) and identical
     console.print(
         "On a model this small skipping alone does not pay; 4-bit drafts and lookup may. Where sublayers\n"

@@ -30,14 +30,22 @@ class Drafts:
         self.chance, self._confidences = chance, confidences
         self.asked = 0
 
-    def propose(self, context: Sequence[int], limit: int, go_on: Callable[[float], bool] | None = None) -> Draft:
+    def propose(
+        self,
+        context: Sequence[int],
+        limit: int,
+        go_on: Callable[[float], bool] | None = None,
+        guess: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> Draft:
         self.asked += 1
         confidences: list[float] = []
         while len(confidences) < min(limit, PLAN.policy.max_draft):
             confidences.append(self._confidences())
             if go_on is not None and not go_on(confidences[-1]):
                 break
-        return Draft((7,) * len(confidences), drafter="self", confidences=tuple(confidences))
+        return Draft(
+            (7,) * len(confidences), drafter="self", confidences=tuple(confidences), num_passes=len(confidences)
+        )
 
 
 class Lookups:

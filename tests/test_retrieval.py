@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_ssd import Engine, Plan
+from knn_ssd.backends.base import Exactness
 from knn_ssd.owner import Owner
+from knn_ssd.plan import Policy
 from knn_ssd.routing.answers import Answer, AnswerStore, Neighbour
+from knn_ssd.routing.plan_choice import general_plan
+from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.retrieval import RetrievalDraft
+from knn_ssd.speculation.self_draft import SelfDraft
+from knn_ssd.testing import tiny_model
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 
@@ -205,3 +212,48 @@ def test_what_came_of_answers_is_credited_and_an_abandoned_request_is_not_kept(e
     assert len(store) == 1
     accepted = engine.generate(PROMPT, max_new_tokens=40, owner=owner).stats.by_drafter["retrieval"].accepted
     assert store._entries[0].accepted == accepted > 0
+
+
+# Guesses that ride along in a self-draft
+
+
+@pytest.fixture(scope="module")
+def exact_engine() -> Engine:
+    """Rows of its forward passes have the same bits alone and together."""
+    engine = Engine(tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32))
+    if engine.exactness is not Exactness.BITWISE:
+        pytest.skip("without the kernels rows of a block differ in their last bits")
+    return engine
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=0, max_size=12),
+    st.integers(0, 12),
+    st.sampled_from([{}, {"temperature": 1.0, "seed": 3}]),
+)
+def test_guesses_change_the_passes_of_a_self_draft_and_nothing_else(
+    exact_engine: Engine, wrong: list[int], right: int, sampling: dict[str, Any]
+) -> None:
+    backend = exact_engine.backend
+    plan = general_plan(backend).with_policy(Policy(12, 0.0))
+
+    def drafted(guess: Callable[[Sequence[int]], Sequence[int]] | None) -> Draft:
+        sampler = Sampler.from_params(SamplingParams(**sampling), backend.device)
+        session = backend.open(len(PROMPT) + 20)
+        session.prefill(PROMPT[:-1])
+        draft = SelfDraft(session, plan, sampler).propose(PROMPT, 12, guess=guess)
+        assert session.length == len(PROMPT) - 1
+        session.close()
+        return draft
+
+    alone = drafted(None)
+    truth = [*alone.tokens[:right], *wrong]
+    guessed = drafted(lambda tokens: truth[len(tokens) :])
+    assert guessed.tokens == alone.tokens
+    assert guessed.confidences == alone.confidences
+    if alone.probs is not None:
+        assert guessed.probs is not None
+        assert torch.equal(guessed.probs, alone.probs)
+    assert alone.num_passes == 12
+    assert guessed.num_passes <= 12 - right + -(-right // 4)  # four tokens a pass as long as the guesses are right

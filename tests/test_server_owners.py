@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_rounds_name_the_earlier_request_that_their_tokens_come_from(two: Served
     assert {each["neighbour"] for each in copied} <= {0, None}  # None: the other answer of the same request
     assert 0 in {each["neighbour"] for each in copied}
     assert all(each["neighbour"] is None for each in rounds if each["drafted"] == 0)
+
+
+def test_a_stream_names_its_neighbours_first(two: Served) -> None:
+    ask(two.url, "one")
+    lines = ask(two.url, "one", stream=True).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: "))["knn_ssd"] for line in lines if '"knn_ssd"' in line]
+    assert [each["prompt"] for each in events[0]["neighbours"]] == [LONG.strip()]
+    assert not any("neighbours" in each for each in events[1:])
+    rounds = [each for each in events if "tokens" in each]
+    assert {each["neighbour"] for each in rounds if "retrieval" in {t["source"] for t in each["tokens"]}} == {0}
 
 
 def test_counters_say_which_drafter_drafted(two: Served) -> None:

@@ -26,13 +26,14 @@ from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.request import Request, end_at
+from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.sampling import Sampler, SamplingParams
 from knn_ssd.speculation.decode import Round
 from knn_ssd.speculation.drafter import Drafter
 from knn_ssd.tokenization import eos_token_ids
 from knn_ssd.tools.memory import peak_bytes
 
-HF, HF_LOOKUP = "hf", "hf-lookup"
+HF, HF_LOOKUP, NEIGHBOURS = "hf", "hf-lookup", "neighbours"
 DESCRIPTIONS = {
     BASELINE: "the engine without drafts: the baseline",
     HF: "transformers.generate in the same dtype",
@@ -44,7 +45,8 @@ DESCRIPTIONS = {
     "clasp": "skips the layers that change the last token's hidden states least (arXiv 2505.24196)",
     "lookup": "drafts by lookup alone",
     "low": "drafts with all weights in 4 bits, without routing",
-    "auto": "the default of `generate`: routing, all drafters and the controller",
+    "auto": "routing, all drafters but retrieval, and the controller",
+    NEIGHBOURS: "the default of `generate`: `auto`, and drafts from the answers of the nearest earlier prompts",
 }
 NEEDS_ATLAS = ("self-sd-fix", "self-sd-mix", "knn-ssd")
 _SEE_DOCTOR = "See `knn-ssd doctor`, or choose other --methods."
@@ -108,13 +110,13 @@ def make_methods(
 def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[str, Any]) -> Method:
     atlas = engine.atlas
     if name == BASELINE:
-        return _engine_method(engine, None, sampling, plain=True)
+        return engine_method(engine, None, sampling, plain=True)
     if name in (HF, HF_LOOKUP):
         return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
     if name in ("lookup", "low"):
-        return _engine_method(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
-    if name == "auto":
-        return _engine_method(engine, atlas, sampling, adaptive=True)
+        return engine_method(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)
+    if name in ("auto", NEIGHBOURS):
+        return engine_method(engine, atlas, sampling, name == NEIGHBOURS, adaptive=True)
     if name in _ONLINE:
         return _ONLINE[name](engine, sampling)
     assert atlas is not None
@@ -167,7 +169,7 @@ def _as_published(
     if name == "knn-ssd":
         domains = {name: DomainEntry(_skipping(atlas, name), known.radius) for name, known in atlas.domains.items()}
         skips = replace(atlas, domains=domains, fallback=_skipping(atlas, None))
-        return _engine_method(engine, skips, sampling, adaptive=False)
+        return engine_method(engine, skips, sampling, adaptive=False)
     domain = first_domain if name == "self-sd-fix" else None
     if name == "self-sd-fix" and domain not in atlas.domains:
         raise BenchError(
@@ -175,7 +177,7 @@ def _as_published(
             f"{', '.join(sorted(atlas.domains))}",
             "Give prompts of the atlas's domains, or choose other --methods.",
         )
-    return _engine_method(engine, None, sampling, plan=_skipping(atlas, domain), adaptive=False)
+    return engine_method(engine, None, sampling, plan=_skipping(atlas, domain), adaptive=False)
 
 
 def _skipping(atlas: Atlas, domain: str | None) -> Plan:
@@ -191,8 +193,24 @@ def _skipping(atlas: Atlas, domain: str | None) -> Plan:
     return Plan.skipping(plan.num_layers, plan.skipped_attention, plan.skipped_mlp, policy)
 
 
-def _engine_method(engine: Engine, atlas: Atlas | None, sampling: dict[str, Any], **options: Any) -> Method:
-    runner = Engine(engine.model, engine.tokenizer, atlas, answers=False, backend=engine.backend)
+def engine_method(
+    engine: Engine,
+    atlas: Atlas | None,
+    sampling: dict[str, Any],
+    answers: AnswerStore | bool | None = False,
+    **options: Any,
+) -> Method:
+    """A method of the engine's own.
+
+    Args:
+        engine: whose model and backend are used.
+        atlas: which plan to use for which prompts.
+        sampling: options of sampling.
+        answers: the answer store that the method's prompts fill; True is a new one, False none.
+        options: further options of `Engine.stream`.
+    """
+    store = answers if answers is not None else False
+    runner = Engine(engine.model, engine.tokenizer, atlas, answers=store, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()

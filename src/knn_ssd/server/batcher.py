@@ -136,7 +136,7 @@ class ContinuousBatcher:
         if plan is None:
             self.cost_model.record_verification(rows, seconds)
         else:
-            self.cost_model.record_draft_steps(plan, 1, seconds, rows)
+            self.cost_model.record_draft_steps(plan, 1, seconds, len(requests))
 
     def _resume(self, task: RequestTask, output: ForwardOutput | BaseException | None = None) -> None:
         self._scheduler = getcurrent()

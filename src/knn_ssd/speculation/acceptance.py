@@ -13,6 +13,7 @@ from knn_ssd.speculation.drafter import Draft
 COPYING_DRAFTERS = ("lookup", "retrieval")
 _DECAY, _PRIOR_DECAY = 0.985, 0.95  # of the weight of observations, and of the prior, with every new observation
 _PRIOR_STRENGTH = 6.0  # observations that the prior stands for
+_PASS_RATE = 0.1  # how fast the number of tokens that a draft pass gives is believed to change
 _CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 _MATCH_EDGES = (3, 4, 6, 9, 17)  # tokens
 _MATCH_PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
@@ -82,6 +83,7 @@ class AcceptanceStats:
     Attributes:
         self_draft: the rate of self-drafted tokens.
         by_confidence: the same by the draft's own top-1 probability.
+        tokens_per_pass: moving average of the tokens that a forward pass of a self-draft gives.
         by_match: the rate of copied tokens by drafter, which is lookup or retrieval, and match length.
     """
 
@@ -89,6 +91,7 @@ class AcceptanceStats:
     self_draft: AcceptanceRate = field(init=False)
     by_confidence: list[AcceptanceRate] = field(init=False)
     by_match: dict[str, list[AcceptanceRate]] = field(init=False)
+    tokens_per_pass: float = 1.0
     self_draft_retry: RetryBackoff = field(default_factory=RetryBackoff)
     copy_retry: RetryBackoff = field(default_factory=RetryBackoff)
 
@@ -113,6 +116,8 @@ class AcceptanceStats:
 
         Tokens after the first rejected one were never compared with the target, and count for nothing.
         """
+        if draft.num_passes:
+            self.tokens_per_pass += _PASS_RATE * (len(draft.confidences) / draft.num_passes - self.tokens_per_pass)
         for index, drafter in enumerate(draft.drafters[: accepted + 1]):
             kept = index < accepted
             if index < len(draft.confidences):

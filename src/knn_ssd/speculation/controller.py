@@ -19,7 +19,7 @@ from knn_ssd.speculation.cost_model import CostModel
 from knn_ssd.speculation.drafter import Draft, Outcome
 from knn_ssd.speculation.lookup import LookupDraft
 from knn_ssd.speculation.retrieval import RetrievalDraft
-from knn_ssd.speculation.self_draft import SelfDraft
+from knn_ssd.speculation.self_draft import MAX_GUESSES, SelfDraft
 
 _MIN_GAIN = 0.98  # a draft is made if it is expected to take at most this share of plain decoding's time per token
 _MAX_COPIED = 15  # tokens
@@ -187,7 +187,7 @@ class Controller:
         if self.cost_model.learns_from_rounds:
             self.cost_model.record_verification(len(draft.tokens) + 1, outcome.verify_sec)
             if draft.confidences:
-                self.cost_model.record_draft_steps(self.plan, len(draft.confidences), outcome.draft_sec)
+                self.cost_model.record_draft_steps(self.plan, draft.num_passes, outcome.draft_sec)
         self.acceptance.record(draft, outcome.accepted)
         if self.retrieval is not None:
             self.retrieval.learn(outcome)
@@ -195,8 +195,13 @@ class Controller:
     def _draft(self, context: Sequence[int], limit: int, choice: SelfDraftChoice) -> Draft:
         assert self.self_draft is not None
         go_on = choice.stop_rule()
-        draft = self.self_draft.propose(context, limit, go_on)
+        draft = self.self_draft.propose(context, limit, go_on, partial(self._guess, context))
         return self._extend(draft, context, limit, go_on.survival, choice.sec_per_token)
+
+    def _guess(self, context: Sequence[int], drafted: Sequence[int]) -> Sequence[int]:
+        """What may follow a self-draft, for its next pass to check: what can be copied there."""
+        copy = self._best_copy(context, drafted)
+        return copy.take(MAX_GUESSES).tokens if copy is not None else ()
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
         """Appends what can be copied after a self-draft, as far as verifying it too is worth the time."""
@@ -225,7 +230,7 @@ class Controller:
         longest = min(limit, self.plan.policy.max_draft)
         if self.self_draft is None or longest < 1:
             return None
-        step_sec = self.cost_model.draft_step_sec(self.plan)
+        step_sec = self.cost_model.draft_step_sec(self.plan) / self.acceptance.tokens_per_pass
         return SelfDraftChoice(self.cost_model, self.acceptance, longest, step_sec)
 
     def _best_copy(self, context: Sequence[int], drafted: Sequence[int] = ()) -> _Copy | None:

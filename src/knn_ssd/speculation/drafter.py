@@ -21,6 +21,7 @@ class Draft:
         num_copied: how many of the last tokens were copied, and appended to another drafter's draft.
         copied_by: name of the drafter that appended them.
         confidences: the draft's own top-1 probability of each self-drafted token.
+        num_passes: how many forward passes the self-drafted tokens took.
         match_length: tokens of the context's suffix after whose earlier occurrence the copied tokens stood.
         neighbour: which of the request's neighbours retrieved tokens were copied from; None where none were.
     """
@@ -31,6 +32,7 @@ class Draft:
     num_copied: int = 0
     copied_by: str = "lookup"
     confidences: tuple[float, ...] = ()
+    num_passes: int = 0
     match_length: int = 0
     neighbour: int | None = None
 

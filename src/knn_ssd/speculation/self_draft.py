@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from knn_ssd.backends.base import Session
 from knn_ssd.plan import Plan
-from knn_ssd.sampling import Sampler
+from knn_ssd.sampling import Row, Sampler
 from knn_ssd.speculation.drafter import Draft, Outcome
+
+MAX_GUESSES = 3  # tokens; four rows on 4-bit weights take about as long as one
 
 
 class SelfDraft:
     """Drafts on the target's own session, which is rewound whatever happens.
+
+    Guesses of what the draft will be may ride along: a forward pass runs them after the last token, and as long as a
+    guess is what the draft itself chose, the next row is as good as another pass. They change nothing but the time.
 
     Args:
         session: holds all of the context except its last token.
@@ -27,7 +33,13 @@ class SelfDraft:
         self._plan = plan
         self._sampler = sampler
 
-    def propose(self, context: Sequence[int], limit: int, go_on: Callable[[float], bool] | None = None) -> Draft:
+    def propose(
+        self,
+        context: Sequence[int],
+        limit: int,
+        go_on: Callable[[float], bool] | None = None,
+        guess: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> Draft:
         """Drafts until `limit`, the policy's longest draft, or the stop rule.
 
         The token at which the rule stops stays in the draft: its cost is paid, and it is often right.
@@ -37,30 +49,55 @@ class SelfDraft:
             limit: the most tokens to draft.
             go_on: the stop rule: takes a token's confidence and says whether to draft another token. None goes on
                 while the confidence is at least the policy's threshold.
+            guess: takes the tokens drafted so far, and gives a guess of the next ones; None guesses nothing.
         """
         start = self._session.length
-        tokens: list[int] = []
-        probs: list[torch.Tensor] = []  # (V,) for each drawn token
-        confidences: list[float] = []
         policy = self._plan.policy
-        go_on = go_on or (lambda confidence: confidence >= policy.threshold)
+        draft = _Drafted(go_on or (lambda confidence: confidence >= policy.threshold))
+        longest, passes = min(limit, policy.max_draft), 0
         try:
-            while len(tokens) < min(limit, policy.max_draft):
-                logits = self._session.forward([tokens[-1] if tokens else context[-1]], self._plan)  # (1, V)
-                self._session.commit(1)
-                row = self._sampler.probs(logits, [*context, *tokens])[0]
-                tokens.append(self._sampler.pick(row))
-                if isinstance(row, torch.Tensor):
-                    probs.append(row)
-                confidences.append(float(top_probability(logits)[0]))
-                if not go_on(confidences[-1]):
-                    break
+            while len(draft.tokens) < longest and not draft.has_stopped:
+                room = min(MAX_GUESSES, longest - len(draft.tokens) - 1)
+                guesses = list(guess(draft.tokens))[:room] if guess is not None and room > 0 else []
+                self._run(context, guesses, draft)
+                passes += 1
         finally:
             self._session.rewind(start)
-        return Draft(tuple(tokens), torch.stack(probs) if probs else None, "self", confidences=tuple(confidences))
+        probs = torch.stack(draft.probs) if draft.probs else None
+        confidences = tuple(draft.confidences)
+        return Draft(tuple(draft.tokens), probs, "self", confidences=confidences, num_passes=passes)
+
+    def _run(self, context: Sequence[int], guesses: list[int], draft: _Drafted) -> None:
+        """One forward pass, which drafts a token, and another one for each guess that turns out right."""
+        last = draft.tokens[-1] if draft.tokens else context[-1]
+        logits = self._session.forward([last, *guesses], self._plan)  # (1 + guesses, V)
+        for row in range(len(logits)):
+            probs = self._sampler.probs(logits[row : row + 1], [*context, *draft.tokens])[0]
+            draft.add(self._sampler.pick(probs), probs, float(top_probability(logits[row : row + 1])[0]))
+            if draft.has_stopped or row == len(guesses) or guesses[row] != draft.tokens[-1]:
+                self._session.commit(row + 1)
+                return
 
     def learn(self, outcome: Outcome) -> None:
         """Does nothing: a self-draft does not change."""
+
+
+@dataclass(slots=True)
+class _Drafted:
+    """The draft so far; `has_stopped` once the stop rule has ended it."""
+
+    go_on: Callable[[float], bool]
+    tokens: list[int] = field(default_factory=list)
+    probs: list[torch.Tensor] = field(default_factory=list)  # (V,) for each drawn token
+    confidences: list[float] = field(default_factory=list)
+    has_stopped: bool = False
+
+    def add(self, token: int, probs: Row, confidence: float) -> None:
+        self.tokens.append(token)
+        if isinstance(probs, torch.Tensor):
+            self.probs.append(probs)
+        self.confidences.append(confidence)
+        self.has_stopped = not self.go_on(confidence)
 
 
 def top_probability(logits: torch.Tensor) -> torch.Tensor:
