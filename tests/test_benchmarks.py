@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
 from knn_ssd.calibrate.objective import PairedTimer, Timing
 from knn_ssd.kernels import binding
-from knn_ssd.outputs import Stream
+from knn_ssd.kernels.threads import THREADS_VARIABLE, thread_count, usable_cpus
+from knn_ssd.outputs import Generation, Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import PromptLike
 
@@ -118,6 +122,18 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
+def test_arms_of_earlier_answers_are_compared(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--out", str(tmp_path / "run"), "--max-new-tokens", "12"]
+    shown = run("recurring.py", *options)
+    assert "the same as plain decoding: 48 of 48" in shown  # 8 prompts, 5 arms and plain decoding
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    copied = {record["method"] for record in records if record["drafted"].get("retrieval")}
+    assert "nearest" in copied
+    assert not copied & {"plain", "auto"}
+    assert "Along the stream" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
 def test_outputs_are_compared_batched_and_alone(
     run: Run, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,3 +199,62 @@ def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path, mon
     assert head[1:] == ["ratio 0, 95 %", "accepted", "ratio 1, 95 %", "accepted"]
     assert [row[0] for row in found] == ["`plain`", "`self-sd-fix`", "`self-sd-mix`", "`knn-ssd`"]
     assert (tmp_path / "ratio-1" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("drafted_ms", "least", "code"), [(4.0, "0.9", 0), (16.0, "0.9", 1), (4.0, "1.1", 1)])
+def test_a_busy_machine_fails_the_promise_if_a_share_or_a_gain_is_too_small(
+    run: Run, tiny: tuple[str, str], monkeypatch: pytest.MonkeyPatch, drafted_ms: float, least: str, code: int
+) -> None:
+    """The conditions and outputs are real, the durations are not: here nobody knows what a busy machine comes to."""
+    real = Engine.generate
+
+    def timed(engine: Engine, prompt: PromptLike, **asked: Any) -> Generation:
+        result = real(engine, prompt, **asked)
+        seconds = (8.0 if asked.get("plain") else drafted_ms) * (len(result.token_ids) - 1) / 1e3
+        return replace(result, stats=replace(result.stats, decode_sec=seconds))
+
+    monkeypatch.setattr(Engine, "generate", timed)
+    model, prompts = tiny
+    options = ["--model", model, "--prompts", prompts, "--limit", "1", "--repeats", "1", "--max-new-tokens", "8"]
+    _, *found = rows(run("busy.py", *options, "--least", least, code=code))
+    expected = ["8.00", "1.00", f"{drafted_ms:.2f}", f"{8 / drafted_ms:.2f}"]
+    assert found == [[each, *expected] for each in ("quiet", "busy, same session", "busy, other session")]
+
+
+def can_limit() -> bool:
+    """Whether a control group can be made here that limits CPU time."""
+    version_1 = Path("/sys/fs/cgroup/cpu")
+    group = (version_1 if version_1.is_dir() else version_1.parent) / f"knn-ssd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        return False
+    limits = (group / "cpu.cfs_quota_us").is_file() or (group / "cpu.max").is_file()
+    group.rmdir()
+    return limits
+
+
+@pytest.mark.skipif(not can_limit(), reason="no control group with a CPU quota can be made here")
+def test_a_quota_holds_for_the_length_of_its_block() -> None:
+    code = f"""
+import json, runpy, time
+from knn_ssd.kernels.binding import num_threads, set_threads
+from knn_ssd.kernels.threads import thread_count
+busy = runpy.run_path({str(FOLDER / "busy.py")!r})
+set_threads(3)
+for condition in busy["QUOTA_CONDITIONS"]:
+    with busy["limited"](0.5, condition):
+        inside, end, used = [thread_count().threads, num_threads()], time.monotonic() + 0.5, time.process_time()
+        while time.monotonic() < end:
+            pass
+        used = time.process_time() - used
+    print(json.dumps([condition, inside, [thread_count().threads, num_threads()], used]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != THREADS_VARIABLE}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    quiet, quota, ignorant = map(json.loads, done.stdout.splitlines())
+    free = [thread_count(environment=environment).threads, 3]
+    assert quiet[:3] == ["quiet", free, free]
+    assert quota[:3] == ["quota", [1, 1], free]
+    assert ignorant[:3] == ["quota, a thread for every CPU", [1, usable_cpus()], free]
+    assert max(quota[3], ignorant[3]) < 0.4, "half a CPU for half a second, and at most a period's share more"

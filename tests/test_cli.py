@@ -227,6 +227,18 @@ def test_python_m_is_the_same_command() -> None:
         (["generate", "--prompt", "x", "--domain", "math"], "--domain chooses from an atlas, and there is none"),
         (["generate", "--prompt", "x", "--neighbours", "2"], "--neighbours chooses from an atlas, and there is none"),
         (["doctor", "--no-model", "--model", "m"], "--no-model leaves out"),
+        (["generate", "--prompt", "x", "--answers", "a", "--no-answers"], "not allowed with argument --answers"),
+        (["generate", "--prompt", "x", "--answers", ""], "at least one character"),
+        (["generate", "--prompt", "x", "--answers", __file__], "is a file, and an answer store is a folder"),
+        (["chat", "--answers", __file__], "is a file, and an answer store is a folder"),
+        (["chat", "--answer", "a"], "no option '--answer'. Did you mean --answers?"),
+        (["answers"], "arguments are required: COMMAND"),
+        (["answers", "shwo"], "`knn-ssd answers` has no command 'shwo'. Did you mean show?"),
+        (["answers", "show", "nowhere"], "there is no answer store in 'nowhere'"),
+        (["answers", "show", __file__], "is a file, and an answer store is a folder"),
+        (["answers", "clear", "nowhere"], "there is no answer store in 'nowhere'"),
+        (["answers", "clear", str(Path(__file__).parent)], "there is no answer store in"),
+        (["answers", "show", "a", "--jsno"], "`knn-ssd answers show` has no option '--jsno'. Did you mean --json?"),
     ],
 )
 def test_a_command_line_that_cannot_be_understood(
@@ -244,7 +256,7 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(generate: Run, engine: En
     expected = engine.generate(MATH, max_new_tokens=12)
     assert result.code == 0
     assert result.out.rstrip("\n") == expected.text.rstrip("\n")
-    drafts = r"(nothing drafted|drafted \d+, accepted \d+ \(\d+%\))"
+    drafts = r"(nothing drafted|drafted \d+, accepted \d+ \(\d+%\): \w+ \d+ of \d+(, \w+ \d+ of \d+)?)"
     rest = r"12 tokens at [\d.]+/s \| \w+ exactness \| ended by length"
     assert re.fullmatch(rf"\[.*lookup \| {drafts} \| {rest}\]\n", result.err)
 
@@ -262,7 +274,7 @@ def test_the_summary_shows_route_plan_and_drafts(generate: Run, atlas_dir: Path)
 def test_json_without_an_atlas(generate: Run, engine: Engine) -> None:
     (answer,) = parsed(generate("--prompt", MATH, "--json"))
     expected = engine.generate(MATH, max_new_tokens=12)
-    assert list(answer) == ["id", "text", "token_ids", "route", "plan", "stats", "finish_reason"]
+    assert list(answer) == ["id", "text", "token_ids", "route", "plan", "neighbours", "stats", "finish_reason"]
     assert answer["id"] == "prompt"
     assert answer["text"] == expected.text
     assert answer["token_ids"] == list(expected.token_ids)
@@ -272,9 +284,12 @@ def test_json_without_an_atlas(generate: Run, engine: Engine) -> None:
     stats = answer["stats"]
     assert set(stats) == {
         "drafted", "accepted", "rounds", "tokens", "acceptance_rate", "tokens_per_round", "tokens_per_sec",
-        "prefill_sec", "route_sec", "decode_sec", "exactness",
+        "prefill_sec", "route_sec", "decode_sec", "by_drafter", "exactness",
         "low_bit_bytes", "resident_memory_bytes", "peak_memory_bytes",
     }  # fmt: skip
+    assert answer["neighbours"] == []
+    for count in ("drafted", "accepted"):
+        assert sum(each[count] for each in stats["by_drafter"].values()) == stats[count]
     assert stats["tokens"] == 12
     assert stats["accepted"] == 12 - stats["rounds"], "each round brings one token of the target's own"
     assert 0 <= stats["low_bit_bytes"] < stats["resident_memory_bytes"] <= stats["peak_memory_bytes"]
@@ -293,6 +308,70 @@ def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engi
     assert near["stats"]["drafted"] >= near["stats"]["accepted"] >= 0
     for answer, prompt in ((near, MATH), (far, STORY)):
         assert answer["token_ids"] == list(engine.generate(prompt, max_new_tokens=12).token_ids)
+
+
+def test_answers_are_kept_in_memory_on_disk_or_not_at_all(generate: Run, tmp_path: Path, engine: Engine) -> None:
+    twice = write_prompts(tmp_path / "twice.jsonl", MATH, MATH)
+    first, second = parsed(generate("--prompts", twice, "--json"))
+    assert first["neighbours"] == []
+    assert second["neighbours"] == [{"id": 0, "distance": pytest.approx(0, abs=1e-6)}]
+    assert not any(each["neighbours"] for each in parsed(generate("--prompts", twice, "--json", "--no-answers")))
+    store = tmp_path / "store"
+    assert generate("--prompt", MATH, "--answers", store).code == 0
+    (again,) = parsed(generate("--prompt", MATH, "--answers", store, "--json"))
+    assert [near["id"] for near in again["neighbours"]] == [0]
+    assert "near requests 0 at distance 0.000 | 12 tokens" in generate("--prompt", MATH, "--answers", store).err
+    assert again["token_ids"] == list(engine.generate(MATH, max_new_tokens=12, plain=True).token_ids)
+
+
+def test_a_store_of_another_model_or_a_damaged_one_is_refused(
+    generate: Run, refused: Callable[..., str], tmp_path: Path, model_dir: Path
+) -> None:
+    store = tmp_path / "store"
+    generate("--prompt", MATH, "--answers", store)
+    other = save_model(tmp_path / "other", seed=1)
+    said = refused("generate", "--model", other, "--prompt", MATH, "--answers", store)
+    assert "belongs to another model: weights hash is " in said
+    assert "Give each model a folder of its own." in said
+    for path in store.iterdir():
+        path.write_bytes(b"something else" * 1000)
+    for command in (["generate", "--prompt", MATH, "--answers"], ["answers", "show"], ["answers", "clear"]):
+        assert "answers.sqlite' cannot be used: file is not a database" in refused(*command, store)
+
+
+def test_answers_show_and_clear(
+    generate: Run, run: Run, refused: Callable[..., str], tmp_path: Path, model_dir: Path
+) -> None:
+    store = tmp_path / "store"
+    for prompt in (MATH, STORY, MATH):
+        generate("--prompt", prompt, "--answers", store)
+    shown = run("answers", "show", store).out
+    assert shown.startswith("2 requests of ")
+    assert re.search(r" MB on disk; drafts from [01] of them were accepted\n", shown)
+    assert shown.count(" ids ") == 2
+    assert MATH[:10] in run("answers", "show", store, "--model", model_dir).out
+    latest = json.loads(run("answers", "show", store, "--latest", "--limit", 1, "--json", "--model", model_dir).out)
+    assert set(latest) == {"requests", "tokens", "useful", "bytes", "answers"}
+    assert latest["requests"] == 2
+    (answer,) = latest["answers"]
+    assert MATH in answer["prompt"]
+    assert answer["last_used"] == 2
+    assert len(answer["token_ids"]) == 12
+    assert "there is no model at" in refused("answers", "show", store, "--model", tmp_path / "none")
+    assert run("answers", "clear", store).out == f"removed 2 requests from '{store}'\n"
+    assert run("answers", "show", store).out.startswith("0 requests of 0 tokens, ")
+
+
+def test_text_of_a_prompt_cannot_control_the_terminal(tmp_path: Path) -> None:
+    from knn_ssd.cli.answers import _beginning
+    from knn_ssd.routing.answer_file import StoredAnswer
+
+    ids = np.arange(3, dtype=np.int32)
+    stored = StoredAnswer(b"", ids, ids, ids, {}, 0.0, 0)
+    tokenizer: Any = SimpleNamespace(decode=lambda *_, **__: "a\x1b[2Jb\r\n[red]" + 99 * "c")
+    assert _beginning(stored, tokenizer).startswith("a [2Jb [red]ccc")
+    assert len(_beginning(stored, tokenizer)) == 60
+    assert _beginning(stored, None) == "ids 0 1 2"
 
 
 def test_several_prompts_have_headings_and_limit_takes_the_first(generate: Run, tmp_path: Path) -> None:
@@ -417,7 +496,7 @@ def test_model_options_reach_the_loader(generate: Run, monkeypatch: pytest.Monke
     assert generate("--prompt", MATH, "--dtype", "bfloat16", "--device", "cpu").code == 0
     assert seen == {
         "name": str(model_dir), "atlas": None, "dtype": "bfloat16", "device": "cpu", "neighbours": 1,
-        "prefix_cache": 0, "runs_in": torch.bfloat16,
+        "answers": True, "prefix_cache": 0, "runs_in": torch.bfloat16,
     }  # fmt: skip
 
 
@@ -840,7 +919,7 @@ def test_a_stopped_answer_stays_in_the_conversation(
             raise KeyboardInterrupt
         return next_(self)
 
-    conversation = chat.Conversation(engine, {"max_new_tokens": 20})
+    conversation = chat.Conversation(engine, {"max_new_tokens": 20, "plain": True})  # a token a round
     monkeypatch.setattr(Stream, "__next__", stopped)
     chat._reply(conversation, "hi")
     partial = engine.generate(messages("hi"), max_new_tokens=3).text

@@ -18,7 +18,7 @@ from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
-from knn_ssd.owner import Owner
+from knn_ssd.owner import Owner, open_answers
 from knn_ssd.plan import Plan
 from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
 from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, AnswerStore, Neighbour
@@ -52,8 +52,8 @@ class Engine:
         atlas: which plan to use for which prompts; without one, all prompts use a general plan: everything in 4 bits
             where the backend can, and lookup.
         neighbours: how many anchors vote on a route.
-        answers: where earlier requests are kept, whose answers draft for near ones; True is a store in memory, False
-            none. Output stays the same. Requests that decode plainly, follow a plan of their own to the letter, or
+        answers: where earlier requests are kept, whose answers draft for near ones: a store, a folder, True for memory,
+            or False. Output stays the same. Requests that decode plainly, follow a plan of their own to the letter, or
             sample with a seed neither add to it nor read it: an output with a seed depends on its request alone.
         prefix_cache: how many bytes of KV cache to keep of earlier requests, so that a prompt with the same first
             tokens is only run from where it differs. Output stays the same.
@@ -63,7 +63,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: a model that cannot draft for itself.
-        AtlasMismatchError: an atlas of another model.
+        AtlasMismatchError, AnswerStoreMismatchError: an atlas or an answer store of another model.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Engine:
         atlas: Atlas | None = None,
         *,
         neighbours: int = 1,
-        answers: AnswerStore | bool = True,
+        answers: AnswerStore | bool | str | Path = True,
         prefix_cache: int = 0,
         threads: int | None = None,
         backend: Backend | None = None,
@@ -88,7 +88,7 @@ class Engine:
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
         self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        store = answers if isinstance(answers, AnswerStore) else AnswerStore() if answers else None
+        store = open_answers(answers, model, tokenizer, self.backend.vocab_size)
         self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
         profile = atlas.cost if atlas is not None else None
         self._drafters = DrafterFactory(self.backend, profile)
@@ -113,7 +113,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         neighbours: int = 1,
-        answers: AnswerStore | bool = True,
+        answers: AnswerStore | bool | str | Path = True,
         prefix_cache: int = 0,
         threads: int | None = None,
     ) -> Engine:
@@ -127,7 +127,7 @@ class Engine:
             neighbours, answers, prefix_cache, threads: see the class.
 
         Raises:
-            ModelError, AtlasError: what cannot be found, read or used together.
+            ModelError, AtlasError, AnswerStoreError: what cannot be found, read or used together.
         """
         from knn_ssd.loading.resolve import load_model
 

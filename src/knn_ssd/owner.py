@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.routing.answers import AnswerStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +25,27 @@ class Owner:
 
     answers: AnswerStore | None = None
     prefix_cache: PrefixCache | None = None
+
+
+def open_answers(
+    answers: AnswerStore | bool | str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+) -> AnswerStore | None:
+    """An answer store for a model.
+
+    Args:
+        answers: a store, the folder of one, True for a new one in memory, or False for none.
+        model: the model.
+        tokenizer: its tokenizer.
+        vocab_size: how many token ids it has.
+
+    Raises:
+        AnswerStoreError: a folder that cannot be used.
+    """
+    if isinstance(answers, str | Path):
+        return AnswerStore.open(answers, fingerprint(model, tokenizer), vocab_size)
+    if isinstance(answers, AnswerStore):
+        return answers
+    return AnswerStore() if answers else None

@@ -23,6 +23,7 @@ from knn_ssd.backends.base import Pooling
 from knn_ssd.vllm_plugin.hooks import PROPOSER
 
 CLIENTS = 64
+START_SEC = 300  # with other work on the machine
 
 
 def free_port() -> int:
@@ -48,11 +49,13 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
         process = subprocess.Popen([*command, *options], stdout=file, stderr=file, env=environment)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        for _ in range(START_SEC * 2):
             assert process.poll() is None, log.read_text()[-3000:]
             with contextlib.suppress(OSError), urllib.request.urlopen(address + "/health", timeout=2):
                 break
             time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not start in {START_SEC} seconds:\n{log.read_text()[-3000:]}")
         yield address
     finally:
         process.send_signal(signal.SIGINT)

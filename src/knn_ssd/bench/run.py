@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from knn_ssd.bench.methods import Method, Output, record_of
+from knn_ssd.bench.methods import NEIGHBOURS, Method, Output, record_of
 from knn_ssd.bench.peers import read_peers, write_prompts
 from knn_ssd.bench.records import Record, RecordFile
 from knn_ssd.bench.summary import BASELINE, differing, summarize
@@ -74,13 +74,20 @@ def run_bench(
         model: the model's name, for the report.
 
     Raises:
-        BenchError: the baseline is missing, or the folder has records of another run.
+        BenchError: the baseline is missing, the folder has records of another run, or answers would be copied from
+            an earlier repeat.
         PromptError: a prompt cannot be used.
         OutputError: the folder cannot be written.
     """
     if BASELINE not in methods:
         raise BenchError(
             f"there is nothing to compare with: '{BASELINE}' is not among the methods", f"Add {BASELINE} to --methods."
+        )
+    if settings.repeats > 1 and NEIGHBOURS in methods:
+        raise BenchError(
+            f"'{NEIGHBOURS}' would copy its own answers in a second run of the same prompts, got "
+            f"repeats={settings.repeats}",
+            "Run every prompt once, or choose other --methods.",
         )
     encoded = [engine.encode(prompt.prompt, settings.chat) for prompt in prompts]
     with writing(out):

@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": "serve an OpenAI-compatible API over HTTP",
     "bench": "compare decoding methods with plain decoding",
     "atlas": "show, verify, compare and share atlases",
+    "answers": "show and clear what an answer store on disk holds",
     "plot": "draw an atlas: its prompt vectors, its anchors and its plans",
     "doctor": "show what this machine offers, and how fast a model can run on it",
 }

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         description="Chats with a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.",
     )
     options.add_model_options(parser)
-    options.add_atlas_options(parser)
+    options.add_answers_options(options.add_atlas_options(parser))
     options.add_prefix_option(parser)
     options.add_sampling_options(parser, max_new_tokens=1024)
 
@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Chats until the user leaves."""
     atlas = options.read_atlas(args)
+    options.check_answers(args)
     stream_options = options.sampling(args)
     engine = options.load_engine(args, atlas)
     if engine.tokenizer is None or not engine.tokenizer.chat_template:

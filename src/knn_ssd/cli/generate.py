@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-chat", action="store_true", help="do not apply the model's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     options.add_model_options(parser)
-    options.add_atlas_options(parser, plain=True)
+    options.add_answers_options(options.add_atlas_options(parser, plain=True))
     options.add_sampling_options(parser)
 
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for prompt in prompts:
         options.check_text(prompt.prompt, _name(prompt, args))
     atlas = options.read_atlas(args)
+    options.check_answers(args)
     stream_options = {**options.sampling(args), "plain": args.plain, "domain": args.domain}
     engine = options.load_engine(args, atlas)
     encoded = [_encode(engine, prompt, args) for prompt in prompts]

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import output
@@ -102,6 +103,16 @@ def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -
     return group
 
 
+def add_answers_options(group: Any) -> None:
+    """Adds --answers and --no-answers."""
+    sources = group.add_mutually_exclusive_group()
+    text = (
+        "folder that keeps requests, whose answers draft for near requests (default: in memory until the command ends)"
+    )
+    option(sources, "--answers", "DIR", text, filled)
+    sources.add_argument("--no-answers", action="store_true", help="keep no requests, and draft from none")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
     """Adds --max-new-tokens, --stop, and the options of sampling."""
     group = parser.add_argument_group("output")
@@ -158,6 +169,19 @@ def read_atlas(args: argparse.Namespace) -> Atlas | None:
     return atlas
 
 
+def check_answers(args: argparse.Namespace) -> None:
+    """Checks the folder of --answers, if it has an answer store already; the model is checked later.
+
+    Raises:
+        AnswerStoreError: it is no folder, or its answer store cannot be read.
+    """
+    if args.answers is not None and Path(args.answers).exists():
+        from knn_ssd.routing.answer_file import FILE_NAME, AnswerFile
+
+        if not Path(args.answers).is_dir() or (Path(args.answers) / FILE_NAME).exists():
+            AnswerFile(args.answers).close()
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options for `Engine.stream`, checked."""
     from knn_ssd.sampling import SamplingParams
@@ -187,6 +211,7 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         dtype=args.dtype,
         device=args.device,
         neighbours=args.neighbours or 1,
+        answers=getattr(args, "answers", None) or not getattr(args, "no_answers", False),
         prefix_cache=getattr(args, "prefix_cache", 0) * 2**20,
     )
 

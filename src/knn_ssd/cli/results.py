@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from knn_ssd.outputs import Generation, Stats
+    from knn_ssd.routing.answers import DraftCount, Neighbour
     from knn_ssd.routing.router import Route
     from knn_ssd.tools.memory import MemoryUse
 
@@ -27,7 +28,8 @@ def summary(generation: Generation, domain: str | None = None) -> str:
     parts = [
         _route(generation.route, domain),
         generation.plan.describe(),
-        _drafts(stats.drafted, stats.accepted),
+        _drafts(stats.by_drafter),
+        _neighbours(generation.neighbours),
         f"{_count(stats.tokens, 'token')} at {stats.tokens_per_sec:.1f}/s",
         f"{stats.exactness.value} exactness",
         f"ended by {generation.finish_reason.value}",
@@ -39,8 +41,11 @@ def total(answers: Sequence[Stats]) -> str:
     """One line: the statistics of several answers in total."""
     tokens = sum(stats.tokens for stats in answers)
     seconds = sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
-    drafts = _drafts(sum(stats.drafted for stats in answers), sum(stats.accepted for stats in answers))
-    return f"[{_count(len(answers), 'answer')} | {drafts} | {_count(tokens, 'token')} at {tokens / seconds:.1f}/s]"
+    names = dict.fromkeys(name for stats in answers for name in stats.by_drafter)
+    counts = {name: [stats.by_drafter[name] for stats in answers if name in stats.by_drafter] for name in names}
+    drafts = {name: (sum(c.drafted for c in each), sum(c.accepted for c in each)) for name, each in counts.items()}
+    speed = f"{_count(tokens, 'token')} at {tokens / seconds:.1f}/s"
+    return f"[{_count(len(answers), 'answer')} | {_drafts(drafts)} | {speed}]"
 
 
 def memory(use: MemoryUse) -> str:
@@ -63,6 +68,7 @@ def generation_json(name: str, generation: Generation) -> dict[str, Any]:
         "token_ids": list(generation.token_ids),
         "route": route and {"domain": route.domain, "distance": route.distance, "fallback": route.fallback},
         "plan": generation.plan.to_json(),
+        "neighbours": [{"id": near.answer.id, "distance": near.distance} for near in generation.neighbours],
         "stats": _stats_json(generation.stats),
         "finish_reason": generation.finish_reason.value,
     }
@@ -71,6 +77,7 @@ def generation_json(name: str, generation: Generation) -> dict[str, Any]:
 def _stats_json(stats: Stats) -> dict[str, Any]:
     return {
         **{name: getattr(stats, name) for name in _NUMBERS},
+        "by_drafter": {name: count._asdict() for name, count in stats.by_drafter.items()},
         "exactness": stats.exactness.value,
         "low_bit_bytes": stats.memory.low_bit,
         "resident_memory_bytes": stats.memory.resident,
@@ -87,5 +94,16 @@ def _route(route: Route | None, domain: str | None) -> str:
     return f"fallback plan: beyond the radius of the nearest, {nearest}" if route.fallback else f"near {nearest}"
 
 
-def _drafts(drafted: int, accepted: int) -> str:
-    return f"drafted {drafted}, accepted {accepted} ({accepted / drafted:.0%})" if drafted else "nothing drafted"
+def _drafts(by_drafter: Mapping[str, DraftCount | tuple[int, int]]) -> str:
+    """How many tokens were drafted and accepted, in total and by each drafter."""
+    drafted, accepted = (sum(count[i] for count in by_drafter.values()) for i in (0, 1))
+    if not drafted:
+        return "nothing drafted"
+    shares = (f"{name} {count[1]} of {count[0]}" for name, count in by_drafter.items())
+    return f"drafted {drafted}, accepted {accepted} ({accepted / drafted:.0%}): {', '.join(shares)}"
+
+
+def _neighbours(neighbours: Sequence[Neighbour]) -> str:
+    """The numbers of the nearest earlier requests, with their distances."""
+    near = ", ".join(f"{each.answer.id} at distance {each.distance:.3f}" for each in neighbours)
+    return f"near requests {near}" if near else ""

@@ -89,7 +89,7 @@ def _fingerprint(
         hidden_size=int(sizes.hidden_size),
         vocab_size=int(sizes.vocab_size),
         weights_hash=_weights_hash(weights),
-        tokenizer_hash=_tokenizer_hash(tokenizer),
+        tokenizer_hash=hash_of_vocabulary(tokenizer),
         dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -126,7 +126,8 @@ def _mapped_weights(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
     return weights | {"lm_head.weight": embeddings} if tied and embeddings is not None else weights
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+def hash_of_vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Identifies a tokenizer by its vocabulary; empty where there is none."""
     if tokenizer is None:
         return ""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))

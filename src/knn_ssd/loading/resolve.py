@@ -102,6 +102,21 @@ def load_model(
     return LoadedModel(model, tokenizer, EMBEDDED_MODEL if name is None else str(name), directory)
 
 
+def load_tokenizer(name: str | Path | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model on this machine, without the model; None if it has no vocabulary.
+
+    Raises:
+        ModelError: the model is not on this machine, or its tokenizer cannot be read.
+    """
+    directory = model_dir(name)
+    if directory is None:
+        raise ModelError(
+            f"the model '{name}' is not on this machine", "Name a directory, or a model that was used here."
+        )
+    with quiet_transformers():
+        return _load_tokenizer(directory)
+
+
 # ---- From a name to a directory
 
 

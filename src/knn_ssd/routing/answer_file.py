@@ -25,12 +25,14 @@ from knn_ssd.loading.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
+Key = bytes  # of a request; see `answer_key`
+
 FILE_NAME = "answers.sqlite"
 FORMAT = 1
 _LOCK_SECONDS = 5.0  # to wait for another process, which writes for a millisecond
 _MAX_TEXT = 10_000  # characters of the fingerprint, and of what was drafted in a request
 _MAX_ROW = 2**26  # bytes
-_MAX_COUNT = 2**53  # of requests and tokens: what a float holds exactly
+MAX_COUNT = 2**53  # of requests and tokens: what a float holds exactly
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE answers (
@@ -55,10 +57,10 @@ _OF_THE_DISK = (  # a disk that is full, read-only or broken, or a file that ano
 class StoredAnswer(NamedTuple):
     """A request as it is stored."""
 
-    key: bytes
-    """Identifies prompt and answer; see `answer_key`."""
+    key: Key
+    """Identifies prompt and answer."""
     vector: np.ndarray[Any, Any]
-    """(D,) float32, finite."""
+    """(D,) float32, finite and not zero."""
     prompt_ids: np.ndarray[Any, Any]
     """(n,) int32."""
     token_ids: np.ndarray[Any, Any]
@@ -71,7 +73,7 @@ class StoredAnswer(NamedTuple):
     """The number of the request that used it last."""
 
 
-def answer_key(prompt_ids: np.ndarray[Any, Any], token_ids: np.ndarray[Any, Any]) -> bytes:
+def answer_key(prompt_ids: np.ndarray[Any, Any], token_ids: np.ndarray[Any, Any]) -> Key:
     """Identifies a prompt (n,) and its answer (m,), both int32: a hash of both."""
     digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=16)
     for ids in (prompt_ids, token_ids):
@@ -108,7 +110,13 @@ class AnswerFile:
             self._stop_writing(error)
         self._vocab_size = vocab_size or self.fingerprint.vocab_size
 
-    def read(self, max_tokens: int = _MAX_COUNT // 4) -> Iterator[StoredAnswer]:
+    @property
+    def bytes(self) -> int:
+        """Size on disk, SQLite's write-ahead log included."""
+        files = (self.path, self.path.with_name(f"{FILE_NAME}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def read(self, max_tokens: int = MAX_COUNT // 4) -> Iterator[StoredAnswer]:
         """All requests in the order in which they were added; the ids of damaged ones are put into `skipped`.
 
         Args:
@@ -134,7 +142,8 @@ class AnswerFile:
     def remove_skipped(self) -> None:
         """Removes the entries that `read` skipped, and reports how many in one warning."""
         if self.skipped:
-            logger.warning("%d damaged entries of '%s' were skipped and are removed.", len(self.skipped), self.path)
+            text = "'%s' had %d requests that are damaged or too long for it. They were skipped and removed."
+            logger.warning(text, self.path, len(self.skipped))
             self._write("DELETE FROM answers WHERE id = ?", [(number,) for number in self.skipped])
             self.skipped = []
 
@@ -144,11 +153,11 @@ class AnswerFile:
         row = (stored.key, stored.accepted, stored.last_used, json.dumps(stored.by_drafter), *blobs)
         self._write(f"INSERT OR REPLACE INTO answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", [row])
 
-    def update(self, usefulness: Iterable[tuple[float, int, bytes]]) -> None:
+    def update(self, usefulness: Iterable[tuple[float, int, Key]]) -> None:
         """Writes `accepted` and `last_used` of the requests with these keys."""
         self._write("UPDATE answers SET accepted = ?, last_used = ? WHERE key = ?", usefulness)
 
-    def delete(self, keys: Iterable[bytes]) -> None:
+    def delete(self, keys: Iterable[Key]) -> None:
         """Removes the requests with these keys."""
         self._write("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
 
@@ -233,18 +242,25 @@ class AnswerFile:
 
     def _checked(self, row: list[Any]) -> StoredAnswer | None:
         """A row's content; None if something in it cannot be true."""
-        key, accepted, last_used, drafted, *blobs = row
+        key, accepted, last_used, counts, *blobs = row
         try:
             prompt_ids, token_ids = (np.frombuffer(blob, "<i4").astype(np.int32, copy=False) for blob in blobs[:2])
             vector = np.frombuffer(blobs[2], "<f4").astype(np.float32, copy=False)
-            by_drafter = {str(name): (int(pair[0]), int(pair[1])) for name, pair in json.loads(drafted).items()}
+            by_drafter = {str(name): (int(pair[0]), int(pair[1])) for name, pair in json.loads(counts).items()}
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
-        in_range = 0 <= accepted <= _MAX_COUNT and 0 <= last_used <= _MAX_COUNT
+        in_range = 0 <= accepted <= MAX_COUNT and 0 <= last_used <= MAX_COUNT
+        in_range &= all(0 <= right <= drafted <= MAX_COUNT for drafted, right in by_drafter.values())
         known = all(
             not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab_size) for ids in (prompt_ids, token_ids)
         )
-        if not in_range or not known or not np.isfinite(vector).all() or key != answer_key(prompt_ids, token_ids):
+        if (
+            not in_range
+            or not known
+            or not np.isfinite(vector).all()
+            or not vector.any()
+            or key != answer_key(prompt_ids, token_ids)
+        ):
             return None
         return StoredAnswer(key, vector, prompt_ids, token_ids, by_drafter, accepted, last_used)
 
@@ -284,6 +300,7 @@ def _connect(uri: str) -> sqlite3.Connection:
         uri, uri=True, timeout=_LOCK_SECONDS, isolation_level="IMMEDIATE", check_same_thread=False
     )
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
+    connection.text_factory = lambda text: text.decode(errors="replace")  # so that one bad text spoils no other row
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     return connection

@@ -20,7 +20,7 @@ import numpy as np
 
 from knn_ssd.errors import UsageError
 from knn_ssd.loading.fingerprint import Fingerprint
-from knn_ssd.routing.answer_file import AnswerFile, StoredAnswer, answer_key
+from knn_ssd.routing.answer_file import MAX_COUNT, AnswerFile, Key, StoredAnswer, answer_key
 from knn_ssd.routing.vector_index import VectorIndex
 
 NUM_NEIGHBOURS = 6  # whose answers draft
@@ -31,7 +31,6 @@ _KEPT_SHARE = 0.9  # of the store that stays when it is full, so that evictions 
 _TOKENS_PER_REQUEST = 64  # at least, on average: the vectors of many short requests would outgrow their tokens
 _MIN_REQUESTS = 1024  # that a store of whatever size may hold
 _OBJECT_BYTES = 1024  # of a request in memory besides its vector and tokens
-_Key = bytes  # of a request
 
 
 class DraftCount(NamedTuple):
@@ -81,7 +80,7 @@ class _Entry:
     """A request in the store."""
 
     answer: Answer
-    key: bytes  # of prompt and answer
+    key: Key  # of prompt and answer
     accepted: float  # draft tokens from it that were accepted, as they counted at `last_used`
     last_used: int  # in requests
 
@@ -101,7 +100,7 @@ class AnswerStore:
         self._max_requests = max(_MIN_REQUESTS, max_tokens // _TOKENS_PER_REQUEST)
         self._lock = threading.Lock()
         self._entries: dict[int, _Entry] = {}  # by the answer's id
-        self._ids: dict[bytes, int] = {}  # by key
+        self._ids: dict[Key, int] = {}  # by key
         self._index = VectorIndex()
         self._width: int | None = None  # values of a vector
         self._tokens = 0
@@ -189,7 +188,7 @@ class AnswerStore:
             else:
                 evicted = self._make_room(len(prompt) + len(answer))
                 entry = self._keep(stored._replace(last_used=self._clock))
-            self._clock += 1
+            self._clock = min(self._clock + 1, MAX_COUNT)
             stored = stored._replace(accepted=entry.accepted, last_used=entry.last_used)
         if self._file is not None:
             self._file.delete(evicted)
@@ -201,7 +200,7 @@ class AnswerStore:
             used = [(self._entries[number], count) for number, count in accepted.items() if number in self._entries]
             changed = [(entry, count) for entry, count in used if count > 0]
             for entry, count in changed:
-                entry.accepted = self._usefulness(entry) + count
+                entry.accepted = min(self._usefulness(entry) + count, float(MAX_COUNT))
                 entry.last_used = self._clock
             rows = [(entry.accepted, entry.last_used, entry.key) for entry, _ in changed]
         if self._file is not None and rows:
@@ -227,12 +226,12 @@ class AnswerStore:
             self._file.close()
 
     def _load(self, file: AnswerFile) -> None:
-        evicted: list[_Key] = []
+        evicted: list[Key] = []
         self._width = file.fingerprint.hidden_size
         for stored in file.read(int(_LARGEST_SHARE * self.max_tokens)):
             unit = _unit(stored.vector)
             if unit is not None and stored.key not in self._ids:
-                self._clock = max(self._clock, stored.last_used + 1)
+                self._clock = min(max(self._clock, stored.last_used + 1), MAX_COUNT)
                 evicted += self._make_room(len(stored.prompt_ids) + len(stored.token_ids))
                 self._keep(stored._replace(vector=unit))
         file.remove_skipped()
@@ -275,7 +274,7 @@ class AnswerStore:
         """Draft tokens from an answer that were accepted; they count half after as many requests as the store holds."""
         return float(entry.accepted * 0.5 ** ((self._clock - entry.last_used) / len(self._entries)))
 
-    def _make_room(self, tokens: int) -> list[_Key]:
+    def _make_room(self, tokens: int) -> list[Key]:
         """Forgets requests if one with so many tokens would be too much; returns the keys of those forgotten."""
         if self._tokens + tokens <= self.max_tokens and len(self._entries) < self._max_requests:
             return []

@@ -11,6 +11,7 @@ import numpy as np
 EXACT_VECTORS = 100_000  # so many are compared one by one
 _BLOCK = 1024  # rows that are moved at a time
 _SPARE = 64  # rows beyond those in use that are always worth having
+_SAME = 1e-6  # cosines that differ by less are the same, but for rounding
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 16, 128, 64  # M, efConstruction and ef of arXiv 1603.09320
 
 
@@ -59,8 +60,9 @@ class ExactIndex:
         if not self._count:
             return []
         cosines = np.einsum("ij,j->i", self._vectors[: self._count], unit)  # (N,)
-        best = np.argpartition(cosines, -k)[-k:] if self._count > k else np.arange(self._count)
-        return _nearest_first(zip(self._numbers[best].tolist(), cosines[best].tolist(), strict=True))
+        least = np.partition(cosines, -k)[-k] - _SAME if self._count > k else -np.inf
+        best = np.flatnonzero(cosines >= least)
+        return _nearest_first(zip(self._numbers[best].tolist(), cosines[best].tolist(), strict=True))[:k]
 
     def _resize(self, rows: int) -> None:
         # In place, where numpy's `resize` asks the system to move the pages; no view of these arrays is ever given out.
@@ -164,4 +166,4 @@ class VectorIndex:
 
 
 def _nearest_first(found: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
-    return sorted(found, key=lambda each: (-each[1], -each[0]))
+    return sorted(found, key=lambda each: (-round(each[1] / _SAME), -each[0]))
