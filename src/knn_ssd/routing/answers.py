@@ -24,7 +24,7 @@ from knn_ssd.routing.answer_file import MAX_COUNT, AnswerFile, Key, StoredAnswer
 from knn_ssd.routing.vector_index import VectorIndex
 
 NUM_NEIGHBOURS = 6  # whose answers draft
-RADIUS = 1.0  # cosine distance beyond which a request is no neighbour
+RADIUS = 0.1  # cosine distance beyond which a request is no neighbour
 DEFAULT_MAX_TOKENS = 1_000_000
 _LARGEST_SHARE = 0.1  # of the store's tokens that one request may take; a longer one is not kept
 _KEPT_SHARE = 0.9  # of the store that stays when it is full, so that evictions are rare
