@@ -67,7 +67,7 @@ def _add_keeping_options(parser: argparse.ArgumentParser) -> None:
         f"or '{_SHARED}': all clients share one answer store and one prefix cache. May be given twice, for both "
         "(default: each API key has a store in memory)"
     )
-    option(answers, "--answers", f"DIR|{_SHARED}", text, options.filled, action="append")
+    option(answers, "--answers", f"DIR|{_SHARED}", text, options.filled, action="append", dest="kept_answers")
     answers.add_argument("--no-answers", action="store_true", help="keep no answers of earlier requests")
 
 
@@ -136,7 +136,7 @@ class _Keeping:
         Raises:
             UsageError: a folder for the answers of unknown clients, or more than one folder.
         """
-        given = args.answers or []
+        given = args.kept_answers or []
         shared, folders = _SHARED in given, [Path(each) for each in given if each != _SHARED]
         if len(folders) > 1:
             raise UsageError(f"--answers takes one folder, got {' and '.join(map(str, folders))}")
