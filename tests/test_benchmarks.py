@@ -126,6 +126,14 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     run("never_slower.py", *options, "--least", "1000", code=1)
 
 
+def test_the_costs_of_an_answer_store_are_printed(run: Run) -> None:
+    options = ["--dimensions", "32", "--prompt-tokens", "30", "--answer-tokens", "20"]
+    head, *found = rows(run("answers.py", "--requests", "50", "200", *options))
+    assert len(head) == 9
+    assert [row[0] for row in found] == ["50", "200"]
+    assert all(float(row[5]) == pytest.approx(sum(map(float, row[1:5])), abs=0.03) for row in found)
+
+
 def test_arms_of_earlier_answers_are_compared(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--out", str(tmp_path / "run"), "--max-new-tokens", "12"]
