@@ -14,6 +14,7 @@ from helpers import endless
 
 from knn_ssd.engine import Engine
 from knn_ssd.request import EndRule
+from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.listen import listen
 from knn_ssd.server.scheduler import Scheduler
@@ -21,6 +22,11 @@ from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 MODEL = "tiny"
+
+
+def new_store(_name: str, max_tokens: int) -> AnswerStore:
+    """An owner's answer store, in memory."""
+    return AnswerStore(max_tokens)
 
 
 class SlowEngine(Engine):
@@ -53,12 +59,14 @@ def serving(settings: ServeSettings, engine: Engine | None = None) -> Iterator[S
     app = make_app(engine, settings)
     own = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
-    own.close()
+    try:
+        yield Served(engine, app.state.scheduler, f"http://127.0.0.1:{own.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        own.close()

@@ -25,9 +25,9 @@ CONTEXT = 256  # tokens of the tiny model; one character is one token
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
-def save_model(folder: Path) -> Path:
+def save_model(folder: Path, **sizes: int) -> Path:
     """A tiny model without an end token, and its tokenizer, as `--model` takes them."""
-    endless(tiny_model()).save_pretrained(folder)
+    endless(tiny_model(**sizes)).save_pretrained(folder)
     tiny_tokenizer(chat=True).save_pretrained(folder)
     return folder
 
@@ -112,7 +112,7 @@ def _port(process: subprocess.Popen[str], log: Path) -> int:
     """Once the server answers."""
     due = time.monotonic() + 60
     while time.monotonic() < due and process.poll() is None:
-        said = re.search(r"at http://127\.0\.0\.1:(\d+)/v1", log.read_text("utf-8"))
+        said = re.search(r"at http://[\d.]+:(\d+)/v1", log.read_text("utf-8"))
         if said:
             try:
                 httpx.get(f"http://127.0.0.1:{said[1]}/health", timeout=10)

@@ -25,7 +25,7 @@ from knn_ssd.speculation.decode import TokenLogprobs
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import spell
 
-SOURCES = {"prefill", "self", "lookup", "corrected", "bonus", "plain"}
+SOURCES = {"prefill", "self", "lookup", "retrieval", "corrected", "bonus", "plain"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_pieces_of_a_chunk_are_its_tokens_texts(engine: Engine, plan: Plan |
         assert len(chunk.pieces) == len(origins) == len(chunk.round.tokens)
         assert set(origins) <= SOURCES
         assert (origins == ("prefill",)) == (number == 0)
-        assert sum(origin in {"self", "lookup"} for origin in origins) == chunk.round.accepted
+        assert sum(origin in {"self", "lookup", "retrieval"} for origin in origins) == chunk.round.accepted
         if number and not chunk.round.drafted:
             assert origins == ("plain",)
 

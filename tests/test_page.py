@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from helpers import endless
-from server import MODEL, Served, SlowEngine, serving
+from server import MODEL, Served, SlowEngine, new_store, serving
 from test_logprobs import tiny_atlas
 
 from knn_ssd.engine import Engine
 from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.owners import Owners
 from knn_ssd.server.scheduler import Limits
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -227,7 +228,7 @@ def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Serve
 
 
 def test_the_page_asks_for_an_api_key_once_the_server_needs_one(page: Page) -> None:
-    for own in serving(ServeSettings(MODEL, api_key="secret")):
+    for own in serving(ServeSettings(MODEL, Owners.dividing(keys=["secret"]))):
         page.goto(own.url)
         page.get_by_role("alert").filter(has_text="The API key is missing or wrong").wait_for()
         page.get_by_label("API key").fill("secret")
@@ -253,6 +254,50 @@ def test_the_nearest_anchor_is_shown_on_the_map(page: Page) -> None:
         assert page.locator("#map .here").text_content() == "fox"
         assert (page.locator("#route").text_content() or "").startswith("fox at cosine distance 0.000")
         page.get_by_text("Plan: skip MLP 2; drafts up to 4").wait_for()
+
+
+def test_tokens_from_an_earlier_answer_name_the_request_that_it_answered(page: Page) -> None:
+    for own in serving(ServeSettings(MODEL, Owners.dividing(0, new_store)), tiny_engine(128)):
+        page.goto(own.url)
+        say(page, "a fox")
+        ended(page)
+        first = answer(page)
+        assert page.locator("#neighbours li").count() == 0
+        assert page.get_by_text("No earlier request is near this one, or none is kept.").is_visible()
+        page.get_by_role("button", name="New chat").click()
+        say(page, "a fox")
+        ended(page)
+        assert answer(page) == first
+        copied = page.locator(".token[data-source=retrieval]")
+        named = "“a fox” at cosine distance 0.000"
+        title = copied.first.get_attribute("title") or ""
+        assert title.startswith(f"retrieval: copied from an earlier answer, accepted; it answered {named}; round ")
+        about = page.locator("#about")
+        assert about.is_hidden()
+        copied.first.click()
+        assert about.text_content() == title
+        number = int(page.locator("#count-retrieval").text_content() or "")
+        assert page.locator("#neighbours li").all_text_contents() == [f"{named}: {number} tokens of its answer"]
+        page.reload()
+        assert page.locator("#neighbours li").all_text_contents() == [f"{named}: {number} tokens of its answer"]
+        copied.first.click()
+        page.get_by_role("button", name="New chat").click()
+        assert about.is_hidden()
+        assert page.locator("#neighbours li").count() == 0
+
+
+def test_every_source_has_a_colour_and_a_line_of_its_own(page: Page, brief: Served) -> None:
+    """For those who cannot tell the colours apart, there are the lines."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.goto(brief.url)
+        looks: list[list[str]] = page.locator("#legend .mark").evaluate_all(
+            "marks => marks.map(getComputedStyle).map("
+            "s => [s.textDecorationColor, `${s.textDecorationLine} ${s.textDecorationStyle}`])"
+        )
+        colours, lines = zip(*looks, strict=True)
+        assert len(set(lines)) == len(lines) == 7
+        assert len(set(colours)) == 7
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from helpers import endless
 from pydantic import ValidationError
-from server import MODEL, Served, SlowEngine, serving
+from server import MODEL, Served, SlowEngine, new_store, serving
 
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.cli import main
@@ -26,6 +26,7 @@ from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.listen import listen
+from knn_ssd.server.owners import Owners
 from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, Event, Limits, PrefillDone, Scheduler
 from knn_ssd.server.schemas import ChatRequest
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -35,8 +36,9 @@ PROMPTS = ["once upon a time", "3 + 4 = ", "a fox", "SELECT name", "guten Tag"]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    limits = Limits(running=6, waiting=200)
-    yield from serving(ServeSettings(MODEL, limits=limits, max_body_bytes=20_000, body_sec=1.0))
+    """Its clients share a prefix cache and an answer store."""
+    limits, owners = Limits(running=6, waiting=200), Owners.dividing(2**20, new_store)
+    yield from serving(ServeSettings(MODEL, owners, limits, max_body_bytes=20_000, body_sec=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +252,7 @@ def test_many_clients_with_cancellations_and_invalid_requests_each_get_their_own
 
 
 def test_a_server_with_an_api_key_refuses_requests_without_it() -> None:
-    for own in serving(ServeSettings(MODEL, api_key="secret")):
+    for own in serving(ServeSettings(MODEL, Owners.dividing(keys=["secret"]))):
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             ask(own.client, "a fox")
         assert httpx.get(f"{own.url}/health").status_code == 200
@@ -310,8 +312,8 @@ def test_a_request_reports_prefill_chunks_and_generation_in_order(scheduler: Sch
 
 
 def test_the_next_turn_of_a_conversation_reuses_the_prefix_cache() -> None:
-    engine = Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), tiny_tokenizer(), prefix_cache=2**20)
-    with TestClient(make_app(engine, ServeSettings("tiny"))) as http:
+    engine = Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), tiny_tokenizer())
+    with TestClient(make_app(engine, ServeSettings("tiny", Owners.dividing(2**20)))) as http:
         body = {"model": "tiny", "prompt": list(range(3, 63)), "max_tokens": 4, "temperature": 0}
         first, second = (http.post("/v1/completions", json=body).json() for _ in range(2))
     assert first["choices"] == second["choices"]

@@ -1,8 +1,7 @@
-"""The HTTP application: its paths, errors in OpenAI's format, the API key and the limits."""
+"""The HTTP application: its paths, errors in OpenAI's format, API keys and the limits."""
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,11 +15,14 @@ from starlette.exceptions import HTTPException
 
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, PromptError, UsageError
+from knn_ssd.owner import Owner
 from knn_ssd.server.completions import ClientDisconnectedError, CompletionHandler
 from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, internal_error_message
 from knn_ssd.server.logprobs import Logprobs
 from knn_ssd.server.metrics import Metrics
+from knn_ssd.server.owners import Owners
 from knn_ssd.server.page import add_page
+from knn_ssd.server.responses import PromptTexts, prefill_headers
 from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
 from knn_ssd.server.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRequest
 
@@ -35,7 +37,7 @@ class ServeSettings:
 
     Args:
         model: the model name that clients send.
-        api_key: the key that clients must send; None needs no key.
+        owners: the API keys that clients must send, and what is kept for each; by default no key, and nothing.
         limits: limits on the number and duration of requests.
         max_body_bytes: the longest request body.
         body_sec: seconds within which a body must arrive.
@@ -43,7 +45,7 @@ class ServeSettings:
     """
 
     model: str
-    api_key: str | None = None
+    owners: Owners = field(default_factory=Owners)
     limits: Limits = field(default_factory=Limits)
     max_body_bytes: int = 4 * 2**20
     body_sec: float = 30.0
@@ -72,19 +74,16 @@ def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
 
 def _add_completions(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
-    logprobs = Logprobs(scheduler.engine.tokenizer)
+    tokenizer = scheduler.engine.tokenizer
+    logprobs, prompt_texts = Logprobs(tokenizer), PromptTexts(tokenizer)
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
         if request.model != settings.model:
             message = f"the model '{request.model}' is not served; '{settings.model}' is"
             return JSONResponse(error_body(message, _INVALID, "model", "model_not_found"), 404)
-        handler = CompletionHandler(request, scheduler, metrics, logprobs)
-        await handler.start()
-        assert handler.prefill is not None
-        exactness, plan = scheduler.engine.exactness.value, handler.prefill.plan.describe()
-        headers = {"x-knn-ssd-exactness": exactness, "x-knn-ssd-plan": plan}
-        if handler.prefill.route is not None:
-            headers["x-knn-ssd-route"] = handler.prefill.route.plan_name
+        owner = Owner() if request.store is False else http.state.owner
+        handler = CompletionHandler(request, owner, scheduler, metrics, logprobs, prompt_texts)
+        headers = {"x-knn-ssd-exactness": scheduler.engine.exactness.value, **prefill_headers(await handler.start())}
         if request.stream:
             return StreamingResponse(handler.stream_response(), media_type="text/event-stream", headers=headers)
         try:
@@ -132,9 +131,9 @@ def _add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> 
     @app.middleware("http")
     async def check_key_and_count(http: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
         path = http.url.path
-        if settings.api_key is not None and path.startswith("/v1/"):
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
+        if path.startswith("/v1/"):
+            http.state.owner = settings.owners.find(http.headers.get("authorization", "").removeprefix("Bearer "))
+            if http.state.owner is None:
                 body = error_body("the API key is missing or wrong", "authentication_error", None, "invalid_api_key")
                 return JSONResponse(body, 401)
         response = await proceed(http)

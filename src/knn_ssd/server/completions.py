@@ -15,10 +15,12 @@ from starlette.requests import Request
 
 from knn_ssd.errors import KnnSsdError
 from knn_ssd.outputs import Chunk, Generation
+from knn_ssd.owner import Owner
+from knn_ssd.routing.answers import Neighbour
 from knn_ssd.server.limits import error_body, internal_error_message
 from knn_ssd.server.logprobs import Logprobs
 from knn_ssd.server.metrics import Metrics
-from knn_ssd.server.responses import prefill_fields, round_fields
+from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, Job, PrefillDone, Scheduler
 from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
 
@@ -35,32 +37,37 @@ class CompletionHandler:
 
     Args:
         request: the request.
+        owner: what the request may use of earlier ones, and where it is kept for later ones.
         scheduler: runs its n jobs.
         metrics: counts the finished ones.
         logprobs: writes their log-probabilities.
+        prompt_texts: writes the prompts of neighbours.
 
     Attributes:
         id: the response's id.
         created: the response's Unix time.
-        prefill: what the first job reported after its prefill.
+        prefill: what the first job reported after its prefill; its neighbours are those that the response names.
         results: the finished choices by index.
     """
 
     request: ChatRequest | CompletionRequest
+    owner: Owner
     scheduler: Scheduler
     metrics: Metrics
     logprobs: Logprobs
+    prompt_texts: PromptTexts
     id: str = ""
     created: int = 0
     prefill: PrefillDone | None = None
     results: dict[int, Generation] = field(default_factory=dict)
     _jobs: list[Job] = field(default_factory=list)
     _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    _neighbours: dict[int, tuple[Neighbour, ...]] = field(default_factory=dict)  # of each choice
     _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # kept for logprobs and rounds
     _offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice's text sent so far
     _first_fields: dict[str, Any] = field(default_factory=dict)  # sent with the first event
 
-    async def start(self) -> None:
+    async def start(self) -> PrefillDone:
         """Submits the jobs and waits for the first one's prefill, before which a request can still be refused.
 
         Raises:
@@ -68,7 +75,7 @@ class CompletionHandler:
         """
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        options = self.request.options()
+        options = {**self.request.options(), "owner": self.owner}
         loop = asyncio.get_running_loop()
         # Not on the model's thread: a prompt of megabytes takes seconds to encode, and must not delay other requests.
         encode = self.scheduler.engine.encode
@@ -79,10 +86,12 @@ class CompletionHandler:
                 callback = _queue_callback(loop, self._events, index)
                 self._jobs.append(self.scheduler.submit(token_ids, seeded, callback))
             self.prefill = await self._first()
-            self._first_fields = prefill_fields(self.prefill) if self.request.knn_ssd.rounds else {}
+            if self.request.knn_ssd.rounds:
+                self._first_fields = prefill_fields(self.prefill, self.prompt_texts)
         except BaseException:
             self.cancel()
             raise
+        return self.prefill
 
     @property
     def is_chat(self) -> bool:
@@ -107,7 +116,9 @@ class CompletionHandler:
                 if isinstance(event, Generation):
                     self.results[index] = event
                     self.metrics.finished(event)
-                if not isinstance(event, PrefillDone):
+                if isinstance(event, PrefillDone):
+                    self._neighbours[index] = event.neighbours
+                else:
                     yield index, event
         finally:
             self.cancel()
@@ -151,7 +162,7 @@ class CompletionHandler:
                 if isinstance(event, Generation):
                     yield self._event([self._piece(index, None, None, event)], extra)
                 elif event.text or self._is_detailed:
-                    fields = round_fields(event) if self.request.knn_ssd.rounds else None
+                    fields = self._round_fields(index, event) if self.request.knn_ssd.rounds else None
                     logprobs = self._logprobs_of(index, event)
                     yield self._event([self._piece(index, event.text, logprobs)], extra, fields)
         except Exception as error:
@@ -174,8 +185,17 @@ class CompletionHandler:
 
     def _rounds(self) -> list[dict[str, Any]]:
         return [
-            {"index": index, **round_fields(chunk)} for index in range(self.request.n) for chunk in self._chunks[index]
+            {"index": index, **self._round_fields(index, chunk)}
+            for index in range(self.request.n)
+            for chunk in self._chunks[index]
         ]
+
+    def _round_fields(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        """The fields of a round, with its neighbour's place among those that the response names."""
+        assert self.prefill is not None
+        place, named = chunk.round.neighbour, [each.answer.id for each in self.prefill.neighbours]
+        found = None if place is None else self._neighbours[index][place].answer.id
+        return round_fields(chunk, named.index(found) if found in named else None)
 
     def _logprobs_of(self, index: int, *chunks: Chunk) -> dict[str, Any] | None:
         if self.request.num_logprobs is None:
@@ -194,6 +214,7 @@ class CompletionHandler:
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, PrefillDone):
+                self._neighbours[index] = event.neighbours
                 break
             kept.append((index, event))
         for each in kept:

@@ -22,8 +22,8 @@ class Metrics:
         counter = partial(Counter, registry=registry)
         self.responses = counter("knn_ssd_responses", "Responses by path and status.", ("path", "status"))
         self._tokens = counter("knn_ssd_tokens", "Tokens of finished requests.")
-        self._drafted = counter("knn_ssd_drafted_tokens", "Drafted tokens of finished requests.")
-        self._accepted = counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.")
+        self._drafted = counter("knn_ssd_drafted_tokens", "Drafted tokens of finished requests.", ("drafter",))
+        self._accepted = counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.", ("drafter",))
         routes = "Finished requests by the domain that they were routed to."
         self._routes = counter("knn_ssd_routes", routes, ("domain",))
         self._prefill = Histogram("knn_ssd_prefill_seconds", "Prefill of a request.", registry=registry)
@@ -34,8 +34,9 @@ class Metrics:
     def finished(self, result: Generation) -> None:
         """Counts a finished request."""
         self._tokens.inc(len(result.token_ids))
-        self._drafted.inc(result.stats.drafted)
-        self._accepted.inc(result.stats.accepted)
+        for drafter, count in result.stats.by_drafter.items():
+            self._drafted.labels(drafter).inc(count.drafted)
+            self._accepted.labels(drafter).inc(count.accepted)
         self._routes.labels("none" if result.route is None else result.route.plan_name).inc()
         self._prefill.observe(result.stats.prefill_sec)
         self._decode.observe(result.stats.decode_sec)

@@ -18,6 +18,7 @@ from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.plan import Plan
+from knn_ssd.routing.answers import Neighbour
 from knn_ssd.routing.router import Route
 from knn_ssd.server.batcher import Cancelled, ContinuousBatcher, RequestTask
 from knn_ssd.tokenization import PromptLike
@@ -43,11 +44,13 @@ class PrefillDone:
         route: the route of the prompt; None without an atlas.
         plan: the plan that drafts.
         prompt_tokens: length of the prompt.
+        neighbours: the earlier requests whose answers can draft, nearest first.
     """
 
     route: Route | None
     plan: Plan
     prompt_tokens: int
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 Event = PrefillDone | Chunk | Generation | Exception
@@ -91,7 +94,8 @@ class Scheduler:
     """Runs requests until it is closed.
 
     Args:
-        engine: its model, atlas and prefix cache are used by all requests.
+        engine: its model and atlas are used by all requests. What a request may use of earlier ones is its option
+            `owner`.
         limits: how many requests are accepted.
     """
 
@@ -207,7 +211,7 @@ class Scheduler:
 
     def _run(self, job: Job) -> None:
         with closing(self.engine.stream(job.prompt, **job.options)) as stream:
-            job.callback(PrefillDone(stream.route, stream.plan, stream.prompt_tokens))
+            job.callback(PrefillDone(stream.route, stream.plan, stream.prompt_tokens, stream.neighbours))
             for chunk in stream:
                 job.callback(chunk)
                 self._batcher.yield_()

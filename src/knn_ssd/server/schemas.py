@@ -81,6 +81,7 @@ class _Request(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    store: bool | None = None
     knn_ssd: DraftingOptions = DraftingOptions()
 
     def sampling(self) -> dict[str, Any]:
