@@ -293,7 +293,7 @@ def test_requests_are_dots_with_lines_to_their_earlier_neighbours(tmp_path: Path
     lines, dots, hollow = drawn(answer_plot.answers_figure(AnswerFile(tmp_path)))
     places = requests.places
     np.testing.assert_allclose(lines, [places[[1, 0]], places[[3, 2]]])
-    np.testing.assert_allclose(dots.get_offsets(), places[::-1])  # the most useful at the back
+    np.testing.assert_allclose(dots.get_offsets(), places)  # the most useful in front
     assert hollow.tolist() == [True, False, True, False, True]
 
 
@@ -301,14 +301,14 @@ def test_a_request_has_lines_to_the_nearest_alone(tmp_path: Path) -> None:
     number = NUM_NEIGHBOURS + 3
     lines, _, hollow = drawn(answer_plot.answers_figure(make_store(tmp_path, (0.5,) * number)))
     assert len(lines) == sum(min(index, NUM_NEIGHBOURS) for index in range(number))
-    assert hollow.tolist() == [False] * (number - 1) + [True]  # the first request was the least useful
+    assert hollow.tolist() == [True] + [False] * (number - 1)
 
 
 def test_dots_are_larger_and_darker_the_more_draft_tokens_were_accepted(tmp_path: Path) -> None:
     _, dots, hollow = drawn(answer_plot.answers_figure(make_store(tmp_path)))
     shades = np.where(hollow[:, None], dots.get_edgecolor(), dots.get_facecolor())[:, :3].sum(axis=1)
-    assert (np.diff(dots.get_sizes()) < 0).all()  # the most useful first
-    assert (np.diff(shades) > 0).all()
+    assert (np.diff(dots.get_sizes()) > 0).all()  # the least useful first
+    assert (np.diff(shades) < 0).all()
 
 
 def test_the_title_counts_and_the_legend_explains(tmp_path: Path) -> None:
@@ -328,7 +328,9 @@ def test_of_many_requests_the_latest_are_drawn(tmp_path: Path, monkeypatch: pyte
     lines, dots, hollow = drawn(figure)
     assert (len(lines), len(dots.get_offsets()), hollow.sum()) == (1, 4, 2)
     assert "5 requests · 25 tokens · 100 draft tokens accepted" in words(figure)
-    assert any(text.startswith("the latest 4 of 5 requests, by t-SNE") for text in words(figure))
+    assert any(
+        text.startswith("the latest 4 of 5 requests, without lines to the others, by t-SNE") for text in words(figure)
+    )
 
 
 @pytest.mark.parametrize("angles", [(0.5,), (0.5, 0.5), (0.5, 2.0, 4.0), (0.5,) * 5])

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _SHADES = ("#88CCEE", "#332288")  # from few to many accepted draft tokens: of Paul Tol's scheme, as in the atlas
 _SMALLEST, _LARGEST = 12.0, 90.0  # areas of dots, in square points
+_MANY = 400  # dots, beyond which they are smaller
 _MAP_WIDTH, _MAP_HEIGHT = 6.6, 5.2  # inches
 _LINE_LOOK: dict[str, Any] = {"color": GREY, "linewidth": 0.5, "alpha": 0.35, "zorder": 1}
 _DOTS = ("a request, by how many draft tokens", "from its answer were accepted")
@@ -100,7 +101,8 @@ class RequestMap:
         drawn = len(self.places)
         if drawn == self.total:
             return f"{count(drawn, 'request')}, {how_projected(drawn)}"
-        return f"the latest {drawn:,} of {count(self.total, 'request')}, {how_projected(drawn)}"
+        latest = f"the latest {drawn:,} of {count(self.total, 'request')}, without lines to the others"
+        return f"{latest}, {how_projected(drawn)}"
 
 
 def plot_answers(file: AnswerFile, out: Path) -> Path:
@@ -142,34 +144,35 @@ def _draw_map(axes: Axes, requests: RequestMap) -> None:
     from matplotlib.collections import LineCollection
 
     axes.add_collection(LineCollection(list(requests.places[requests.lines]), **_LINE_LOOK))
-    order = np.argsort(-requests.accepted, kind="stable")  # large dots hide no small ones
-    places, accepted, lone = requests.places[order], requests.accepted[order], requests.lone[order]
-    _dots(axes, places, accepted, requests.accepted.max(), hollow=lone)
+    order = np.argsort(requests.accepted, kind="stable")  # the few useful ones are not hidden by the others
+    _dots(axes, requests, requests.places[order], requests.accepted[order], hollow=requests.lone[order])
 
 
-def _dots(axes: Axes, places: np.ndarray[Any, Any], accepted: Any, most: float, *, hollow: Any) -> None:
-    """Draws requests at (n, 2); `accepted` and `hollow` are of each, or of all."""
+def _dots(axes: Axes, requests: RequestMap, places: np.ndarray[Any, Any], accepted: Any, *, hollow: Any) -> None:
+    """Draws requests at (n, 2), smaller where the map has many; `accepted` and `hollow` are of each, or of all."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    share = np.broadcast_to(accepted / max(most, 1.0), len(places))
+    share = np.broadcast_to(accepted / max(requests.accepted.max(), 1.0), len(places))
     colours = LinearSegmentedColormap.from_list("accepted", _SHADES)(share)  # (n, 4)
     hollow, white = np.broadcast_to(hollow, len(places)), np.array(to_rgba("white"))
+    scale = min(1.0, max(_MANY / len(requests.places), 0.3))
     look: dict[str, Any] = {
+        "s": scale * (_SMALLEST + (_LARGEST - _SMALLEST) * share),
         "c": np.where(hollow[:, None], white, colours),
         "edgecolors": np.where(hollow[:, None], colours, white),
-        "linewidths": np.where(hollow, 1.1, 0.3),
+        "linewidths": scale**0.5 * np.where(hollow, 1.1, 0.3),
     }
-    axes.scatter(places[:, 0], places[:, 1], s=_SMALLEST + (_LARGEST - _SMALLEST) * share, zorder=2, **look)
+    axes.scatter(places[:, 0], places[:, 1], zorder=2, **look)
 
 
 def _draw_legend(canvas: Axes, left: float, top: float, requests: RequestMap) -> None:
     most = requests.accepted.max()
     height = _draw_lines(canvas, left - 0.12, top, *_DOTS)
     for value in sorted({0, round(most / 2), round(most)}):
-        _dots(canvas, np.array([[left, height]]), value, most, hollow=False)
+        _dots(canvas, requests, np.array([[left, height]]), value, hollow=False)
         height = _draw_lines(canvas, left + 0.25, height, f"{value:,}")
     height -= 0.12
-    _dots(canvas, np.array([[left, height]]), most / 2, most, hollow=True)
+    _dots(canvas, requests, np.array([[left, height]]), most / 2, hollow=True)
     height = _draw_lines(canvas, left + 0.25, height, *_HOLLOW) - 0.12
     canvas.plot([left - 0.12, left + 0.12], [height] * 2, **_LINE_LOOK)
     _draw_lines(canvas, left + 0.25, height, *_LINE)
