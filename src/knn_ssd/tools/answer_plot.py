@@ -72,7 +72,9 @@ class RequestMap:
         """
         stored = list(file.read())
         if not stored:
-            raise UsageError(f"the answer store in '{file.path.parent}' has no requests", "Draw it after some.")
+            raise UsageError(
+                f"the answer store in '{file.path.parent}' has no requests", "Draw it after the first ones."
+            )
         first = max(len(stored) - projection.MAX_POINTS, 0)  # that is drawn
         earlier = AnswerStore(MAX_COUNT)  # which numbers its requests from 0
         lines, lone = [], []
