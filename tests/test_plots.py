@@ -1,4 +1,4 @@
-"""The picture of an atlas: readable at every size, right in what it shows, written atomically."""
+"""The pictures of an atlas and an answer store: readable at every size, right in what they show, written atomically."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import LineCollection, PatchCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.base import Pooling
+from knn_ssd.cli import main
 from knn_ssd.errors import OutputError, UsageError
 from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.routing import projection
+from knn_ssd.routing.answer_file import AnswerFile
+from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, AnswerStore
 from knn_ssd.speculation.cost_model import CostProfile
-from knn_ssd.tools import plot_layout, plots
+from knn_ssd.tools import answer_plot, plot_canvas, plot_layout, plots
 
 WIDTH = 16
-in_two_dimensions = projection._in_two_dimensions  # the real one: t-SNE, which most tests here do without
+in_two_dimensions = projection.in_two_dimensions  # the real one: t-SNE, which most tests here do without
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_two(vectors: np.ndarray[Any, Any], num_domains: int) -> np.ndarray[Any, Any]:
+    def first_two(vectors: np.ndarray[Any, Any], num_groups: int) -> np.ndarray[Any, Any]:
         return np.abs(vectors[:, :2]) / np.abs(vectors[:, :2]).max()
 
-    monkeypatch.setattr(projection, "_in_two_dimensions", first_two)
-    monkeypatch.setattr(plots, "_DPI", 50)
+    monkeypatch.setattr(projection, "in_two_dimensions", first_two)
+    monkeypatch.setattr(plot_canvas, "_DPI", 50)
 
 
 def make_plan(num_layers: int, generator: np.random.Generator, *, low: bool) -> Plan:
@@ -112,7 +115,10 @@ def words(figure: Figure) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_text_covers_another_or_leaves_the_page(name: str) -> None:
-    figure = plots.atlas_figure(CASES[name])
+    check_texts(plots.atlas_figure(CASES[name]))
+
+
+def check_texts(figure: Figure) -> None:
     figure.draw_without_rendering()
     shown = texts(figure)
     boxes = np.array([text.get_window_extent().extents for text in shown])  # left, low, right, high
@@ -180,7 +186,7 @@ def test_the_title_says_when_there_are_anchors_alone() -> None:
 
 
 def test_left_out_vectors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "_MAX_PROMPTS", 10)
+    monkeypatch.setattr(projection, "MAX_POINTS", 10)
     written = words(plots.atlas_figure(CASES["five domains, 30 layers"]))
     assert any(text.startswith("10 of 40 prompt vectors (dots) and 15 anchors") for text in written)
 
@@ -249,3 +255,123 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_pyplot_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plots.atlas_figure(CASES["one point, one layer"])
+
+
+# ---- Answer stores
+
+# Directions of prompt vectors: the first two are near to each other, and the next two.
+ANGLES = (0.0, 0.3, 1.5, 1.5, 3.0)
+
+
+def make_store(folder: Path, angles: tuple[float, ...] = ANGLES, architecture: str = "LlamaForCausalLM") -> AnswerFile:
+    """A store of requests in these directions; `accepted` of the request i is 10 i."""
+    model = Fingerprint(architecture, 4, WIDTH, 128, "ab", "cd", "float32")
+    store = AnswerStore.open(folder, model, 128)
+    for number, angle in enumerate(angles):
+        vector = np.zeros(WIDTH, np.float32)
+        vector[:2] = np.cos(angle), np.sin(angle)
+        store.add(vector, [1, 2, 3], [number, number])
+    for number in range(len(angles)):
+        store.credit({number: 10 * number})
+    store.close()
+    return AnswerFile(folder)
+
+
+def drawn(figure: Figure) -> tuple[list[Any], PathCollection, np.ndarray[Any, Any]]:
+    """The lines of the map, its dots, and which of these are hollow."""
+    lines, dots = figure.axes[1].collections
+    assert isinstance(lines, LineCollection)
+    assert isinstance(dots, PathCollection)
+    return lines.get_segments(), dots, (np.asarray(dots.get_facecolor()) == 1).all(axis=1)
+
+
+def test_requests_are_dots_with_lines_to_their_earlier_neighbours(tmp_path: Path) -> None:
+    assert 1 - np.cos(0.3) < RADIUS < 1 - np.cos(1.2)
+    requests = answer_plot.RequestMap.of(make_store(tmp_path))
+    assert requests.lines.tolist() == [[1, 0], [3, 2]]
+    assert requests.lone.tolist() == [True, False, True, False, True]
+    lines, dots, hollow = drawn(answer_plot.answers_figure(AnswerFile(tmp_path)))
+    places = requests.places
+    np.testing.assert_allclose(lines, [places[[1, 0]], places[[3, 2]]])
+    np.testing.assert_allclose(dots.get_offsets(), places)  # the most useful in front
+    assert hollow.tolist() == [True, False, True, False, True]
+
+
+def test_a_request_has_lines_to_the_nearest_alone(tmp_path: Path) -> None:
+    number = NUM_NEIGHBOURS + 3
+    lines, _, hollow = drawn(answer_plot.answers_figure(make_store(tmp_path, (0.5,) * number)))
+    assert len(lines) == sum(min(index, NUM_NEIGHBOURS) for index in range(number))
+    assert hollow.tolist() == [True] + [False] * (number - 1)
+
+
+def test_dots_are_larger_and_darker_the_more_draft_tokens_were_accepted(tmp_path: Path) -> None:
+    _, dots, hollow = drawn(answer_plot.answers_figure(make_store(tmp_path)))
+    shades = np.where(hollow[:, None], dots.get_edgecolor(), dots.get_facecolor())[:, :3].sum(axis=1)
+    assert (np.diff(dots.get_sizes()) > 0).all()  # the least useful first
+    assert (np.diff(shades) < 0).all()
+
+
+def test_the_title_counts_and_the_legend_explains(tmp_path: Path) -> None:
+    written = words(answer_plot.answers_figure(make_store(tmp_path)))
+    assert "Answer store of LlamaForCausalLM" in written
+    assert "5 requests · 25 tokens · 100 draft tokens accepted" in written
+    assert "5 requests, by t-SNE on cosine distance; the axes have no unit" in written
+    assert {"0", "20", "40", "a request without neighbours"} <= set(written)
+    assert any(text.startswith(f"to a neighbour: one of the {NUM_NEIGHBOURS} nearest") for text in written)
+
+
+def test_of_many_requests_the_latest_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "MAX_POINTS", 4)
+    file = make_store(tmp_path)
+    assert answer_plot.RequestMap.of(file).lone.tolist() == [False, True, False, True]  # the first has its neighbour
+    figure = answer_plot.answers_figure(file)
+    lines, dots, hollow = drawn(figure)
+    assert (len(lines), len(dots.get_offsets()), hollow.sum()) == (1, 4, 2)
+    assert "5 requests · 25 tokens · 100 draft tokens accepted" in words(figure)
+    assert any(
+        text.startswith("the latest 4 of 5 requests, without lines to the others, by t-SNE") for text in words(figure)
+    )
+
+
+@pytest.mark.parametrize("angles", [(0.5,), (0.5, 0.5), (0.5, 2.0, 4.0), (0.5,) * 5])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "AVeryLongNameOf" * 5 + "ForCausalLM"])
+def test_small_stores_have_readable_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, angles: tuple[float, ...], architecture: str
+) -> None:
+    monkeypatch.setattr(projection, "in_two_dimensions", in_two_dimensions)
+    figure = answer_plot.answers_figure(make_store(tmp_path, angles, architecture))
+    check_texts(figure)
+    assert len(drawn(figure)[1].get_offsets()) == len(angles)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_the_command_draws_an_answer_store(
+    tmp_path: Path, suffix: str, start: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "store").close()
+    out = tmp_path / f"answers{suffix}"
+    assert main(["plot", str(tmp_path / "store"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_bytes().startswith(start)
+
+
+def test_an_empty_store_and_folders_of_something_else_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "empty", ()).close()
+    make_store(tmp_path / "store").close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "answers.sqlite").write_bytes(b"something else" * 1000)
+    for name, out, text in (
+        ("empty", "a.png", "empty' has no requests"),
+        ("nowhere", "a.png", "nowhere', and no answer store"),
+        ("other", "a.png", "it has no atlas.json; nor an answer store: it has no answers.sqlite"),
+        ("damaged", "a.png", "cannot be used: file is not a database"),
+        ("store", "a.jpg", "a plot cannot be written as 'a.jpg'"),
+    ):
+        assert main(["plot", str(tmp_path / name), "--out", str(tmp_path / out)]) != 0
+        said = capsys.readouterr().err
+        assert text in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / out).exists()

@@ -26,7 +26,7 @@ COMMANDS = {
     "bench": "compare decoding methods with plain decoding",
     "atlas": "show, verify, compare and share atlases",
     "answers": "show and clear what an answer store on disk holds",
-    "plot": "draw an atlas: its prompt vectors, its anchors and its plans",
+    "plot": "draw an atlas, or the requests of an answer store",
     "doctor": "show what this machine offers, and how fast a model can run on it",
 }
 

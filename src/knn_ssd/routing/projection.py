@@ -1,4 +1,4 @@
-"""Projects the vectors of an atlas to two dimensions, as in the paper's figure. Knows nothing of how they are drawn."""
+"""Projects prompt vectors to two dimensions, as in the paper's figure. Knows nothing of how they are drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from knn_ssd.atlas import Atlas
 
-_MAX_PROMPTS = 2000  # t-SNE of more takes minutes and shows no more
+MAX_POINTS = 2000  # t-SNE of more takes minutes and shows no more
 _MIN_POINTS = 3  # that t-SNE needs
 _SEED = 0
 
@@ -31,10 +31,10 @@ class Points:
         if vectors is None:
             vectors = np.empty((0, atlas.anchors.shape[1]), np.float32)
         total = len(vectors)
-        if total > _MAX_PROMPTS:
-            chosen = np.linspace(0, total - 1, _MAX_PROMPTS).round().astype(int)
+        if total > MAX_POINTS:
+            chosen = np.linspace(0, total - 1, MAX_POINTS).round().astype(int)
             vectors, domains = vectors[chosen], domains[chosen]
-        places = _in_two_dimensions(np.concatenate([vectors, atlas.anchors]), len(atlas.domains))
+        places = in_two_dimensions(np.concatenate([vectors, atlas.anchors]), len(atlas.domains))
         return cls(
             places=places,
             domains=(*domains, *atlas.anchor_domains),
@@ -61,19 +61,23 @@ class Points:
         prompts = f"{self.num_prompts} of {total} prompt vectors" if self.left_out else count(total, "prompt vector")
         anchors = count(len(self.domains) - self.num_prompts, "anchor") + " (outlined)"
         drawn = f"{prompts} (dots) and {anchors}" if self.kept else anchors
-        how = "too few for t-SNE" if len(self.domains) < _MIN_POINTS else "by t-SNE on cosine distance"
-        return f"{drawn}, {how}; the axes have no unit"
+        return f"{drawn}, {how_projected(len(self.domains))}"
 
 
-def _in_two_dimensions(vectors: np.ndarray[Any, Any], num_domains: int) -> np.ndarray[Any, Any]:
-    """t-SNE by cosine distance, (N, D) to (N, 2), each axis scaled to [0, 1]; fewer than three points on a line."""
+def in_two_dimensions(vectors: np.ndarray[Any, Any], num_groups: int) -> np.ndarray[Any, Any]:
+    """t-SNE by cosine distance, (N, D) to (N, 2), each axis scaled to [0, 1]; fewer than three points on a line.
+
+    Args:
+        vectors: (N, D) prompt vectors; more than `MAX_POINTS` take minutes.
+        num_groups: about how many groups there are.
+    """
     if len(vectors) < _MIN_POINTS:
         places = np.column_stack([np.arange(len(vectors)), np.zeros(len(vectors))])
     else:
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        perplexity = min(30.0, max(len(vectors) / (3 * num_domains), 2.0), (len(vectors) - 1) / 3)
+        perplexity = min(30.0, max(len(vectors) / (3 * num_groups), 2.0), (len(vectors) - 1) / 3)
         init = "pca" if np.count_nonzero(np.ptp(vectors, axis=0)) > 1 else "random"
         with threadpool_limits(1):  # more threads only wait for each other on so few points
             reduction = TSNE(metric="cosine", perplexity=perplexity, init=init, random_state=_SEED)
@@ -82,5 +86,12 @@ def _in_two_dimensions(vectors: np.ndarray[Any, Any], num_domains: int) -> np.nd
     return np.where(high > low, (places - low) / np.where(high > low, high - low, 1.0), 0.5)
 
 
+def how_projected(num_points: int) -> str:
+    """Says how `in_two_dimensions` places so many points."""
+    how = "too few for t-SNE" if num_points < _MIN_POINTS else "by t-SNE on cosine distance"
+    return f"{how}; the axes have no unit"
+
+
 def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """A number of things in words."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from knn_ssd.atlas import Atlas
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.routing.projection import Points
+from knn_ssd.tools.plot_canvas import HEADER, MARGIN, PANEL_TITLE, text_width
 
 # Paul Tol's muted scheme, safe for the colour-blind; domains beyond the ninth change the shape of the mark.
 _COLOURS = ("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499")
 _SHAPES = ("o", "^", "s", "D", "v")
 
 # Inches.
-MARGIN = 0.4
-_HEADER = 0.85
-_PANEL_TITLE = 0.62
 _GAP = 0.2
 MAP_HEIGHT, MAP_WIDTH = 4.4, 6.2
 CELL_HEIGHT, ROW_PITCH = 0.16, 0.48
@@ -110,7 +108,7 @@ class Page:
 
     @property
     def height(self) -> float:
-        return self.map_top + _PANEL_TITLE + _HEADER
+        return self.map_top + PANEL_TITLE + HEADER
 
     @property
     def map_width(self) -> float:
@@ -122,7 +120,7 @@ class Page:
 
     @property
     def map_bottom(self) -> float:
-        return self.plans_top + _PANEL_TITLE + _GAP
+        return self.plans_top + PANEL_TITLE + _GAP
 
     @property
     def plans_top(self) -> float:
@@ -144,16 +142,6 @@ class Page:
         """The distance from the top of the map of plans to the middle of a row."""
         is_fallback = index == len(self.rows) - 1
         return (index + 0.5) * ROW_PITCH + (BEFORE_FALLBACK if is_fallback else 0.0)
-
-
-def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """The width of a text in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size, weight=weight)
-    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    return float(width) / 72
 
 
 def page_title(atlas: Atlas) -> str:
