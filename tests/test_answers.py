@@ -21,12 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from knn_ssd import Engine
 from knn_ssd.errors import AnswerStoreError, AnswerStoreMismatchError, UsageError
-from knn_ssd.loading.fingerprint import Fingerprint
+from knn_ssd.loading.fingerprint import Fingerprint, fingerprint
 from knn_ssd.routing import answer_file
 from knn_ssd.routing.answer_file import FILE_NAME, AnswerFile, answer_key
 from knn_ssd.routing.answers import AnswerStore, DraftCount
 from knn_ssd.routing.vector_index import ExactIndex, GraphIndex, VectorIndex
+from knn_ssd.testing import tiny_model
 
 WIDTH, VOCABULARY = 8, 100
 MODEL = Fingerprint("TinyForCausalLM", 4, WIDTH, VOCABULARY, "weights", "tokenizer", "float32")
@@ -654,3 +656,39 @@ def test_what_exists_is_opened_without_a_model(tmp_path: Path) -> None:
     assert file.clear() == 0
     store.add(vector(9), PROMPT, ANSWER)  # a process that has the store open goes on
     assert answers_of(open_store(tmp_path)) == [ANSWER]
+
+
+# Several engines
+
+
+def test_a_store_is_tied_to_the_first_model_that_is_given_it() -> None:
+    one, other = (Engine(tiny_model("llama", num_hidden_layers=layers)) for layers in (2, 3))
+    store = AnswerStore()
+    Engine(one.model, answers=store)
+    Engine(one.model, answers=store)
+    with pytest.raises(AnswerStoreMismatchError, match="num layers is 3, the answer store has 2"):
+        Engine(other.model, answers=store)
+
+
+def test_a_store_on_disk_is_refused_to_another_model_as_an_object_too(tmp_path: Path) -> None:
+    one, other = (Engine(tiny_model("llama", num_hidden_layers=layers)) for layers in (2, 3))
+    store = AnswerStore.open(tmp_path, fingerprint(one.model, None), one.backend.vocab_size)
+    with pytest.raises(AnswerStoreMismatchError):
+        Engine(other.model, answers=store)
+    store.close()
+
+
+def test_the_same_request_again_keeps_its_answer_whose_automaton_is_kept() -> None:
+    store = AnswerStore()
+    store.add(vector(0), PROMPT, ANSWER)
+    (before,) = store.nearest(vector(0), 1, 0.1)
+    store.add(vector(0), PROMPT, ANSWER)
+    (after,) = store.nearest(vector(0), 1, 0.1)
+    assert after.answer is before.answer
+
+
+def test_an_empty_store_refuses_another_width_before_anything_is_decoded() -> None:
+    store = AnswerStore()
+    store.bind(fingerprint(tiny_model("llama"), None))
+    with pytest.raises(UsageError, match="vectors of"):
+        store.nearest(np.ones(7, np.float32), 1, 1.0)

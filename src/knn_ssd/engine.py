@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knn_ssd.atlas import Atlas
-from knn_ssd.backends.base import Backend, Prefill
+from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import PromptError, UsageError
@@ -21,7 +21,7 @@ from knn_ssd.outputs import Generation, Stream
 from knn_ssd.owner import Owner, open_answers
 from knn_ssd.plan import Plan
 from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
-from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, AnswerStore, Neighbour
+from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
 from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, refuse_stateful
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
@@ -54,7 +54,8 @@ class Engine:
         neighbours: how many anchors vote on a route.
         answers: where earlier requests are kept, whose answers draft for near ones: a store, a folder, True for memory,
             or False. Output stays the same. Requests that decode plainly, follow a plan of their own to the letter, or
-            sample with a seed neither add to it nor read it: an output with a seed depends on its request alone.
+            sample with a seed, unless they ask to be adaptive, neither add to it nor read it: so an output with a
+            seed depends on its request alone.
         prefix_cache: how many bytes of KV cache to keep of earlier requests, so that a prompt with the same first
             tokens is only run from where it differs. Output stays the same.
         threads: how many threads compute in this process; None is as many CPUs as it may use, its CPU quota included,
@@ -309,9 +310,12 @@ class Engine:
             request.route, request.plan = chosen.route, chosen.plan
             if store and wanted.adaptive and not wanted.reproducible and not wanted.plain:
                 request.answers = owner.answers
-                request.neighbours = self._neighbours(request.prefill, owner.answers)
+                request.neighbours = (
+                    self._neighbours(request.prefill, owner.answers) if chosen.plan.policy.lookup else ()
+                )
             request.route_sec = time.perf_counter() - started
             self.backend.prepare(chosen.plan)
+            started = time.perf_counter()
             request.drafter = self._drafters.new_drafter(
                 request.session,
                 chosen.plan,
@@ -322,17 +326,11 @@ class Engine:
                 adaptive=wanted.adaptive,
                 reproducible=wanted.reproducible,
             )
+            request.route_sec += time.perf_counter() - started
         except BaseException:
             request.close()
             raise
         return request
-
-    def _neighbours(self, prefill: Prefill, answers: AnswerStore | None) -> tuple[Neighbour, ...]:
-        """The nearest earlier requests whose answers the model can read."""
-        if answers is None:
-            return ()
-        near = answers.nearest(prefill.mean.cpu().numpy(), NUM_NEIGHBOURS, RADIUS)
-        return tuple(each for each in near if each.answer.token_ids.max() < self.backend.vocab_size)
 
     def _detokenizer(self, stop: tuple[str, ...]) -> Detokenizer | None:
         if not all(stop):

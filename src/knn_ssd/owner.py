@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knn_ssd.backends.base import Prefill
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.loading.fingerprint import fingerprint
-from knn_ssd.routing.answers import AnswerStore
+from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, AnswerStore, Neighbour
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,13 @@ class Owner:
     answers: AnswerStore | None = None
     prefix_cache: PrefixCache | None = None
 
+    def neighbours(self, prefill: Prefill, vocab_size: int) -> tuple[Neighbour, ...]:
+        """The earlier requests nearest to a prompt, nearest first, without those that have tokens of no such model."""
+        if self.answers is None:
+            return ()
+        near = self.answers.nearest(prefill.mean.cpu().numpy(), NUM_NEIGHBOURS, RADIUS)
+        return tuple(each for each in near if each.answer.token_ids.max() < vocab_size)
+
 
 def open_answers(
     answers: AnswerStore | bool | str | Path,
@@ -42,10 +50,11 @@ def open_answers(
         vocab_size: how many token ids it has.
 
     Raises:
-        AnswerStoreError: a folder that cannot be used.
+        AnswerStoreError: a folder that cannot be used, or a store of another model.
     """
     if isinstance(answers, str | Path):
         return AnswerStore.open(answers, fingerprint(model, tokenizer), vocab_size)
     if isinstance(answers, AnswerStore):
+        answers.bind(fingerprint(model, tokenizer))
         return answers
     return AnswerStore() if answers else None

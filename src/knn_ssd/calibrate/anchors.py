@@ -1,7 +1,6 @@
-"""Anchors from prompt vectors, by k-means per domain, and radii.
+"""Anchors from prompt vectors, by k-means per domain as in the released code of arXiv 2505.16162, and radii.
 
-Prompts are routed by cosine, so clusters are those of directions: spherical k-means. The released code of arXiv
-2505.16162 clusters the vectors as they are, long ones and short ones apart; that can be asked for.
+Clusters of directions instead (spherical k-means, since prompts are routed by cosine) route held-out prompts no better.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ class Anchors:
     beyond_radius: float
 
 
-def fit_anchors(
-    vectors: np.ndarray[Any, Any], domains: Sequence[str], per_domain: int, seed: int, *, spherical: bool = True
-) -> Anchors:
+def fit_anchors(vectors: np.ndarray[Any, Any], domains: Sequence[str], per_domain: int, seed: int) -> Anchors:
     """Clusters vectors (N, D) into at most `per_domain` anchors for each domain, which has two vectors or more.
 
     Args:
@@ -54,38 +51,31 @@ def fit_anchors(
         domains: the domain of each.
         per_domain: number of anchors per domain.
         seed: seed of clustering.
-        spherical: whether only directions count, and anchors have length one; otherwise as published.
     """
-    clustered = _of_length_one(vectors) if spherical else vectors
     names = list(dict.fromkeys(domains))
     own = np.array(domains)
     fold = np.array([_rank(domains, i) % _FOLDS for i in range(len(domains))])
     hits: list[bool] = []
     distances: dict[str, list[float]] = {name: [] for name in names}
     for held_out in (fold == number for number in range(_FOLDS)):
-        points, point_domains = _cluster(clustered[~held_out], own[~held_out], names, per_domain, seed)
+        points, point_domains = _cluster(vectors[~held_out], own[~held_out], names, per_domain, seed)
         router = Router().fit(torch.from_numpy(points), point_domains)
         for vector, domain in zip(vectors[held_out], own[held_out], strict=True):
             hits.append(router.predict(torch.from_numpy(vector)).domain == domain)
             distances[domain].append(_distance(vector, points[np.array(point_domains) == domain]))
-    points, point_domains = _cluster(clustered, own, names, per_domain, seed)
+    points, point_domains = _cluster(vectors, own, names, per_domain, seed)
     radii = {
         name: min(2.0, _RADIUS_SLACK * float(np.quantile(found, _RADIUS_QUANTILE))) for name, found in distances.items()
     }
     beyond = [distance > radii[name] for name, found in distances.items() for distance in found]
     return Anchors(
-        _of_length_one(points) if spherical else points,
+        points,
         tuple(point_domains),
         radii,
         len(hits),
         float(np.mean(hits)),
         float(np.mean(beyond)),
     )
-
-
-def _of_length_one(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _cluster(

@@ -244,8 +244,7 @@ class _Calibration:
         self.progress.stage("placing anchors", None)
         vectors = np.array([o.vector for o in observations], dtype=np.float32)
         domains = [o.domain for o in observations]
-        published = self.settings.search is Strategy.PAPER
-        anchors = fit_anchors(vectors, domains, self.settings.anchors, self.settings.seed, spherical=not published)
+        anchors = fit_anchors(vectors, domains, self.settings.anchors, self.settings.seed)
         name = Path(self.loaded.name).name if self.loaded.directory else self.loaded.name  # an atlas names no folders
         evidence = {
             **provenance(),

@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
     show = commands.add_parser("show", help="show what an answer store holds", description=_show.__doc__)
     show.add_argument("folder", metavar="DIR", help="the folder of an answer store")
-    options.option(show, "--limit", "N", "show so many requests", options.whole_number(0), 10)
+    options.option(show, "--limit", "N", "show so many requests", options.whole_number(1), 10)
     show.add_argument("--latest", action="store_true", help="show those used last instead of the most useful")
     text = "show prompts as text, by this model's tokenizer: a Hub id, a directory or a .gguf file (default: token ids)"
     options.option(show, "--model", "M", text, options.filled)

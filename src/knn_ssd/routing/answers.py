@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from knn_ssd.errors import UsageError
+from knn_ssd.errors import AnswerStoreMismatchError, UsageError
 from knn_ssd.loading.fingerprint import Fingerprint
 from knn_ssd.routing.answer_file import MAX_COUNT, AnswerFile, Key, StoredAnswer, answer_key
 from knn_ssd.routing.vector_index import VectorIndex
@@ -48,13 +48,13 @@ class Answer:
         id: its number in the store, which grows from request to request.
         prompt_ids: (n,) the prompt's token ids, int32.
         token_ids: (m,) the answer's token ids, int32.
-        by_drafter: what each drafter drafted in it.
+        by_drafter: what each drafter drafted in it, when it was last asked.
     """
 
     id: int
     prompt_ids: np.ndarray[Any, Any]
     token_ids: np.ndarray[Any, Any]
-    by_drafter: Mapping[str, DraftCount] = field(default_factory=dict)
+    by_drafter: dict[str, DraftCount] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -103,6 +103,7 @@ class AnswerStore:
         self._ids: dict[Key, int] = {}  # by key
         self._index = VectorIndex()
         self._width: int | None = None  # values of a vector
+        self._fingerprint: Fingerprint | None = None
         self._tokens = 0
         self._next_id = 0
         self._clock = 0  # in requests
@@ -131,6 +132,20 @@ class AnswerStore:
         store._load(AnswerFile(folder, fingerprint, vocab_size))
         return store
 
+    def bind(self, fingerprint: Fingerprint) -> None:
+        """Ties the store to a model.
+
+        Raises:
+            AnswerStoreMismatchError: it belongs to another model.
+        """
+        with self._lock:
+            differences = self._fingerprint.differences(fingerprint, "the answer store") if self._fingerprint else ()
+            if differences:
+                raise AnswerStoreMismatchError(
+                    "the answer store belongs to another model", differences, "Give each model a store of its own."
+                )
+            self._fingerprint, self._width = fingerprint, fingerprint.hidden_size
+
     def __len__(self) -> int:
         """How many requests are kept."""
         return len(self._entries)
@@ -155,9 +170,11 @@ class AnswerStore:
         """
         unit = _unit(vector)
         with self._lock:
-            if unit is None or k < 1 or not self._entries:
+            if unit is None or k < 1:
                 return ()
             self._check_width(unit)
+            if not self._entries:
+                return ()
             found = [(self._entries[number].answer, cosine) for number, cosine in self._index.search(unit, k)]
         near = (Neighbour(answer, min(max(1.0 - cosine, 0.0), 2.0)) for answer, cosine in found)
         return tuple(neighbour for neighbour in near if neighbour.distance <= radius)
@@ -215,7 +232,7 @@ class AnswerStore:
         with self._lock:
             self._entries, self._ids, self._index = {}, {}, VectorIndex()
             self._tokens = 0
-            if self._file is None:
+            if self._fingerprint is None:
                 self._width = None
         if self._file is not None:
             self._file.clear()
@@ -227,7 +244,7 @@ class AnswerStore:
 
     def _load(self, file: AnswerFile) -> None:
         evicted: list[Key] = []
-        self._width = file.fingerprint.hidden_size
+        self._fingerprint, self._width = file.fingerprint, file.fingerprint.hidden_size
         for stored in file.read(int(_LARGEST_SHARE * self.max_tokens)):
             unit = _unit(stored.vector)
             if unit is not None and stored.key not in self._ids:
@@ -266,8 +283,7 @@ class AnswerStore:
         entry = self._entries[self._ids[stored.key]]
         entry.accepted = self._usefulness(entry)
         entry.last_used = self._clock
-        by_drafter = {name: DraftCount(*counts) for name, counts in stored.by_drafter.items()}
-        entry.answer = replace(entry.answer, by_drafter=by_drafter)
+        entry.answer.by_drafter.update({name: DraftCount(*counts) for name, counts in stored.by_drafter.items()})
         return entry
 
     def _usefulness(self, entry: _Entry) -> float:

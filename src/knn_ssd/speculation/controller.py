@@ -201,7 +201,8 @@ class Controller:
     def _guess(self, context: Sequence[int], drafted: Sequence[int]) -> Sequence[int]:
         """What may follow a self-draft, for its next pass to check: what can be copied there."""
         copy = self._best_copy(context, drafted)
-        return copy.take(MAX_GUESSES).tokens if copy is not None else ()
+        most = MAX_GUESSES // self.cost_model.batch_size  # a pass of many rows is no longer as cheap as one of one
+        return copy.take(most).tokens if copy is not None and most else ()
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
         """Appends what can be copied after a self-draft, as far as verifying it too is worth the time."""

@@ -120,6 +120,11 @@ class CostModel:
         self._passes = 0
         self._plain_timing = PlainTiming(_plain_interval)
 
+    @property
+    def batch_size(self) -> int:
+        """How many requests share the next forward pass, at least 1."""
+        return self._batch_size
+
     def observe_batch(self, size: int) -> None:
         """Notes that `size` requests, at least 1, share the next forward pass."""
         self._batch_size = size

@@ -20,6 +20,7 @@ from knn_ssd.speculation.suffix_automaton import SEPARATOR, SuffixAutomaton, Suf
 _START = SEPARATOR  # stands before an output and before each answer, so that their beginnings match
 _PRIOR_TOKENS = 2.0  # that the acceptance of other requests counts for, beside what a neighbour's own tokens came to
 _MAX_FAILURES = 2  # a neighbour whose drafts were rejected at their first token so often in a row is dropped
+_MAX_SEARCHED = 4096  # first tokens of an answer that are searched
 _AUTOMATA = 64  # of answers that are kept for the next requests; one takes about 130 bytes a token
 
 
@@ -118,4 +119,4 @@ class RetrievalDraft:
 
 @lru_cache(maxsize=_AUTOMATA)
 def _automaton(answer: Answer) -> SuffixAutomaton:
-    return SuffixAutomaton([_START, *answer.token_ids.tolist()])
+    return SuffixAutomaton([_START, *answer.token_ids[:_MAX_SEARCHED].tolist()])
