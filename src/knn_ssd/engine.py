@@ -310,9 +310,8 @@ class Engine:
             request.route, request.plan = chosen.route, chosen.plan
             if store and wanted.adaptive and not wanted.reproducible and not wanted.plain:
                 request.answers = owner.answers
-                request.neighbours = (
-                    self._neighbours(request.prefill, owner.answers) if chosen.plan.policy.lookup else ()
-                )
+                if chosen.plan.policy.lookup:
+                    request.neighbours = owner.neighbours(request.prefill, self.backend.vocab_size)
             request.route_sec = time.perf_counter() - started
             self.backend.prepare(chosen.plan)
             started = time.perf_counter()
