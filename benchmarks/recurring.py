@@ -10,6 +10,9 @@ store of its own that starts empty, so the stream goes from cold to warm.
 Prints, for each domain, tokens per round, decode speed over `auto` and over plain decoding, and the share of tokens
 that were copied from earlier answers; then the same for the stream's second half, when stores are warm; and each
 store's size and the time of a query. FOLDER gets the records, and a report with the speed along the stream.
+
+With `--no-self-drafts` only what is copied drafts, from the request's own context and from earlier answers, as on a
+backend without 4-bit weights.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from knn_ssd import Engine
+from knn_ssd import Engine, Plan
 from knn_ssd.bench.methods import Method, Output, engine_method
 from knn_ssd.bench.records import Record, read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench
 from knn_ssd.bench.workload import limit_each, read_workloads, stream
 from knn_ssd.io import write_whole
+from knn_ssd.plan import Policy
 from knn_ssd.progress import ProgressBars
 from knn_ssd.routing.answers import NUM_NEIGHBOURS, RADIUS, Answer, AnswerStore, Neighbour
 
@@ -102,9 +106,9 @@ def _four_grams(tokens: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)}
 
 
-def in_hindsight(engine: Engine, store: Hindsight) -> Method:
+def in_hindsight(engine: Engine, store: Hindsight, options: dict[str, Any]) -> Method:
     """The arm that knows the output: it decodes twice, and the second time counts."""
-    reference, own = engine_method(engine, None, {}), engine_method(engine, None, {}, store)
+    reference, own = engine_method(engine, None, {}), engine_method(engine, None, {}, store, **options)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         store.output = reference(prompt, max_new_tokens).token_ids
@@ -123,15 +127,21 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=NUM_NEIGHBOURS)
     parser.add_argument("--radius", type=float, default=RADIUS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--no-self-drafts", action="store_true", help="what is copied is all that drafts")
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     prompts = stream(limit_each(read_workloads(args.prompts), args.limit), mix_ratio=1.0)
     stores = {name: kind(args.k, args.radius) for name, kind in _STORES.items() if name in args.arms}
+    options: dict[str, Any] = {}
+    if args.no_self_drafts:
+        options = {"plan": Plan.skipping(engine.backend.num_layers, policy=Policy(lookup=True)), "adaptive": True}
     methods: dict[str, Method] = {"plain": engine_method(engine, None, {}, plain=True)}
     for arm in args.arms:
         store = stores.get(arm)
         methods[arm] = (
-            in_hindsight(engine, store) if isinstance(store, Hindsight) else engine_method(engine, None, {}, store)
+            in_hindsight(engine, store, options)
+            if isinstance(store, Hindsight)
+            else engine_method(engine, None, {}, store, **options)
         )
     settings = BenchSettings(max_new_tokens=args.max_new_tokens)
     with ProgressBars() as progress:
