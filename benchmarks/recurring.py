@@ -137,7 +137,7 @@ def main() -> None:
         options = {"plan": Plan.skipping(engine.backend.num_layers, policy=Policy(lookup=True)), "adaptive": True}
     methods: dict[str, Method] = {"plain": engine_method(engine, None, {}, plain=True)}
     for arm in args.arms:
-        store = stores.get(arm)
+        store = stores.get(arm, False)
         methods[arm] = (
             in_hindsight(engine, store, options)
             if isinstance(store, Hindsight)

@@ -7,7 +7,6 @@ Each has an engine of its own, so that none learns from the drafts of another.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from knn_ssd.bench.swift import MIN_LAYERS, SwiftDraft, SwiftSearch
 from knn_ssd.calibrate.settings import MIXTURE
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
+from knn_ssd.outputs import count_by_drafter
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.request import Request, end_at
 from knn_ssd.routing.answers import AnswerStore
@@ -197,7 +197,7 @@ def engine_method(
     engine: Engine,
     atlas: Atlas | None,
     sampling: dict[str, Any],
-    answers: AnswerStore | bool | None = False,
+    answers: AnswerStore | bool = False,
     **options: Any,
 ) -> Method:
     """A method of the engine's own.
@@ -209,8 +209,7 @@ def engine_method(
         answers: the answer store that the method's prompts fill; True is a new one, False none.
         options: further options of `Engine.stream`.
     """
-    store = answers if answers is not None else False
-    runner = Engine(engine.model, engine.tokenizer, atlas, answers=store, backend=engine.backend)
+    runner = Engine(engine.model, engine.tokenizer, atlas, answers=answers, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
         started = time.perf_counter()
@@ -284,13 +283,12 @@ def record_of(output: Output, **place: Any) -> Record:
 
 def _round_details(rounds: list[Round], sampling: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that follow from the rounds."""
-    drafted = Counter(drafter for each in rounds for drafter in each.drafters)
-    accepted = Counter(drafter for each in rounds for drafter in each.drafters[: each.accepted])
+    counts = count_by_drafter(rounds)
     return {
         "rounds": len(rounds),
         "lossless": not sampling,
-        "drafted": dict(drafted),
-        "accepted": {drafter: accepted[drafter] for drafter in drafted},
+        "drafted": {drafter: count.drafted for drafter, count in counts.items()},
+        "accepted": {drafter: count.accepted for drafter, count in counts.items()},
         "draft_sec": sum(each.draft_sec for each in rounds),
         "verify_sec": sum(each.verify_sec for each in rounds),
         "by_length": _by_length(rounds[1:]),

@@ -163,9 +163,9 @@ class Controller:
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
-        copy = self._best_copy(context)
         if self.cost_model.needs_plain_timing or limit < 1:
             return Draft()
+        copy = self._best_copy(context)
         plain_sec = self.cost_model.verification_sec(1)
         self_draft = self._self_draft_choice(limit)
         if copy is not None:
