@@ -88,7 +88,6 @@ class Engine:
         self.atlas = atlas
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
-        self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         store = open_answers(answers, model, tokenizer, self.backend.vocab_size)
         self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
         profile = atlas.cost if atlas is not None else None
@@ -140,7 +139,7 @@ class Engine:
     @property
     def memory(self) -> MemoryUse:
         """What the engine and the process hold in memory now."""
-        return MemoryUse.now(self._weight_bytes, self.backend.low_bit_bytes)
+        return MemoryUse.now(self.backend.weight_bytes, self.backend.low_bit_bytes)
 
     @property
     def repetition_penalty(self) -> float:
@@ -247,7 +246,7 @@ class Engine:
             limit_reason=FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT,
             logprobs=logprobs,
         )
-        return request.stream(self._weight_bytes)
+        return request.stream()
 
     def custom_generate(
         self,

@@ -170,6 +170,10 @@ class Backend(Protocol):
     def exactness(self) -> Exactness: ...
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory of the target model's weights as this backend holds them."""
+
+    @property
     def low_bit_bytes(self) -> int:
         """Memory of the 4-bit copies made so far."""
 

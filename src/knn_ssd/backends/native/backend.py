@@ -1,8 +1,8 @@
 """The native backend: Llama, Mistral, Qwen2, Qwen3 and kin on the CPU, a whole forward pass in one call of C code.
 
-Weights are read where the checkpoint's tensors lie; activations, keys and values are float32. By construction, a row's
-logits have the same bits in whatever block of rows it is computed. So speculative output equals plain decoding's bit
-for bit, and bfloat16 weights give what the same weights give in float32.
+Weights have the checkpoint's values, in the formats of `kernels/weights.py`; activations, keys and values are float32.
+By construction, a row's logits have the same bits in whatever block of rows it is computed. So speculative output
+equals plain decoding's bit for bit, and bfloat16 weights give what the same weights give in float32.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from transformers import PreTrainedModel
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
-from knn_ssd.backends.native.low_bit import KINDS, LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import UnsupportedModelError, UsageError
-from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle, uses_tiles
+from knn_ssd.kernels.weights import KINDS, TensorKeeper, is_in_blocks, make_matrix, read_rows
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.tools.memory import release_file_pages
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
@@ -107,13 +109,20 @@ class NativeBackend:
         self.device = torch.device("cpu")
         self.kernels = kernels()
         self._keeper = TensorKeeper()
-        self.attentions = [self._attention(layer) for layer in self.structure.layers]
-        self.mlps = [self._mlp(layer) for layer in self.structure.layers]
+        self.attentions: list[Attention] = []
+        self.mlps: list[Mlp] = []
+        for layer in self.structure.layers:
+            self.attentions.append(self._attention(layer))
+            self.mlps.append(self._mlp(layer))
+            self._release_unpacked()
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
-        self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = self._matrix(output)
+        self._is_tied = output.weight is base.embed_tokens.weight and is_in_blocks(self.head)
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
+        self._release_unpacked()
         self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
@@ -125,6 +134,10 @@ class NativeBackend:
         if self._exactness is None:
             self._exactness = probe(self)
         return self._exactness
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._keeper.bytes + (0 if self._is_tied else self.embedding.nbytes)
 
     @property
     def low_bit_bytes(self) -> int:
@@ -190,6 +203,8 @@ class NativeBackend:
         """The embeddings (n, D) of tokens in float32. By numpy: torch would use threads, which then spin for a while on
         the cores that the kernels' threads need.
         """
+        if self._is_tied:
+            return read_rows(self.head, list(tokens))
         if self.embedding.dtype is torch.float32:
             return torch.from_numpy(self.embedding.numpy()[tokens])
         halves = self.embedding.view(torch.int16).numpy()[tokens]  # the upper halves of float32 values
@@ -258,12 +273,12 @@ class NativeBackend:
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
 
     def _attention(self, layer: Any) -> Attention:
-        module, keeper = layer.self_attn, self._keeper
+        module = layer.self_attn
         config = module.config
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         sliding = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         return Attention(
-            *(matrix_of(getattr(module, f"{name}_proj"), keeper) for name in "qkvo"),
+            *(self._matrix(getattr(module, f"{name}_proj")) for name in "qkvo"),
             address(self._float(layer.input_layernorm.weight)),
             None if q_norm is None else address(self._float(q_norm.weight)),
             None if k_norm is None else address(self._float(k_norm.weight)),
@@ -278,10 +293,18 @@ class NativeBackend:
 
     def _mlp(self, layer: Any) -> Mlp:
         return Mlp(
-            *(matrix_of(getattr(layer.mlp, f"{name}_proj"), self._keeper) for name in ("gate", "up", "down")),
+            *(self._matrix(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
             address(self._float(layer.post_attention_layernorm.weight)),
             float(layer.post_attention_layernorm.variance_epsilon),
         )
+
+    def _matrix(self, linear: nn.Linear) -> Matrix:
+        return make_matrix(linear.weight, linear.bias, self._keeper)
+
+    def _release_unpacked(self) -> None:
+        """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
+        if not uses_tiles():
+            release_file_pages([weight.data_ptr() for weight in self.model.parameters()])
 
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()

@@ -1,6 +1,6 @@
-"""Weights in the form that the kernels read: the checkpoint's own tensors, and 4-bit copies for drafting.
+"""4-bit copies of a model's weights, for drafting.
 
-A 4-bit copy has a scale and a zero in bfloat16 for each group of 64 columns: 4.5 bits a weight, 28 % of bfloat16.
+A copy has a scale and a zero in bfloat16 for each group of 64 columns: 4.5 bits a weight, 28 % of bfloat16.
 Groups of 32 are never used: checkpoints that were published in 4-bit blocks of 32 would be copied almost exactly on
 that grid, which shows nothing about other models.
 
@@ -14,41 +14,18 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from knn_ssd.kernels.binding import BFLOAT16, FLOAT32, GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.weights import TensorKeeper
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
 _NUM_RANGES = 3  # tried for each group, each refitted by least squares
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 # The first of the matrices that share their inputs.
 _FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
-
-
-@dataclass
-class TensorKeeper:
-    """Keeps tensors alive whose addresses the kernels use."""
-
-    tensors: list[torch.Tensor] = field(default_factory=list)
-
-    def keep(self, tensor: torch.Tensor | None) -> int | None:
-        """Keeps a tensor and returns its address."""
-        if tensor is not None:
-            self.tensors.append(tensor)
-        return address(tensor)
-
-
-def matrix_of(linear: nn.Linear, keeper: TensorKeeper) -> Matrix:
-    """The matrix of a linear layer; its weight is not copied, its bias becomes float32."""
-    weight = linear.weight.detach()
-    bias = linear.bias.detach().float().contiguous() if linear.bias is not None else None
-    rows, cols = weight.shape
-    return Matrix(keeper.keep(weight), None, keeper.keep(bias), rows, cols, KINDS[weight.dtype])
 
 
 class LowBitCopies:
@@ -76,7 +53,7 @@ class LowBitCopies:
     @property
     def bytes(self) -> int:
         """Memory of all copies made so far."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._keeper.tensors)
+        return self._keeper.bytes
 
     def attention(self, layer: int) -> Attention:
         """The 4-bit copy of a layer's attention sublayer."""

@@ -68,6 +68,10 @@ class TransformersBackend:
         return self._exactness
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.model.parameters())
+
+    @property
     def low_bit_bytes(self) -> int:
         """Always 0: this backend has no 4-bit copies."""
         return 0
