@@ -21,16 +21,17 @@ from transformers import PreTrainedModel
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
-from knn_ssd.backends.native.low_bit import KINDS, LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.backends.native.low_bit import KINDS, SAMPLE_TOKENS, LowBitCopies, TensorKeeper, matrix_of
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.weight_cache import WeightCache
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
 _FIRST_POSITIONS = 2048  # in the rotary tables at first
 
 
@@ -88,6 +89,7 @@ class NativeBackend:
 
     Args:
         model: a model on the CPU, in float32 or bfloat16; it is not changed.
+        weight_cache: where 4-bit copies of its weights are kept; None keeps none.
 
     Raises:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
@@ -95,7 +97,7 @@ class NativeBackend:
 
     modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weight_cache: WeightCache | None = None) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
         self.structure = find_structure(model)
@@ -114,7 +116,7 @@ class NativeBackend:
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
-        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
+        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
@@ -130,8 +132,10 @@ class NativeBackend:
     def low_bit_bytes(self) -> int:
         return self.low.bytes
 
-    def prepare(self, plan: Plan) -> None:
-        """Makes the 4-bit copies that a plan uses."""
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
+        if plan.uses_low:
+            self.low.prepare(progress or NoProgress())
         self._resolve(plan)
 
     def open(
@@ -220,7 +224,7 @@ class NativeBackend:
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
-        count = min(_SAMPLE_TOKENS, self.context_length)
+        count = min(SAMPLE_TOKENS, self.context_length)
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers

@@ -12,22 +12,41 @@ well as text does.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from knn_ssd.kernels.binding import BFLOAT16, FLOAT32, GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.binding import (
+    BFLOAT16,
+    FLOAT32,
+    GROUP_SIZE,
+    INT4,
+    Attention,
+    Matrix,
+    Mlp,
+    address,
+    kernels,
+    uses_tiles,
+)
+from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.weight_cache import WeightCache
+
+logger = logging.getLogger(__name__)
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+SAMPLE_TOKENS = 64  # to whose activations the 4-bit copies are fitted
+_VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
 _NUM_RANGES = 3  # tried for each group, each refitted by least squares
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
-_FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+_FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
 
 
 @dataclass
@@ -52,12 +71,16 @@ def matrix_of(linear: nn.Linear, keeper: TensorKeeper) -> Matrix:
 
 
 class LowBitCopies:
-    """The 4-bit copies of a model's sublayers and head, each made at first use and shared by all plans and sessions.
+    """The 4-bit copies of a model's sublayers and head, shared by all plans and sessions.
+
+    Without a weight cache each is made at first use. With one, the first use takes all of them from there, or makes all
+    of them and leaves them there for the next start.
 
     Args:
         attentions, mlps: the sublayers with the checkpoint's weights.
         head: the LM head with the checkpoint's weights.
         run: runs a sample of tokens through sublayers and a head with these weights.
+        cache: where copies are kept; None keeps none.
     """
 
     def __init__(
@@ -66,31 +89,54 @@ class LowBitCopies:
         mlps: Sequence[Mlp],
         head: Matrix,
         run: Callable[[Sequence[Attention], Sequence[Mlp], Matrix], None],
+        cache: WeightCache | None = None,
     ) -> None:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
+        self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by the names of `_names_of`
         self._made: dict[tuple[str, int], Any] = {}
-        self._keeper = TensorKeeper()
         self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
-        """Memory of all copies made so far."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._keeper.tensors)
+        """Memory of all copies made or memory-mapped so far."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def attention(self, layer: int) -> Attention:
         """The 4-bit copy of a layer's attention sublayer."""
-        return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], layer, "qkvo"))
+        return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], layer, _ATTENTION))
 
     def mlp(self, layer: int) -> Mlp:
         """The 4-bit copy of a layer's MLP sublayer."""
-        return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], layer, ("gate", "up", "down")))
+        return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], layer, _MLP))
 
     def head(self) -> Matrix:
         """The 4-bit copy of the LM head."""
-        return self._once(("head", 0), lambda: self._quantise(self._head, self._column_importance(0, "head")))
+        return self._once(("head", 0), lambda: self._low(self._head, 0, "head"))
+
+    def prepare(self, progress: Progress) -> None:
+        """Takes all copies from the weight cache, or makes them and leaves them there; nothing without a cache.
+
+        Args:
+            progress: receives a stage if copies are made, with a step for each matrix.
+        """
+        with self._lock:
+            if self._cache is None or self._tensors:
+                return
+            matrices = list(self._matrices())
+            kept = self._cache.load(_cache_key())
+            if kept is not None and _is_copy_of(matrices, kept):
+                self._tensors = kept
+                return
+            progress.stage("making 4-bit copies", len(matrices))
+            for matrix, layer, name in matrices:
+                self._low(matrix, layer, name)
+                progress.advance()
+            self._cache.store(_cache_key(), self._tensors)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
+        self.prepare(NoProgress())
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()
@@ -100,10 +146,23 @@ class LowBitCopies:
     def _copy(self, sublayer: _Made, layer: int, names: Sequence[str]) -> _Made:
         copy = type(sublayer).from_buffer_copy(sublayer)
         for name in names:
-            setattr(
-                copy, name, self._quantise(getattr(sublayer, name), self._column_importance(layer, _FIRST_OF[name]))
-            )
+            setattr(copy, name, self._low(getattr(sublayer, name), layer, name))
         return copy
+
+    def _matrices(self) -> Iterator[tuple[Matrix, int, str]]:
+        """Every matrix that has a copy, its layer and its name there."""
+        for layer, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
+            yield from ((getattr(attention, name), layer, name) for name in _ATTENTION)
+            yield from ((getattr(mlp, name), layer, name) for name in _MLP)
+        yield self._head, 0, "head"
+
+    def _low(self, matrix: Matrix, layer: int, name: str) -> Matrix:
+        """The copy of a matrix, made unless it is there."""
+        data, scales = _names_of(layer, name)
+        if data not in self._tensors:
+            importance = self._column_importance(layer, _FIRST_OF[name])
+            self._tensors[data], self._tensors[scales] = quantise(matrix, importance)
+        return low_matrix(matrix, self._tensors[data], self._tensors[scales])
 
     def _column_importance(self, layer: int, name: str) -> torch.Tensor:
         """Importance (cols,) of a matrix's columns: their mean squared input, relative to the mean of all columns.
@@ -133,13 +192,53 @@ class LowBitCopies:
         self._importance[layer, name] = torch.zeros(matrix.cols)
         return address(self._importance[layer, name])
 
-    def _quantise(self, matrix: Matrix, importance: torch.Tensor) -> Matrix:
-        groups = -(-matrix.cols // GROUP_SIZE)
-        lanes = kernels().knn_ssd_lanes()
-        rows = -(-matrix.rows // lanes) * lanes
-        data = torch.zeros(rows, groups, GROUP_SIZE // 2, dtype=torch.uint8)
-        scales = torch.zeros(rows, groups, 2, dtype=torch.bfloat16)
-        kernels().knn_ssd_quantise(
-            ctypes.byref(matrix), address(importance), _NUM_RANGES, address(data), address(scales)
-        )
-        return Matrix(self._keeper.keep(data), self._keeper.keep(scales), matrix.bias, matrix.rows, matrix.cols, INT4)
+
+def quantise(matrix: Matrix, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels (rows, groups, 32) in bytes and the scales (rows, groups, 2) of a matrix's 4-bit copy.
+
+    They are in the order in which the kernels read them, with rows filled up to a multiple of the kernels' lanes.
+
+    Args:
+        matrix: a matrix of the checkpoint.
+        importance: (cols,) weights of the columns' squared errors.
+    """
+    data, scales = (torch.zeros(shape, dtype=dtype) for shape, dtype in _forms(matrix))
+    kernels().knn_ssd_quantise(ctypes.byref(matrix), address(importance), _NUM_RANGES, address(data), address(scales))
+    return data, scales
+
+
+def low_matrix(matrix: Matrix, levels: torch.Tensor, scales: torch.Tensor) -> Matrix:
+    """The 4-bit copy of a matrix, with tensors as `quantise` makes them; the caller keeps these alive."""
+    return Matrix(address(levels), address(scales), matrix.bias, matrix.rows, matrix.cols, INT4)
+
+
+def _forms(matrix: Matrix) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """The shapes and dtypes of the levels and the scales of a matrix's copy."""
+    lanes, groups = kernels().knn_ssd_lanes(), -(-matrix.cols // GROUP_SIZE)
+    rows = -(-matrix.rows // lanes) * lanes
+    return ((rows, groups, GROUP_SIZE // 2), torch.uint8), ((rows, groups, 2), torch.bfloat16)
+
+
+def _names_of(layer: int, name: str) -> tuple[str, str]:
+    """The names of the levels and the scales of a matrix's copy in the weight cache."""
+    return f"{layer}.{name}.levels", f"{layer}.{name}.scales"
+
+
+def _is_copy_of(matrices: Sequence[tuple[Matrix, int, str]], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
+    names = [name for _, layer, matrix_name in matrices for name in _names_of(layer, matrix_name)]
+    forms = [form for matrix, *_ in matrices for form in _forms(matrix)]
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    is_copy = found == dict(zip(names, forms, strict=True))
+    if not is_copy:
+        logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
+    return is_copy
+
+
+def _cache_key() -> str:
+    """Everything beside a model's weights that decides the bytes of its copies."""
+    unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
+    return (
+        f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
+        f"{_NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
+    )
