@@ -134,9 +134,7 @@ class NativeBackend:
 
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
-        if plan.uses_low:
-            self.low.prepare(progress or NoProgress())
-        self._resolve(plan)
+        self._resolve(plan, progress)
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
@@ -207,17 +205,18 @@ class NativeBackend:
                 self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
             return self._positions
 
-    def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
+    def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> _ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         resolved = self._resolved.get(key)
-        return resolved or self._resolved.setdefault(key, self._make_resolved(plan))  # one for all threads
+        return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
-    def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
+    def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> _ResolvedPlan:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        self.low.prepare(plan, progress or NoProgress())
         head = self.low.head() if plan.head is Mode.LOW else self.head
         attentions = _addresses(plan.attention, self.attentions, self.low.attention)
         return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)

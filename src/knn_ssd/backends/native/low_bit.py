@@ -33,7 +33,8 @@ from knn_ssd.kernels.binding import (
     kernels,
     uses_tiles,
 )
-from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,26 @@ def matrix_of(linear: nn.Linear, keeper: TensorKeeper) -> Matrix:
     return Matrix(keeper.keep(weight), None, keeper.keep(bias), rows, cols, KINDS[weight.dtype])
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A matrix of the checkpoint that has a 4-bit copy: its layer, and its name there."""
+
+    matrix: Matrix
+    layer: int
+    name: str
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the levels and the scales of its copy in the weight cache."""
+        return f"{self.layer}.{self.name}.levels", f"{self.layer}.{self.name}.scales"
+
+    def is_low(self, plan: Plan) -> bool:
+        """Whether its copy runs under a plan."""
+        if self.name == "head":
+            return plan.head is Mode.LOW
+        return (plan.attention if self.name in _ATTENTION else plan.mlp)[self.layer] is Mode.LOW
+
+
 class LowBitCopies:
     """The 4-bit copies of a model's sublayers and head, shared by all plans and sessions.
 
@@ -94,7 +115,7 @@ class LowBitCopies:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
         self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
-        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by the names of `_names_of`
+        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `_Source.names`
         self._made: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
 
@@ -113,30 +134,34 @@ class LowBitCopies:
 
     def head(self) -> Matrix:
         """The 4-bit copy of the LM head."""
-        return self._once(("head", 0), lambda: self._low(self._head, 0, "head"))
+        return self._once(("head", 0), lambda: self._low(_Source(self._head, 0, "head")))
 
-    def prepare(self, progress: Progress) -> None:
-        """Takes all copies from the weight cache, or makes them and leaves them there; nothing without a cache.
+    def prepare(self, plan: Plan, progress: Progress) -> None:
+        """Makes the copies that a plan uses. With a weight cache, takes all copies from there, or makes and stores all.
 
         Args:
+            plan: the plan.
             progress: receives a stage if copies are made, with a step for each matrix.
         """
+        if not plan.uses_low:
+            return
         with self._lock:
-            if self._cache is None or self._tensors:
-                return
             matrices = list(self._matrices())
-            kept = self._cache.load(_cache_key())
-            if kept is not None and _is_copy_of(matrices, kept):
+            kept = self._cache.load(_cache_key()) if self._cache is not None and not self._tensors else None
+            if kept is not None and _are_copies_of(matrices, kept):
                 self._tensors = kept
+            wanted = [each for each in matrices if self._cache is not None or each.is_low(plan)]
+            missing = [each for each in wanted if each.names[0] not in self._tensors]
+            if not missing:
                 return
-            progress.stage("making 4-bit copies", len(matrices))
-            for matrix, layer, name in matrices:
-                self._low(matrix, layer, name)
+            progress.stage("making 4-bit copies", len(missing))
+            for each in missing:
+                self._low(each)
                 progress.advance()
-            self._cache.store(_cache_key(), self._tensors)
+            if self._cache is not None:
+                self._cache.store(_cache_key(), self._tensors)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
-        self.prepare(NoProgress())
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()
@@ -146,23 +171,23 @@ class LowBitCopies:
     def _copy(self, sublayer: _Made, layer: int, names: Sequence[str]) -> _Made:
         copy = type(sublayer).from_buffer_copy(sublayer)
         for name in names:
-            setattr(copy, name, self._low(getattr(sublayer, name), layer, name))
+            setattr(copy, name, self._low(_Source(getattr(sublayer, name), layer, name)))
         return copy
 
-    def _matrices(self) -> Iterator[tuple[Matrix, int, str]]:
-        """Every matrix that has a copy, its layer and its name there."""
+    def _matrices(self) -> Iterator[_Source]:
+        """Every matrix that has a copy."""
         for layer, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
-            yield from ((getattr(attention, name), layer, name) for name in _ATTENTION)
-            yield from ((getattr(mlp, name), layer, name) for name in _MLP)
-        yield self._head, 0, "head"
+            yield from (_Source(getattr(attention, name), layer, name) for name in _ATTENTION)
+            yield from (_Source(getattr(mlp, name), layer, name) for name in _MLP)
+        yield _Source(self._head, 0, "head")
 
-    def _low(self, matrix: Matrix, layer: int, name: str) -> Matrix:
+    def _low(self, source: _Source) -> Matrix:
         """The copy of a matrix, made unless it is there."""
-        data, scales = _names_of(layer, name)
-        if data not in self._tensors:
-            importance = self._column_importance(layer, _FIRST_OF[name])
-            self._tensors[data], self._tensors[scales] = quantise(matrix, importance)
-        return low_matrix(matrix, self._tensors[data], self._tensors[scales])
+        levels, scales = source.names
+        if levels not in self._tensors:
+            importance = self._column_importance(source.layer, _FIRST_OF[source.name])
+            self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance)
+        return low_matrix(source.matrix, self._tensors[levels], self._tensors[scales])
 
     def _column_importance(self, layer: int, name: str) -> torch.Tensor:
         """Importance (cols,) of a matrix's columns: their mean squared input, relative to the mean of all columns.
@@ -219,20 +244,13 @@ def _forms(matrix: Matrix) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     return ((rows, groups, GROUP_SIZE // 2), torch.uint8), ((rows, groups, 2), torch.bfloat16)
 
 
-def _names_of(layer: int, name: str) -> tuple[str, str]:
-    """The names of the levels and the scales of a matrix's copy in the weight cache."""
-    return f"{layer}.{name}.levels", f"{layer}.{name}.scales"
-
-
-def _is_copy_of(matrices: Sequence[tuple[Matrix, int, str]], tensors: Mapping[str, torch.Tensor]) -> bool:
+def _are_copies_of(sources: Sequence[_Source], tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
-    names = [name for _, layer, matrix_name in matrices for name in _names_of(layer, matrix_name)]
-    forms = [form for matrix, *_ in matrices for form in _forms(matrix)]
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    is_copy = found == dict(zip(names, forms, strict=True))
-    if not is_copy:
+    expected = {name: form for each in sources for name, form in zip(each.names, _forms(each.matrix), strict=True)}
+    are_copies = expected == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if not are_copies:
         logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
-    return is_copy
+    return are_copies
 
 
 def _cache_key() -> str:
