@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from knn_ssd.backends.native.low_bit import LowBitCopies
+from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.kernels.binding import Matrix, address, kernels
 from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 
@@ -49,9 +49,9 @@ def kernels_by_name(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], 
     narrow = [linear.weight.detach() for linear in halves]
     keeper = TensorKeeper()
     full = [make_matrix(linear.weight, linear.bias, keeper) for linear in halves]
-    low = LowBitCopies([], [], full[0], lambda *_: None)
-    copies = [low._quantise(matrix, torch.ones(cols)) for matrix in full]
-    KEPT_ALIVE.extend((keeper, low, halves))
+    tensors = [quantise(matrix, torch.ones(cols)) for matrix in full]
+    copies = [low_matrix(matrix, *own) for matrix, own in zip(full, tensors, strict=True)]
+    KEPT_ALIVE.extend((keeper, tensors, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),
         "F.linear, bfloat16": lambda x: lambda i: nn.functional.linear(x.bfloat16(), narrow[i]),

@@ -39,6 +39,7 @@ ROWS = (
     ("backends.native", "backends.transformers", "backends.exactness", "backends.structure"),
     ("backends.cursor",),
     ("backends",),
+    ("weight_cache",),
     ("speculation.cost_model", "kernels", "loading.fingerprint"),
     ("loading.files", "speculation"),
     ("plan", "io", "progress", "tools.memory"),

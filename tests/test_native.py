@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend, native_obstacle
+from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.errors import UnsupportedModelError, UsageError
@@ -64,12 +65,9 @@ def unit(request: pytest.FixtureRequest) -> Iterator[str]:
         binding.kernels().knn_ssd_enable_tiles(used)
 
 
-def weights_of(copy: binding.Matrix, backend: NativeBackend) -> torch.Tensor:
-    """The dequantised weights (rows, cols) of a 4-bit copy."""
-    codes, scales = (
-        next(tensor for tensor in backend.low._keeper.tensors if tensor.data_ptr() == at)
-        for at in (copy.data, copy.scales)
-    )
+def weights_of(copy: binding.Matrix, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The dequantised weights (rows, cols) of a 4-bit copy, whose levels and scales are among the tensors."""
+    codes, scales = (next(t for t in tensors if t.data_ptr() == at) for at in (copy.data, copy.scales))
     lanes, groups = binding.kernels().knn_ssd_lanes(), -(-copy.cols // 64)
     codes = codes.view(-1, groups, 8, lanes, 4)  # each byte has columns i and i + 32 of its group
     levels = torch.stack([codes & 15, codes >> 4], dim=2).permute(0, 4, 1, 2, 3, 5).reshape(-1, lanes, groups, 64)
@@ -281,13 +279,14 @@ def test_one_low_sublayer_makes_one_copy() -> None:
 
 def test_quantisation_is_as_good_as_a_fit_can_be() -> None:
     """On Gaussian weights, groups of 64 in 4 bits: plain rounding between the extremes errs by about 0.10."""
-    backend = NativeBackend(wide_model("llama"))
     torch.manual_seed(0)
     linear = nn.Linear(640, 64, bias=False)
     weight = nn.init.normal_(linear.weight).detach()
     keeper = TensorKeeper()
-    low = backend.low._quantise(make_matrix(linear.weight, linear.bias, keeper), torch.ones(640))
-    decoded = weights_of(low, backend)
+    matrix = make_matrix(linear.weight, None, keeper)
+    tensors = quantise(matrix, torch.ones(640))
+    low = low_matrix(matrix, *tensors)
+    decoded = weights_of(low, tensors)
     assert (low.rows, low.cols) == (64, 640)
     assert ((decoded - weight).norm() / weight.norm()).item() < 0.095
     extremes = weight.view(64, 10, 64)
@@ -309,9 +308,9 @@ def test_a_matrix_is_multiplied_to_the_bits_that_inputs_keep(
     matrix, norm = make_matrix(linear.weight, linear.bias, keeper), torch.ones(cols)
     weights = linear.weight.detach().double()
     if low:
-        backend = NativeBackend(wide_model("llama"))
-        matrix = backend.low._quantise(matrix, torch.ones(cols))
-        weights = weights_of(matrix, backend).double()
+        tensors = quantise(matrix, torch.ones(cols))
+        matrix = low_matrix(matrix, *tensors)
+        weights = weights_of(matrix, tensors).double()
     x, hidden, out = torch.randn(count, cols), torch.empty(count, cols), torch.empty(count, rows)
     arguments = address(x), count, (ctypes.c_int64 * count)(*range(count)), count, address(hidden), address(out)
     binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *arguments)
@@ -438,6 +437,6 @@ def test_columns_with_large_inputs_get_smaller_errors() -> None:
     assert importance[:8].min() > 10 * importance[8:].mean()
     assert importance.mean() == pytest.approx(1, rel=0.01)
     copy = backend.low.mlp(2).gate
-    decoded = weights_of(copy, backend)
+    decoded = weights_of(copy, backend.low._tensors.values())
     errors = (decoded - layer.mlp.gate_proj.weight).square().mean(dim=0)
     assert errors[:8].mean() < 0.7 * errors[8:64].mean()

@@ -20,6 +20,7 @@ from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.owner import Owner, open_answers
 from knn_ssd.plan import Plan
+from knn_ssd.progress import Progress
 from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
 from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
@@ -116,6 +117,7 @@ class Engine:
         answers: AnswerStore | bool | str | Path = True,
         prefix_cache: int = 0,
         threads: int | None = None,
+        weight_cache: bool = True,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -125,6 +127,7 @@ class Engine:
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
+            weight_cache: keep 4-bit copies of the weights in the cache directory, and take them from there.
 
         Raises:
             ModelError, AtlasError, AnswerStoreError: what cannot be found, read or used together.
@@ -134,6 +137,7 @@ class Engine:
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
+        options["backend"] = select_backend(loaded.model, loaded.directory if weight_cache else None)
         return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, **options)
 
     @property
@@ -156,10 +160,10 @@ class Engine:
         """What forward passes cost, as far as this engine's requests have seen."""
         return self._batcher.cost_model
 
-    def prepare(self) -> None:
-        """Makes now what the first request would otherwise wait for: the low-bit copies that plans use."""
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Makes now what the first request would otherwise wait for: the 4-bit copies that plans use."""
         for plan in self._plans.plans:
-            self.backend.prepare(plan)
+            self.backend.prepare(plan, progress)
 
     def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
@@ -257,8 +261,7 @@ class Engine:
         generation_config: GenerationConfig,
         **model_kwargs: Any,  # transformers would give a mask twice to a callable that names it
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """For `model.generate(**inputs, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on
-        the way.
+        """For `model.generate(…, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on the way.
 
         Raises:
             UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.

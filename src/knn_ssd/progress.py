@@ -29,7 +29,10 @@ class NoProgress:
 
 
 class ProgressBars:
-    """A context manager that shows one bar per stage on stderr, or one line per stage where stderr is no terminal."""
+    """A context manager that shows one bar per stage on stderr, or one line per stage where stderr is no terminal.
+
+    Without a stage it shows nothing.
+    """
 
     def __init__(self) -> None:
         self._progress: rich.progress.Progress | None = None
@@ -48,13 +51,14 @@ class ProgressBars:
             TextColumn("{task.fields[note]}"),
         )
         self._progress = Progress(*columns, console=Console(stderr=True))
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         assert self._progress is not None
+        if self._task is None:
+            return
         if kind is None:
             self._finish()
         self._progress.stop()
@@ -62,6 +66,7 @@ class ProgressBars:
     def stage(self, name: str, total: int | None) -> None:
         assert self._progress is not None
         self._finish()
+        self._progress.start()  # at the first stage
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._progress.console.is_terminal:
             self._progress.console.print(name)

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +178,13 @@ class Backend(Protocol):
     def low_bit_bytes(self) -> int:
         """Memory of the 4-bit copies made so far."""
 
-    def prepare(self, plan: Plan) -> None:
-        """Makes what a plan needs before its first forward pass; otherwise that pass makes it."""
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes what a plan needs before its first forward pass; otherwise that pass makes it.
+
+        Args:
+            plan: the plan.
+            progress: receives a stage for what is made; none where all is there already.
+        """
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         """Runs one session's rows."""

@@ -111,7 +111,7 @@ class _Calibration:
         progress: Progress,
     ) -> None:
         self.loaded = loaded
-        self.backend = select_backend(loaded.model)
+        self.backend = select_backend(loaded.model, loaded.directory)
         self.eos_token_ids = eos_token_ids(loaded.model)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped

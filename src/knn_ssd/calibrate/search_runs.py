@@ -169,7 +169,7 @@ def _work(model: str, dtype: str, out: Path, settings: CalibrationSettings, stud
     cost = journal.read_cost()
     assert cost is not None, "the first process measures costs before it starts others"
     observations = observations_by_search(journal.observations.read(), settings)
-    backend, ends = select_backend(loaded.model), eos_token_ids(loaded.model)
+    backend, ends = select_backend(loaded.model, loaded.directory), eos_token_ids(loaded.model)
     SearchRuns(backend, ends, settings, journal, study_prefix, cost, observations).run_alone(NoProgress())
 
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         host, port = socket.getsockname()[:2]
         keeping = _Keeping.chosen(args, keys, ipaddress.ip_address(host).is_loopback)
         engine = options.load_engine(args, atlas)
-        engine.prepare()
+        options.prepare(engine)
         name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
         owners = keeping.owners(engine, keys)
         settings = ServeSettings(

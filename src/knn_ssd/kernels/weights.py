@@ -10,6 +10,7 @@ so the bits of every result, are those of the checkpoint's weights in any format
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,34 @@ class Blocks:
     escape_starts: torch.Tensor | None = None
     escapes: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Blocks | None:
+        """The blocks of a weight from tensors by the names of the attributes; None if they have other shapes or dtypes.
+
+        Args:
+            weight: (rows, cols), in float32 or bfloat16.
+            tensors: what `tensors` returned for an equal weight.
+        """
+        (rows, cols), data = weight.shape, tensors["data"]
+        kind = {torch.float32: FLOAT32_BLOCKS, torch.bfloat16: BFLOAT16_BLOCKS, torch.uint8: BFLOAT16_PACKED}[
+            data.dtype
+        ]
+        blocks, width = -(-rows // _lanes()), cols * 3 // 2 if kind == BFLOAT16_PACKED else cols
+        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _lanes(), width)}
+        if kind == BFLOAT16_PACKED:
+            escapes = int(tensors["escape_starts"][-1]) if "escape_starts" in tensors else 0
+            expected |= {"upper_bytes": (16,), "escape_starts": (blocks + 1,)}
+            expected["escapes"] = (max(escapes, 1), _ESCAPE_BYTES)
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+            return None
+        return cls(kind, rows, cols, **tensors)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of the attributes."""
+        named = {name: getattr(self, name) for name in ("data", "upper_bytes", "escape_starts", "escapes")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     @property
     def num_escapes(self) -> int:
         """How many weights have no code."""
@@ -79,23 +108,33 @@ class Blocks:
         return Matrix(keeper.keep(self.data), None, None, self.rows, self.cols, self.kind, None, *parts)
 
 
-def make_matrix(weight: torch.Tensor, bias: torch.Tensor | None, keeper: TensorKeeper) -> Matrix:
+def is_read_in_place(weight: torch.Tensor) -> bool:
+    """Whether the kernels multiply a weight where it lies, in the tile unit."""
+    return weight.dtype is torch.bfloat16 and uses_tiles()
+
+
+def make_matrix(
+    weight: torch.Tensor, bias: torch.Tensor | None, keeper: TensorKeeper, blocks: Blocks | None = None
+) -> Matrix:
     """A matrix that the kernels can multiply.
 
     Args:
         weight: (rows, cols), contiguous, float32 or bfloat16; cols is a multiple of twice the number of lanes.
         bias: (rows,) or None; it becomes float32.
         keeper: keeps what the matrix refers to.
+        blocks: the weight in blocks if they were made before.
     """
-    if weight.dtype is torch.bfloat16 and uses_tiles():
-        made = Matrix(keeper.keep(weight.detach()), None, None, *weight.shape, BFLOAT16)
+    weight = weight.detach()
+    if is_read_in_place(weight):
+        made = Matrix(keeper.keep(weight), None, None, *weight.shape, BFLOAT16)
     else:
-        made = _best_blocks(weight).matrix(keeper)
+        made = (blocks or best_blocks(weight)).matrix(keeper)
     made.bias = keeper.keep(None if bias is None else bias.detach().float().contiguous())
     return made
 
 
-def _best_blocks(weight: torch.Tensor) -> Blocks:
+def best_blocks(weight: torch.Tensor) -> Blocks:
+    """A weight in the blocks that take the fewest bytes; see `make_matrix`."""
     if weight.dtype is torch.float32:
         return pack(weight, FLOAT32_BLOCKS)
     packed = pack(weight, BFLOAT16_PACKED)
@@ -115,10 +154,11 @@ def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None) ->
     """
     library, weight = library or kernels(), weight.detach()
     rows, cols = weight.shape
-    blocks = -(-rows // library.knn_ssd_lanes())
+    lanes = library.knn_ssd_lanes()
+    blocks = -(-rows // lanes)
     source = ctypes.byref(Matrix(address(weight), None, None, rows, cols, KINDS[weight.dtype]))
     is_packed = kind == BFLOAT16_PACKED
-    shape = blocks * library.knn_ssd_lanes(), cols * 3 // 2 if is_packed else cols
+    shape = blocks * lanes, cols * 3 // 2 if is_packed else cols
     data = torch.empty(shape, dtype=torch.uint8 if is_packed else weight.dtype)
     upper_bytes, counts = torch.empty(16, dtype=torch.uint8), torch.empty(blocks, dtype=torch.int64)
     if is_packed:
@@ -130,6 +170,11 @@ def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None) ->
     escapes = torch.empty(max(int(starts[-1]), 1), _ESCAPE_BYTES, dtype=torch.uint8)  # an empty one has no address
     library.knn_ssd_list_escapes(source, address(upper_bytes), address(starts), address(escapes))
     return Blocks(kind, rows, cols, data, upper_bytes, starts, escapes)
+
+
+def _lanes() -> int:
+    lanes: int = kernels().knn_ssd_lanes()
+    return lanes
 
 
 def is_in_blocks(matrix: Matrix) -> bool:

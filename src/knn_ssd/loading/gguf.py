@@ -12,9 +12,8 @@ import importlib
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 
 from knn_ssd.errors import ModelError, OutputError, UnsupportedModelError
-from knn_ssd.io import atomic_directory
+from knn_ssd.io import atomic_directory, remove_stale
 from knn_ssd.loading.files import raised_as, reason
 from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
 from knn_ssd.progress import ProgressBars
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Increased whenever conversion gives another result than before, so that old results are not used again.
 _CONVERSION_VERSION = 1
-_STALE_SECONDS = 24 * 3600
 
 _COPY_AGAIN = "Download or copy the file again."
 _USE_SAFETENSORS = "Use the model's safetensors form instead."
@@ -72,7 +70,7 @@ def converted(gguf: Path, cache: Path) -> Path:
     target = _target(gguf, cache)
     if os.path.isdir(target):
         return target
-    _remove_stale(target.parent)
+    remove_stale(target.parent)
     try:
         with atomic_directory(target) as directory, ProgressBars() as progress:
             _write_checkpoint(gguf, directory, lambda name: progress.stage(f"converting {gguf.name}: {name}", None))
@@ -90,14 +88,6 @@ def _target(gguf: Path, cache: Path) -> Path:
     status = gguf.stat()
     key = f"{_CONVERSION_VERSION}:{gguf.name}:{status.st_size}:{status.st_mtime_ns}"
     return cache / "converted" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def _remove_stale(parent: Path) -> None:
-    """Removes what killed conversions left behind, once it is too old to belong to a running one."""
-    with suppress(OSError):
-        for folder in parent.glob(".*"):
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None]) -> None:

@@ -198,7 +198,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         floor_sec_per_token=read_bytes / read_bandwidth_bytes_per_sec,
     )
     try:
-        backend = select_backend(model)
+        backend = select_backend(model, loaded.directory)
     except UnsupportedModelError as error:
         return replace(report, supported=False, unsupported_because=str(error))
     report = replace(

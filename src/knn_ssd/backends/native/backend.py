@@ -21,18 +21,20 @@ from transformers import PreTrainedModel
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
-from knn_ssd.backends.native.low_bit import LowBitCopies
+from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
+from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle, uses_tiles
-from knn_ssd.kernels.weights import KINDS, TensorKeeper, is_in_blocks, make_matrix, read_rows
+from knn_ssd.kernels.weights import KINDS, is_in_blocks, read_rows
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.tools.memory import release_file_pages
+from knn_ssd.weight_cache import WeightCache
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
 _FIRST_POSITIONS = 2048  # in the rotary tables at first
 
 
@@ -90,6 +92,7 @@ class NativeBackend:
 
     Args:
         model: a model on the CPU, in float32 or bfloat16; it is not changed.
+        weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
 
     Raises:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
@@ -97,7 +100,7 @@ class NativeBackend:
 
     modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weight_cache: WeightCache | None = None) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
         self.structure = find_structure(model)
@@ -108,22 +111,23 @@ class NativeBackend:
         self.context_length = context_length(config)
         self.device = torch.device("cpu")
         self.kernels = kernels()
-        self._keeper = TensorKeeper()
+        self._packed = PackedWeights(weight_cache)
         self.attentions: list[Attention] = []
         self.mlps: list[Mlp] = []
-        for layer in self.structure.layers:
-            self.attentions.append(self._attention(layer))
-            self.mlps.append(self._mlp(layer))
+        for index, layer in enumerate(self.structure.layers):
+            self.attentions.append(self._attention(index, layer))
+            self.mlps.append(self._mlp(index, layer))
             self._release_unpacked()
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = self._matrix(output)
+        self.head = self._packed.matrix("head", output)
         self._is_tied = output.weight is base.embed_tokens.weight and is_in_blocks(self.head)
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
+        self._packed.finish()
         self._release_unpacked()
-        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
+        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
@@ -137,15 +141,15 @@ class NativeBackend:
 
     @property
     def weight_bytes(self) -> int:
-        return self._keeper.bytes + (0 if self._is_tied else self.embedding.nbytes)
+        return self._packed.keeper.bytes + (0 if self._is_tied else self.embedding.nbytes)
 
     @property
     def low_bit_bytes(self) -> int:
         return self.low.bytes
 
-    def prepare(self, plan: Plan) -> None:
-        """Makes the 4-bit copies that a plan uses."""
-        self._resolve(plan)
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
+        self._resolve(plan, progress)
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
@@ -218,24 +222,25 @@ class NativeBackend:
                 self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
             return self._positions
 
-    def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
+    def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> _ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         resolved = self._resolved.get(key)
-        return resolved or self._resolved.setdefault(key, self._make_resolved(plan))  # one for all threads
+        return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
-    def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
+    def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> _ResolvedPlan:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        self.low.prepare(plan, progress or NoProgress())
         head = self.low.head() if plan.head is Mode.LOW else self.head
         attentions = _addresses(plan.attention, self.attentions, self.low.attention)
         return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
-        count = min(_SAMPLE_TOKENS, self.context_length)
+        count = min(SAMPLE_TOKENS, self.context_length)
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
@@ -272,13 +277,13 @@ class NativeBackend:
         split_logits = torch.split(logits, [request.num_logits for request in requests])
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
 
-    def _attention(self, layer: Any) -> Attention:
+    def _attention(self, index: int, layer: Any) -> Attention:
         module = layer.self_attn
         config = module.config
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         sliding = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         return Attention(
-            *(self._matrix(getattr(module, f"{name}_proj")) for name in "qkvo"),
+            *(self._packed.matrix(f"{index}.{name}", getattr(module, f"{name}_proj")) for name in "qkvo"),
             address(self._float(layer.input_layernorm.weight)),
             None if q_norm is None else address(self._float(q_norm.weight)),
             None if k_norm is None else address(self._float(k_norm.weight)),
@@ -291,15 +296,15 @@ class NativeBackend:
             sliding or 0,
         )
 
-    def _mlp(self, layer: Any) -> Mlp:
+    def _mlp(self, index: int, layer: Any) -> Mlp:
         return Mlp(
-            *(self._matrix(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
+            *(
+                self._packed.matrix(f"{index}.{name}", getattr(layer.mlp, f"{name}_proj"))
+                for name in ("gate", "up", "down")
+            ),
             address(self._float(layer.post_attention_layernorm.weight)),
             float(layer.post_attention_layernorm.variance_epsilon),
         )
-
-    def _matrix(self, linear: nn.Linear) -> Matrix:
-        return make_matrix(linear.weight, linear.bias, self._keeper)
 
     def _release_unpacked(self) -> None:
         """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
@@ -308,7 +313,7 @@ class NativeBackend:
 
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()
-        self._keeper.keep(result)
+        self._packed.keeper.keep(result)
         return result
 
     def _positions_up_to(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:

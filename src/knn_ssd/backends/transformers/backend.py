@@ -28,6 +28,7 @@ from knn_ssd.backends.transformers.kv_cache import StaticCache
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
 
 # Shared by all backends of one model: a forward pass of one must not see what another has skipped.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -76,7 +77,7 @@ class TransformersBackend:
         """Always 0: this backend has no 4-bit copies."""
         return 0
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Does nothing: a plan needs no more than the model has."""
 
     def open(
