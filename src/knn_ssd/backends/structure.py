@@ -60,6 +60,12 @@ def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; a decoder-only model was looked for", _HINT)
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{name} attends in both directions (is_causal is false in its config), and only what comes before a token "
+            "may decide it",
+            _HINT,
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     recurrent = sorted(t for t in layer_types if any(word in t for word in _RECURRENT_LAYER_TYPES))
     found = recurrent or sorted({type(m).__name__ for m in model.modules() if _is_recurrent(m)})
@@ -109,6 +115,11 @@ def _child(model: PreTrainedModel, index: int, layer: nn.Module, names: tuple[st
         f"a child named {' or '.join(names)} was looked for, and there are {', '.join(children) or 'none'}",
         _HINT,
     )
+
+
+def declared(config: Any, name: str) -> Any:
+    """A field of a config; None if its class does not declare it, as then the model's code ignores what a file says."""
+    return getattr(config, name, None) if hasattr(type(config)(), name) else None
 
 
 def context_length(config: Any) -> int:

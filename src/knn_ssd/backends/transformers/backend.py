@@ -23,7 +23,7 @@ from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequ
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
-from knn_ssd.backends.structure import Structure, context_length, find_structure
+from knn_ssd.backends.structure import Structure, context_length, declared, find_structure
 from knn_ssd.backends.transformers.kv_cache import StaticCache
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
@@ -122,13 +122,13 @@ class TransformersBackend:
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
         config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        chunk = getattr(config, "attention_chunk_size", None)
+        window = declared(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
+        chunk = declared(config, "attention_chunk_size")
 
         def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
             return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
 
-        if getattr(config, "layer_types", None) and (window or chunk):
+        if declared(config, "layer_types") and (window or chunk):
             return {
                 "full_attention": mask(),
                 "sliding_attention": mask(window=window),
