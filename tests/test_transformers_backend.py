@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 import weakref
 from itertools import count
@@ -55,6 +56,24 @@ def leftovers(model: nn.Module) -> list[str]:
 
 
 # --- Forward passes
+
+
+def test_the_kv_cache_is_given_under_the_name_that_the_model_takes() -> None:
+    original, reference = tiny_model(), tiny_model()
+    own = "cache" if "cache" in inspect.signature(original.forward).parameters else "past_key_values"
+    forward = original.forward
+
+    def newer(input_ids: Any, cache: Any = None, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        return forward(input_ids=input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **{own: cache})
+
+    def older(input_ids: Any, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        return newer(input_ids, past_key_values, use_cache, logits_to_keep)
+
+    for signature in (newer, older):
+        original.forward = signature
+        session = TransformersBackend(original).open(20)
+        session.prefill(PROMPT[:3])
+        torch.testing.assert_close(session.forward(PROMPT[3:]), logits_of(reference, PROMPT)[3:])
 
 
 @every_family

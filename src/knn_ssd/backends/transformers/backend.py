@@ -56,6 +56,7 @@ class TransformersBackend:
         self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
         self._silent = _zero_forwards(self)
 
@@ -113,8 +114,8 @@ class TransformersBackend:
         with torch.no_grad():
             output = self.model(
                 input_ids=torch.tensor([list(token_ids)], device=self.device),  # (1, n)
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_option: cache},
                 **{name: value for name, value in options.items() if name in self._options},
             )
         return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
