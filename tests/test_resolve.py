@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+from gguf_files import SPECIAL, permuted, tiny_model, vocabulary, write_gguf
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
@@ -28,14 +29,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaForSequenceClassification,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from knn_ssd import testing
 from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
-from knn_ssd.loading import download, gguf, pretrained, resolve
+from knn_ssd.loading import download, gguf, gguf_file, pretrained, resolve
 from knn_ssd.loading.resolve import (
     EMBEDDED_MODEL,
     LoadedModel,
@@ -47,8 +46,6 @@ from knn_ssd.loading.resolve import (
 )
 
 CPU = torch.device("cpu")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +56,6 @@ def alone(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.node.get_closest_marker("real") is None:
         monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def tiny_model() -> PreTrainedModel:
-    """Its sizes are those that `write_gguf` states; blocks of a quantised file need rows of 32."""
-    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    return testing.tiny_model(**sizes, vocab_size=260, tie_word_embeddings=True)
-
-
-def vocabulary() -> tuple[list[str], list[str]]:
-    """A byte-level vocabulary of 260 tokens, and its one merge (two line ends)."""
-    return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"], ["Ċ Ċ"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -542,11 +528,28 @@ def test_a_file_is_converted_once(source: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_changed_file_is_converted_again(source: Path) -> None:
-    first = model_dir(source)
-    os.utime(source, ns=(0, source.stat().st_mtime_ns + 1))
+    first, status = model_dir(source), source.stat()
+    source.write_bytes(b"GGUX")  # as long as before, and as old
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     second = model_dir(source)
     source.write_bytes(b"GGUF2")
     assert len({first, second, model_dir(source)}) == 3
+    source.write_bytes(b"GGUF")
+    assert model_dir(source) == first
+
+
+def test_a_file_with_the_same_content_is_not_converted_again(source: Path) -> None:
+    first = model_dir(source)
+    os.utime(source, ns=(0, 1))
+    assert model_dir(source) == first
+    (source.parent / "elsewhere").mkdir()
+    assert model_dir(source.rename(source.parent / "elsewhere" / source.name)) == first
+
+
+def test_the_content_of_a_file_is_hashed_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = model_dir(source)
+    monkeypatch.setattr("hashlib.file_digest", raising(AssertionError("hashed again")))
+    assert model_dir(source) == first
 
 
 @pytest.mark.parametrize("error", [ModelError("cannot be read"), KeyboardInterrupt()])
@@ -616,77 +619,6 @@ def test_only_old_left_overs_are_removed(source: Path) -> None:
 # GGUF files
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The row order llama.cpp wants for its rotary embedding."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-
-
-def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
-        if name.startswith("model.layers."):
-            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-            heads = {"attn_q": 4, "attn_k": 2}.get(names[part])
-            tensors[f"blk.{layer}.{names[part]}.weight"] = permuted(value, heads) if heads else value
-        else:
-            tensors["token_embd.weight" if "embed" in name else "output_norm.weight"] = value
-    return tensors
-
-
-def write_gguf(
-    path: Path,
-    model: PreTrainedModel | None = None,
-    *,
-    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
-    architecture: str = "llama",
-    splitting: str | None = "smollm",
-    more: Callable[[GGUFWriter], None] = lambda _: None,
-    left_out: str | None = None,
-) -> Path:
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(260)
-    if splitting is not None:
-        add_vocabulary(writer, splitting)
-    more(writer)
-    for name, value in gguf_tensors(model or tiny_model()).items():
-        if name == left_out:
-            continue
-        blocks = kind if value.ndim > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, quantize(value, blocks), raw_dtype=blocks)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:
-    tokens, merges = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(TEMPLATE)
-
-
 def test_a_converted_model_says_what_the_original_says(tmp_path: Path) -> None:
     original = tiny_model()
     loaded = load_model(write_gguf(tmp_path / "tiny.gguf", original))
@@ -724,7 +656,7 @@ def test_blocks_are_dequantized_and_not_kept_packed(tmp_path: Path, kind: GGMLQu
     ],
 )
 def test_the_dtype_a_conversion_stores(types: set[str], dtype: torch.dtype) -> None:
-    assert gguf._stored_dtype(types) == dtype
+    assert gguf_file.stored_dtype(types) == dtype
 
 
 def test_the_tokenizer_of_a_gguf(tmp_path: Path) -> None:
@@ -759,17 +691,6 @@ def test_all_ids_that_end_a_reply(tmp_path: Path) -> None:
     assert loaded.model.generation_config.eos_token_id == [2, 0]
     assert loaded.model.generation_config.pad_token_id == 0
     assert load_model(write_gguf(tmp_path / "plain.gguf")).model.generation_config.eos_token_id == 2
-
-
-def test_left_out_values_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def more(writer: GGUFWriter) -> None:
-        writer.add_string("llama.rope.scaling.type", "yarn")
-        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
-
-    with caplog.at_level(logging.WARNING):
-        model_dir(write_gguf(tmp_path / "tiny.gguf", more=more))
-    assert "4 of" in caplog.text
-    assert "'yarn'" in caplog.text
 
 
 def test_there_is_no_warning_when_nothing_is_left_out(

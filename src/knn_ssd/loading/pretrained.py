@@ -88,12 +88,13 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
         raise ModelError(f"the weights of '{name}' cannot be loaded: {reason(error)}", remedy) from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]):
-        raise ModelError(f"the weights of '{name}' lack {_first(absent)}", remedy)
+        raise ModelError(f"the weights of '{name}' lack {first_of(absent)}", remedy)
     if misfits := sorted(key[0] for key in report["mismatched_keys"]):
-        raise ModelError(f"the weights of '{name}' do not fit its config in {_first(misfits)}", remedy)
+        raise ModelError(f"the weights of '{name}' do not fit its config in {first_of(misfits)}", remedy)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
 
-def _first(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """The first of some names, and how many more there are, for error messages."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
