@@ -105,7 +105,7 @@ def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:
     writer.add_tokenizer_pre(splitting)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(merges)
+    writer.add_token_merges(merges * 2)  # early versions of transformers 5 cannot read a list of one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)

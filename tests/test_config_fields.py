@@ -49,7 +49,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 16},
     "no head_dim": {"head_dim": None, "hidden_size": 128},
     "one key for all heads": {"num_key_value_heads": 1},
-    "as many keys as heads": {"num_key_value_heads": None},
+    "as many keys as heads": {"num_key_value_heads": 4},
     "hidden_act": {"hidden_act": "gelu"},
     "another name of silu": {"hidden_act": "swish"},
     "tied": {"tie_word_embeddings": True},
@@ -138,6 +138,12 @@ def test_what_the_native_backend_can_is_not_left_to_the_slower_one(family: str) 
 def test_a_model_that_sees_what_follows_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match="attends in both directions"):
         select_backend(model_with(family, {"is_causal": False}))
+
+
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
+def test_heads_that_cannot_share_their_keys_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModelError):
+        select_backend(model_with(family, {"num_key_value_heads": 8}))
 
 
 @pytest.mark.parametrize("fields", [FIELDS["a window in every other layer"], FIELDS["chunks"]])

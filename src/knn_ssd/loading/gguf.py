@@ -170,7 +170,7 @@ def _read_tokenizer(gguf: Path, facts: GGUFFacts) -> PreTrainedTokenizerBase:
     with raised_as(ModelError, f"transformers cannot read the tokenizer in '{gguf}'", USE_SAFETENSORS):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _correct_splitting(tokenizer, facts.splitting)
-    if tokenizer.eos_token_id is None and facts.end_ids:
+    if facts.end_ids and tokenizer.eos_token_id != facts.end_ids[0]:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(facts.end_ids[0])
     if facts.context_length is not None:
         tokenizer.model_max_length = facts.context_length

@@ -199,6 +199,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         )
     with raised_as(ModelError, f"'{path}' is not a usable config", how_to_restore(directory)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        int(getattr(config.get_text_config(), "num_hidden_layers", 0))  # early versions of transformers 5 check nothing
     check_causal(config, str(directory))
     return config
 
