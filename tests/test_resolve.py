@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -22,7 +23,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from gguf_files import SPECIAL, permuted, tiny_model, vocabulary, write_gguf
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,7 +35,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
-from knn_ssd.loading import download, gguf, gguf_file, pretrained, resolve
+from knn_ssd.loading import checkpoint, download, gguf, gguf_file, pretrained, resolve
+from knn_ssd.loading.hub_name import HubName, cached, gguf_files
 from knn_ssd.loading.resolve import (
     EMBEDDED_MODEL,
     LoadedModel,
@@ -363,6 +365,172 @@ def test_a_download_that_breaks_off(monkeypatch: pytest.MonkeyPatch, error: Exce
 )
 def test_one_form_of_the_weights(names: list[str], needed: list[str]) -> None:
     assert download._needed(names) == needed
+
+
+# What people have instead of a whole model
+
+
+def test_an_adapter_is_named_with_its_base(directory: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    error = refused(UnsupportedModelError, directory, str(directory), "adapter (LORA) of 'owner/base'")
+    assert "merge_and_unload" in str(error.hint)
+    (directory / "config.json").unlink()
+    refused(UnsupportedModelError, directory, "adapter (LORA) of 'owner/base'")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "packages"),
+    [
+        ("tokenizer.model", ["sentencepiece", "protobuf", "tiktoken"]),
+        ("qwen.tiktoken", ["tiktoken"]),
+        ("tekken.json", ["mistral-common"]),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, packages: list[str]
+) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    (directory / vocabulary).write_bytes(b"{}")
+    absent = {"sentencepiece", "google.protobuf", "tiktoken", "mistral_common"}
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    monkeypatch.setattr(checkpoint.AutoTokenizer, "from_pretrained", raising(ValueError("it is needed")))
+    error = refused(ModelError, directory, str(directory), "cannot be read without", *packages)
+    assert f"pip install {' '.join(packages)}" in str(error.hint)
+    absent.clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: find("json"))
+    assert "pip install" not in str(refused(ModelError, directory, "cannot be read: it is needed").hint)
+
+
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    ],
+    ids=lambda each: each["quant_method"],
+)
+def test_quantised_weights_are_named_with_the_remedy(directory: Path, quantisation: dict[str, Any]) -> None:
+    edit_config(directory, quantization_config=quantisation)
+    error = refused(ModelError, directory, str(directory), f"quantised by {quantisation['quant_method']}")
+    assert "not quantised, or a GGUF file" in str(error.hint)
+
+
+def test_quantised_weights_that_transformers_would_take_for_plain_ones(directory: Path) -> None:
+    edit_config(directory, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    refused(UnsupportedModelError, directory, "quantised by modelopt, which transformers does not know")
+    edit_config(directory, quantization_config=None)
+    weights = load_file(directory / "model.safetensors")
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file({**weights, **scale}, directory / "model.safetensors", metadata={"format": "pt"})
+    refused(UnsupportedModelError, directory, "model.layers.0.mlp.up_proj.weight_scale", "does not say how")
+
+
+def test_weights_that_the_model_does_not_use_are_a_warning(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(directory / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file({**weights, **bias}, directory / "model.safetensors", metadata={"format": "pt"})
+    load_model(directory)
+    assert "model.layers.0.self_attn.q_proj.bias, which the model does not use" in caplog.text
+
+
+# GGUF files and revisions on the Hub
+
+GGUF_NAMES = ["README.md", "tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", "mmproj-F16.gguf"]
+
+
+def fetches(monkeypatch: pytest.MonkeyPatch, names: list[str], **wanted: Any) -> list[str]:
+    """The Hub has a repository of these files; what is downloaded of them is returned. `wanted` must be asked for."""
+    taken: list[str] = []
+
+    def info(_api: Any, hub_id: str, timeout: float, **options: Any) -> Any:
+        assert (hub_id, options) == ("owner/name", wanted)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def fetch(hub_id: str, allow_patterns: list[str], **options: Any) -> str:
+        assert options == wanted
+        taken.extend(allow_patterns)
+        root = Path(constants.HF_HUB_CACHE) / "models--owner--name"
+        snapshot = root / "snapshots" / ("0123456789abcdef0123456789abcdef0123456" + str(len(wanted)))
+        for name in allow_patterns:
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            write_gguf(snapshot / name)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / wanted.get("revision", "main")).write_text(snapshot.name)
+        return str(snapshot)
+
+    monkeypatch.setattr(download.HfApi, "model_info", info)
+    monkeypatch.setattr(download, "snapshot_download", fetch)
+    return taken
+
+
+@pytest.mark.parametrize("variant", ["Q4_K_M", "q4_k_m", "tiny-Q4_K_M.gguf"])
+def test_a_gguf_file_on_the_hub_is_fetched_once(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    taken = fetches(monkeypatch, GGUF_NAMES)
+    loaded = load_model(f"owner/name:{variant}")
+    assert taken == ["tiny-Q4_K_M.gguf"]
+    assert loaded.tokenizer is not None
+    assert loaded.directory is not None
+    assert loaded.directory.is_relative_to(cache_directory())
+    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was used")))
+    assert load_model(f"owner/name:{variant}").directory == loaded.directory
+
+
+def test_a_repository_of_several_gguf_files_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = fetches(monkeypatch, GGUF_NAMES)
+    error = refused(UsageError, "owner/name", "'owner/name' has 2 GGUF files and no safetensors")
+    assert error.hint == "Name one of 'owner/name:Q4_K_M', 'owner/name:Q8_0'."
+    error = refused(UsageError, "owner/name:Q5_0", "has no GGUF files of the name 'Q5_0'")
+    assert "'owner/name:Q8_0'" in str(error.hint)
+    assert taken == []
+
+
+def test_a_repository_of_one_gguf_file_needs_no_more_than_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = fetches(monkeypatch, ["tiny-Q8_0.gguf", "config.json"])
+    assert load_model("owner/name").tokenizer is not None
+    assert taken == ["tiny-Q8_0.gguf"]
+
+
+def test_all_parts_of_a_gguf_file_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [f"Q8_0/tiny-Q8_0-0000{number}-of-00002.gguf" for number in (1, 2)]
+    model = HubName("owner/name", "Q8_0")
+    assert gguf_files(model, [*reversed(parts), "tiny-Q4_0.gguf"]) == parts
+
+
+def test_a_repository_without_the_gguf_file_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches(monkeypatch, ["model.safetensors", "config.json"])
+    error = refused(UsageError, "owner/name:Q4_K_M", "has no GGUF files of the name 'Q4_K_M'")
+    assert error.hint == "Leave out what follows the colon."
+
+
+def test_a_revision_is_asked_for_and_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches(monkeypatch, ["tiny-Q8_0.gguf"])
+    main = load_model("owner/name").directory
+    taken = fetches(monkeypatch, ["tiny-Q8_0.gguf"], revision="v2")
+    assert load_model("owner/name", revision="v2").directory == main  # of the same content
+    assert taken == ["tiny-Q8_0.gguf"]
+    assert cached(HubName("owner/name", None, "v2")) != cached(HubName("owner/name"))
+    assert cached(HubName("owner/name", None, "v3")) is None
+
+
+def test_a_cached_revision_needs_no_network(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was used")))
+    snapshot = put_in_hub_cache(directory, "owner/name")
+    (snapshot.parents[1] / "refs" / "v2").write_text(snapshot.name)
+    assert load_model("owner/name", revision="v2").directory == snapshot
+
+
+def test_a_revision_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.HfApi, "model_info", raising(hub_error(RevisionNotFoundError)))
+    refused(ModelError, "owner/name", "'owner/name' has no revision 'v9'", revision="v9")
+
+
+def test_a_revision_of_a_model_that_is_not_on_the_hub(directory: Path) -> None:
+    refused(UsageError, directory, "the revision 'v2'", "not on the Hub", revision="v2")
 
 
 # dtype and device

@@ -117,6 +117,7 @@ class Engine:
         answers: AnswerStore | bool | str | Path = True,
         prefix_cache: int = 0,
         threads: int | None = None,
+        revision: str | None = None,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -126,6 +127,7 @@ class Engine:
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
+            revision: a branch, tag or commit of a model on the Hub; None is its main branch.
 
         Raises:
             ModelError, AtlasError, AnswerStoreError: what cannot be found, read or used together.
@@ -133,7 +135,7 @@ class Engine:
         from knn_ssd.loading.resolve import load_model
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
-        loaded = load_model(name, dtype=dtype, device=device)
+        loaded = load_model(name, dtype=dtype, device=device, revision=revision)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
         return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, **options)
 
