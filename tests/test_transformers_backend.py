@@ -7,6 +7,7 @@ import inspect
 import threading
 import weakref
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from knn_ssd.backends.base import Exactness
+from knn_ssd.backends.structure import context_length
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UnsupportedModelError, UsageError
@@ -492,6 +494,18 @@ def tiny_t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
 
 
+MPT: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), None
+)
+
+
+def test_a_context_length_has_several_names_and_without_one_a_model_is_refused() -> None:
+    assert context_length(SimpleNamespace(max_seq_len=64)) == 64
+    assert context_length(SimpleNamespace(max_position_embeddings=32, max_seq_len=64)) == 32
+    with pytest.raises(UnsupportedModelError, match="the config of this bloom has no context length"):
+        context_length(SimpleNamespace(model_type="bloom"))
+
+
 def headless() -> PreTrainedModel:
     return AutoModel.from_config(tiny_model().config)
 
@@ -507,6 +521,11 @@ def headless() -> PreTrainedModel:
             "recurrent state .*; attention in every layer was looked for",
         ),
         (lambda: tiny_model("bloom"), "layers that only add both to a residual stream were looked for"),
+        (
+            lambda: tiny_model("bloom", max_position_embeddings=None),
+            "layers that only add both to a residual stream were looked for",
+        ),
+        (lambda: tiny_model("mpt", **MPT), "layers that only add both to a residual stream were looked for"),
         (
             lambda: tiny_model("opt"),
             "no MLP was found in layer 0 .* a child named mlp or .* was looked for, and there are",

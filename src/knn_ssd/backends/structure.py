@@ -21,6 +21,8 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 # Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
 _RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 _RECURRENT_CLASS = re.compile(r"Mamba|Recurrent|R[Ww][Kk][Vv]|GatedDelta|SSM|R[Gg]L[Rr][Uu]|ShortConv")
 _HINT = "Decoders whose layers have one attention and one MLP module each can be used."
@@ -123,9 +125,19 @@ def declared(config: Any, name: str) -> Any:
 
 
 def context_length(config: Any) -> int:
-    """The model's context length, or less: as far as its rotary embedding does not change with the length."""
+    """The model's context length, or less: as far as its rotary embedding does not change with the length.
+
+    Raises:
+        UnsupportedModelError: the config has none.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
         return int(original)
-    return int(config.max_position_embeddings)
+    length = next((value for name in _LENGTHS if (value := getattr(config, name, None))), None)
+    if length is None:
+        raise UnsupportedModelError(
+            f"the config of this {config.model_type} has no context length; {' or '.join(_LENGTHS)} was looked for",
+            "Add max_position_embeddings to its config.json, with the length that it was trained for.",
+        )
+    return int(length)

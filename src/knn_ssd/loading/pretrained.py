@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from knn_ssd.errors import ModelError, UnsupportedModelError
@@ -110,7 +110,7 @@ def _refuse_unknown_quantisation(config: PreTrainedConfig | None, name: str) -> 
     """transformers would load such weights as if they were not quantised."""
     stated: Any = getattr(config, "quantization_config", None)
     method = _quantisation(config)
-    if method and isinstance(stated, dict) and not AutoHfQuantizer.supports_quant_method(stated):
+    if method and isinstance(stated, dict) and not AutoHfQuantizer.supports_quant_method(stated):  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(
             f"the weights of '{name}' are quantised by {method}, which transformers does not know", _NOT_QUANTISED
         )

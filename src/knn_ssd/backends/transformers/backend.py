@@ -53,12 +53,12 @@ class TransformersBackend:
         self.num_layers = len(self.structure.layers)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
         self._silent = _zero_forwards(self)
+        self.context_length = context_length(config)
 
     @property
     def exactness(self) -> Exactness:
