@@ -27,7 +27,7 @@ from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, 
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.speculation.drafter_factory import DrafterFactory
-from knn_ssd.tokenization import Detokenizer, PromptLike, encode, eos_token_ids
+from knn_ssd.tokenization import ChatIds, Detokenizer, PromptLike, encode, end_of_turn_ids, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Engine:
             raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
         self.tokenizer = tokenizer
+        self._end_of_turn = end_of_turn_ids(model, tokenizer)
         self.atlas = atlas
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
@@ -241,7 +242,7 @@ class Engine:
             token_ids,
             limit,
             Sampler.from_params(params, self.backend.device),
-            end_at(eos_token_ids(self.model)),
+            end_at(eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())),
             wanted,
             detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
             owner=owner,
