@@ -269,3 +269,23 @@ for condition in busy["QUOTA_CONDITIONS"]:
     assert quota[:3] == ["quota", [1, 1], free]
     assert ignorant[:3] == ["quota, a thread for every CPU", [1, usable_cpus()], free]
     assert max(quota[3], ignorant[3]) < 0.4, "half a CPU for half a second, and at most a period's share more"
+
+
+def test_an_accelerator_is_measured_or_its_absence_told(run: Run, tmp_path: Path) -> None:
+    sizes = ["--width", "64", "--layers", "3", "--new-tokens", "16"]
+    models = ["--models", "random:llama", "random:gpt_neox"]
+    shown = run("accelerator.py", "--device", "cpu", *models, *sizes, "--out", str(tmp_path / "rows.json"))
+    assert "bfloat16" in shown
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 2 * 2 * 5
+    assert {row["way"] for row in rows} == {"generate", "plain", "skip", "lookup", "default"}
+    for row in rows:
+        assert row["equal"] == row["outputs"] or row["dtype"] == "bfloat16"
+        assert (row["drafted"] > 0) == (row["way"] not in ("generate", "plain")) or row["way"] == "default"
+        assert row["tokens_per_sec"] > 0
+        assert row["memory_mb"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_the_script_says_so(run: Run) -> None:
+    assert "There is no CUDA device here" in run("accelerator.py", code=2)

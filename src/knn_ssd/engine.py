@@ -28,7 +28,7 @@ from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, 
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.speculation.drafter_factory import DrafterFactory
-from knn_ssd.tokenization import Detokenizer, PromptLike, encode, eos_token_ids
+from knn_ssd.tokenization import ChatIds, Detokenizer, PromptLike, encode, end_of_turn_ids, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Engine:
             raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
         self.tokenizer = tokenizer
+        self._end_of_turn = end_of_turn_ids(model, tokenizer)
         self.atlas = atlas
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
@@ -118,6 +119,7 @@ class Engine:
         prefix_cache: int = 0,
         threads: int | None = None,
         weight_cache: bool = True,
+        revision: str | None = None,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -128,6 +130,7 @@ class Engine:
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
             weight_cache: keep 4-bit copies of the weights in the cache directory, and take them from there.
+            revision: a branch, tag or commit of a model on the Hub; None is its main branch.
 
         Raises:
             ModelError, AtlasError, AnswerStoreError: what cannot be found, read or used together.
@@ -135,7 +138,7 @@ class Engine:
         from knn_ssd.loading.resolve import load_model
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
-        loaded = load_model(name, dtype=dtype, device=device)
+        loaded = load_model(name, dtype=dtype, device=device, revision=revision)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
         options["backend"] = select_backend(loaded.model, loaded.directory if weight_cache else None)
         return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, **options)
@@ -242,7 +245,7 @@ class Engine:
             token_ids,
             limit,
             Sampler.from_params(params, self.backend.device),
-            end_at(eos_token_ids(self.model)),
+            end_at(eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())),
             wanted,
             detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
             owner=owner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,14 @@ from knn_ssd.errors import PromptError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Messages = Sequence[Mapping[str, str]]
 PromptLike = str | Messages | Sequence[int]
+
+
+class ChatIds(list[int]):
+    """Token ids of a conversation as the chat template writes it: what follows is a reply, and ends as one."""
 
 
 def encode(
@@ -26,6 +33,8 @@ def encode(
     name: str = "",
 ) -> list[int]:
     """Token ids of a prompt: a user's message, a conversation of role/content messages, or token ids as they are.
+
+    They are `ChatIds` if the chat template was applied.
 
     Args:
         tokenizer: None if prompts come as token ids.
@@ -41,7 +50,8 @@ def encode(
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = cast("Sequence[int]", prompt.tolist())
     if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
-        token_ids = [int(item) for item in cast("Sequence[int]", prompt)]
+        kind = ChatIds if isinstance(prompt, ChatIds) else list
+        token_ids = kind(int(item) for item in cast("Sequence[int]", prompt))
     else:
         token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt)
     if not token_ids:
@@ -73,7 +83,7 @@ def _encode_text(
         if missing:
             raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return _token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False)
+    return ChatIds(_token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False))
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, **options: bool) -> list[int]:
@@ -90,6 +100,43 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     if given is None:
         return frozenset()
     return frozenset([given] if isinstance(given, int) else given)
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The tokens that end a reply in a chat: the tokenizer's own, and what the chat template puts after a reply.
+
+    Those that the model's generation config lacks, as many fine-tunes' do, are reported by a warning.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        return frozenset()
+    found = {tokenizer.eos_token_id, _after_reply(tokenizer)} - {None}
+    if added := sorted(found - eos_token_ids(model)):
+        names = ", ".join(f"'{tokenizer.convert_ids_to_tokens(token)}'" for token in added)
+        logger.warning("replies in chats end at %s too, which the model's generation config lacks", names)
+    return frozenset(found)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> frozenset[int]:
+    """The tokens that end an output, those that end a reply included if prompts go through the chat template."""
+    return eos_token_ids(model) | (end_of_turn_ids(model, tokenizer) if chat else frozenset())
+
+
+def _after_reply(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that directly follows a reply by the chat template, if one does."""
+    reply = "Yes."
+    messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": reply}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template may ask for other messages than these
+        return None
+    _, found, rest = text.rpartition(reply)
+    rest = rest.lstrip()
+    following = [
+        (len(each.content), token)
+        for token, each in tokenizer.added_tokens_decoder.items()
+        if found and each.special and rest.startswith(each.content)
+    ]
+    return max(following)[1] if following else None
 
 
 _UNFINISHED = "\ufffd"  # what tokenizers decode an incomplete character to
@@ -109,6 +156,12 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        # Special tokens leave no text, so those among the stop strings are found by their ids.
+        self._stop_ids = (
+            {token for token, each in tokenizer.added_tokens_decoder.items() if each.special and each.content in stop}
+            if stop
+            else set()
+        )
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
         self._window = 0  # decoding starts here: far enough back that the last text has its left context
@@ -119,6 +172,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> bool:
         """Adds a token, and returns whether a stop string is complete with it."""
+        if token_id in self._stop_ids:
+            self._settle()
+            self.stopped = True
+            return True
         self._token_ids.append(token_id)
         settled = self._decode(self._window, self._settled)
         extended = self._decode(self._window, len(self._token_ids))
@@ -139,11 +196,16 @@ class Detokenizer:
     def finish(self) -> str:
         """The rest of the text, after the last token."""
         if not self.stopped:
-            settled = self._decode(self._window, self._settled)
-            self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
+            self._settle()
         fresh = self._text[self._given :]
         self._given = len(self._text)
         return fresh
+
+    def _settle(self) -> None:
+        """Adds the text of all tokens, be its last character complete or not."""
+        settled = self._decode(self._window, self._settled)
+        self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
+        self._settled = len(self._token_ids)
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True))

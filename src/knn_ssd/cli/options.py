@@ -79,10 +79,14 @@ def option(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --dtype, --threads, --device and --no-weight-cache."""
+    """Adds --model, --revision, --dtype, --threads, --device and --no-weight-cache."""
     group = parser.add_argument_group("model")
-    text = "a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)"
+    text = (
+        "a Hub id, a directory or a .gguf file; owner/name:Q4_K_M is a GGUF file on the Hub (default: the embedded "
+        "SmolLM2-135M-Instruct)"
+    )
     option(group, "--model", "M", text, filled)
+    option(group, "--revision", "R", "branch, tag or commit of a model on the Hub", filled)
     text = "precision (default: auto: that of the checkpoint if the device supports it, else float32)"
     option(group, "--dtype", None, text, default="auto", choices=DTYPES)
     text = "threads that compute (default: as many CPUs as the process may use, its CPU quota included)"
@@ -212,6 +216,7 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         atlas=atlas,
         dtype=args.dtype,
         device=args.device,
+        revision=args.revision,
         neighbours=args.neighbours or 1,
         answers=getattr(args, "answers", None) or not getattr(args, "no_answers", False),
         prefix_cache=getattr(args, "prefix_cache", 0) * 2**20,

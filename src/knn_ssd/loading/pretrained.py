@@ -16,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from knn_ssd.errors import ModelError, UnsupportedModelError
@@ -23,6 +24,11 @@ from knn_ssd.loading.files import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_NOT_QUANTISED = "Name the model that is not quantised, or a GGUF file of it; or install what transformers asks for."
+_SCALES = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", "_packed", "_zero_point", ".absmax")
 
 
 @contextmanager
@@ -71,6 +77,7 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
     Raises:
         ModelError: the weights cannot be read or are not complete; transformers would fill gaps with random weights.
     """
+    _refuse_unknown_quantisation(options.get("config"), name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -85,15 +92,48 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
             remedy = "Install the package it needs."
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             remedy = "Name a smaller model, a smaller dtype or another device."
-        raise ModelError(f"the weights of '{name}' cannot be loaded: {reason(error)}", remedy) from error
+        fact = f"the weights of '{name}' cannot be loaded"
+        if method := _quantisation(options.get("config")):
+            fact, remedy = f"{fact}, which are quantised by {method}", _NOT_QUANTISED
+        raise ModelError(f"{fact}: {reason(error)}", remedy) from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]):
-        raise ModelError(f"the weights of '{name}' lack {_first(absent)}", remedy)
+        raise ModelError(f"the weights of '{name}' lack {first_of(absent)}", remedy)
     if misfits := sorted(key[0] for key in report["mismatched_keys"]):
-        raise ModelError(f"the weights of '{name}' do not fit its config in {_first(misfits)}", remedy)
+        raise ModelError(f"the weights of '{name}' do not fit its config in {first_of(misfits)}", remedy)
+    _report_unexpected(sorted(report["unexpected_keys"]), name)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
 
-def _first(names: list[str]) -> str:
+def _refuse_unknown_quantisation(config: PreTrainedConfig | None, name: str) -> None:
+    """transformers would load such weights as if they were not quantised."""
+    stated: Any = getattr(config, "quantization_config", None)
+    method = _quantisation(config)
+    if method and isinstance(stated, dict) and not AutoHfQuantizer.supports_quant_method(stated):  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(
+            f"the weights of '{name}' are quantised by {method}, which transformers does not know", _NOT_QUANTISED
+        )
+
+
+def _report_unexpected(names: list[str], name: str) -> None:
+    """Refuses what only quantised weights have, and warns of other weights that the model's code has no place for."""
+    if scales := [each for each in names if each.endswith(_SCALES)]:
+        raise UnsupportedModelError(
+            f"the weights of '{name}' are quantised ({first_of(scales)}), and its config does not say how",
+            _NOT_QUANTISED,
+        )
+    if names:
+        logger.warning("the weights of '%s' have %s, which the model does not use", name, first_of(names))
+
+
+def _quantisation(config: PreTrainedConfig | None) -> str | None:
+    """How a checkpoint's weights are quantised by its config, such as gptq, awq, bitsandbytes or fp8."""
+    stated: Any = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def first_of(names: list[str]) -> str:
+    """The first of some names, and how many more there are, for error messages."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -134,18 +134,20 @@ class Examination:
         return {**asdict(self.machine), **(asdict(self.model) if self.model is not None else nothing)}
 
 
-def examine(model: str | None, dtype: str = "auto", device: str | None = None) -> Examination:
+def examine(
+    model: str | None, dtype: str = "auto", device: str | None = None, revision: str | None = None
+) -> Examination:
     """Examines a model and the machine that it runs on.
 
     Args:
         model: the model's name; None is the embedded default.
-        dtype, device: as for `load_model`.
+        dtype, device, revision: as for `load_model`.
 
     Raises:
         ModelError: the model cannot be found or read. One that is not supported is no error: the report says why.
     """
     try:
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, device=device, revision=revision)
     except UnsupportedModelError as error:
         report = ModelReport(model or EMBEDDED_MODEL, supported=False, unsupported_because=str(error))
         return Examination(examine_machine(), report)

@@ -56,6 +56,9 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"it was modified: {modification}"
     if config.hidden_act != "silu":
         yield f"its activation function is {config.hidden_act}"
+    if getattr(config, "is_heterogeneous", False):
+        yield "its layers are not all alike (per_layer_config)"
+    yield from _attention_obstacles(model)
     if unavailable := kernels_obstacle():
         yield unavailable
     lanes = kernels().knn_ssd_lanes()
@@ -65,6 +68,31 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"a linear layer has {odd[0]} inputs, which is not a multiple of {2 * lanes}"
     if layers[0].self_attn.head_dim % lanes:
         yield f"its head size is {layers[0].self_attn.head_dim}, which is not a multiple of {lanes}"
+
+
+def _attention_obstacles(model: PreTrainedModel) -> Iterator[str]:
+    """Values of the config with which attention is another than the kernels', or none at all."""
+    base: Any = model.base_model
+    config: Any = model.config
+    if config.num_attention_heads % config.num_key_value_heads:
+        yield f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} keys and values"
+    head_dim, rotary = base.layers[0].self_attn.head_dim, 2 * len(base.rotary_emb.inv_freq)
+    if rotary != head_dim:
+        yield f"its rotary embedding turns {rotary} of a head's {head_dim} values"
+    for layer in base.layers:
+        window = _sliding_window(layer.self_attn)
+        slides = window is not None or getattr(layer.self_attn, "layer_type", None) == "sliding_attention"
+        if slides and not window:
+            yield f"its sliding window is {window}"
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """How many keys a row of an attention module sees; None is no limit. Each family reads its config in its own way:
+    Llama ignores a `sliding_window`, Mistral has one for all layers, Qwen's modules have their own.
+    """
+    config = attention.config
+    window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
+    return None if window is None else int(window)
 
 
 def _modification(model: PreTrainedModel) -> str | None:
@@ -281,7 +309,6 @@ class NativeBackend:
         module = layer.self_attn
         config = module.config
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
-        sliding = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         return Attention(
             *(self._packed.matrix(f"{index}.{name}", getattr(module, f"{name}_proj")) for name in "qkvo"),
             address(self._float(layer.input_layernorm.weight)),
@@ -293,7 +320,7 @@ class NativeBackend:
             config.num_key_value_heads,
             module.head_dim,
             module.head_dim,
-            sliding or 0,
+            _sliding_window(module) or 0,
         )
 
     def _mlp(self, index: int, layer: Any) -> Mlp:

@@ -23,7 +23,7 @@ from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequ
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
-from knn_ssd.backends.structure import Structure, context_length, find_structure
+from knn_ssd.backends.structure import Structure, context_length, declared, find_structure
 from knn_ssd.backends.transformers.kv_cache import StaticCache
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
@@ -54,11 +54,12 @@ class TransformersBackend:
         self.num_layers = len(self.structure.layers)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
         self._silent = _zero_forwards(self)
+        self.context_length = context_length(config)
 
     @property
     def exactness(self) -> Exactness:
@@ -93,6 +94,8 @@ class TransformersBackend:
             mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
         with self.skipping(request.plan), _last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
             logits = self._run(request.token_ids, cache, request.num_logits, mask)
+        if self.device.type != "cpu":  # so that whoever times the pass times its work
+            torch.get_device_module(self.device).synchronize()
         return ForwardOutput(captured[0][0], logits)
 
     @contextmanager
@@ -118,8 +121,8 @@ class TransformersBackend:
         with torch.no_grad():
             output = self.model(
                 input_ids=torch.tensor([list(token_ids)], device=self.device),  # (1, n)
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_option: cache},
                 **{name: value for name, value in options.items() if name in self._options},
             )
         return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
@@ -127,13 +130,13 @@ class TransformersBackend:
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
         config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        chunk = getattr(config, "attention_chunk_size", None)
+        window = declared(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
+        chunk = declared(config, "attention_chunk_size")
 
         def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
             return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
 
-        if getattr(config, "layer_types", None) and (window or chunk):
+        if declared(config, "layer_types") and (window or chunk):
             return {
                 "full_attention": mask(),
                 "sliding_attention": mask(window=window),

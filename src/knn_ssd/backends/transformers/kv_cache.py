@@ -76,8 +76,12 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self._cache.cursor.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.cursor.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        # Early versions of transformers 5 give the positions of the new tokens instead of their number.
+        count = query_length if isinstance(query_length, int) else len(query_length)
+        return self._cache.cursor.length + count, 0
 
     def get_max_length(self) -> int:
         return self._cache.cursor.capacity
+
+    get_max_cache_shape = get_max_length  # its name in early versions of transformers 5
