@@ -1,9 +1,9 @@
 """The contract of a backend, which executes a target model, and of its sessions, one per request.
 
-A session owns one static KV cache and one cursor. Tokens before the cursor are committed. A forward pass writes behind
-it, and what is not committed will be overwritten. So rewinding costs nothing, and draft and verification share one
-cache: a draft writes only in the attention sublayers it runs, at positions that the verification recomputes in every
-layer.
+A session owns one KV cache, which grows with the output, and one cursor. Tokens before the cursor are committed. A
+forward pass writes behind it, and what is not committed will be overwritten. So rewinding costs nothing, and draft and
+verification share one cache: a draft writes only in the attention sublayers it runs, at positions that the verification
+recomputes in every layer.
 
 A session never calls its backend. It hands a `ForwardRequest` to the function it was opened with, which is the
 backend's own `forward` or a batcher's, and gets a `ForwardOutput`.

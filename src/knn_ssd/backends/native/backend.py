@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import LowBitCopies
@@ -150,9 +151,9 @@ class NativeBackend:
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> NativeSession:
-        first = self.attentions[0]
-        cache = KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
-        return NativeSession(cache, self.hidden_size, forward or self.forward, prefix_cache)
+        first, cursor = self.attentions[0], Cursor(capacity)
+        cache = KVCache(self.num_layers, first.kv_heads, cursor.reserved, first.head_dim)
+        return NativeSession(cursor, cache, self.hidden_size, forward or self.forward, prefix_cache)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         return self.forward_batch([request])[0]

@@ -83,7 +83,7 @@ class TransformersBackend:
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> TransformersSession:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
-        return TransformersSession(self.num_layers, capacity, forward or self.forward)
+        return TransformersSession(self.num_layers, Cursor(capacity), forward or self.forward)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         cache: StaticCache = request.cache
