@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.errors import UsageError
 from knn_ssd.plan import Plan
 
@@ -16,12 +17,16 @@ class Cursor:
 
     Args:
         capacity: how many tokens the session can hold.
+        admission: decides whether there is memory for them; None does not look.
 
     Attributes:
-        reserved: for how many of them the KV cache should have memory now.
+        reserved: for how many of them the KV cache should have memory now; 0 once the session is closed.
+
+    Raises:
+        MemoryLimitError: there is no memory.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, admission: MemoryAdmission | None = None) -> None:
         self.length = 0
         self.capacity = capacity
         self.reserved = min(capacity, CHUNK_TOKENS)
@@ -29,6 +34,9 @@ class Cursor:
         self._pending_plan: Plan | None = None
         self._draft_plan: Plan | None = None  # under which the tokens beyond `_verified` were drafted
         self._verified = 0
+        self._admission = admission
+        if admission is not None:
+            admission.admit(self)
 
     @property
     def verified(self) -> int:
@@ -48,11 +56,19 @@ class Cursor:
 
         Raises:
             UsageError: the tokens do not fit into the capacity.
+            MemoryLimitError: there is no memory for them.
         """
         self.check_room(count)
         if min(self.length + count + ahead, self.capacity) > self.reserved:
             more = max(self.length + count + CHUNK_TOKENS, 3 * self.reserved // 2)
-            self.reserved = self.capacity if self.capacity <= 3 * more // 2 else more
+            more = self.capacity if self.capacity <= 3 * more // 2 else more
+            if self._admission is not None:
+                self._admission.grow(self, more)
+            self.reserved = more
+
+    def close(self) -> None:
+        """Reserves nothing any more: the KV cache was freed."""
+        self.reserved = 0
 
     def check(self, plan: Plan | None) -> None:
         """Checks a forward pass before it runs: under another plan than the drafted tokens', layers that were skipped

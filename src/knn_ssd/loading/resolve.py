@@ -32,7 +32,7 @@ from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.download import download
 from knn_ssd.loading.files import WEIGHTS, how_to_restore, raised_as, read_json, weight_files
 from knn_ssd.loading.gguf import converted
-from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
+from knn_ssd.loading.pretrained import check_causal, check_memory, load_complete, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -229,6 +229,8 @@ def _load_weights(
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
+        if device.type == "cpu":
+            check_memory(weight_files(directory), str(directory), dtype if isinstance(dtype, torch.dtype) else None)
         return load_complete(
             directory, str(directory), how_to_restore(directory), config=config, dtype=dtype, **options
         )

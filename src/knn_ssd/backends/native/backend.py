@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
@@ -129,6 +130,9 @@ class NativeBackend:
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
         self._exactness: Exactness | None = None
+        token_bytes, copy_bytes = self._kv_cache(1).token_bytes
+        weight_bytes = sum(weight.nbytes for weight in model.parameters())
+        self._admission = MemoryAdmission(weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
 
     @property
     def exactness(self) -> Exactness:
@@ -151,9 +155,12 @@ class NativeBackend:
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> NativeSession:
-        first, cursor = self.attentions[0], Cursor(capacity)
-        cache = KVCache(self.num_layers, first.kv_heads, cursor.reserved, first.head_dim)
+        cursor = Cursor(capacity, self._admission)
+        cache = self._kv_cache(cursor.reserved)
         return NativeSession(cursor, cache, self.hidden_size, forward or self.forward, prefix_cache)
+
+    def most_tokens(self) -> int:
+        return self._admission.most_tokens(self.context_length)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         return self.forward_batch([request])[0]
@@ -272,6 +279,10 @@ class NativeBackend:
             return [ForwardOutput(hidden, logits)]
         split_logits = torch.split(logits, [request.num_logits for request in requests])
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
+
+    def _kv_cache(self, capacity: int) -> KVCache:
+        first = self.attentions[0]
+        return KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
 
     def _attention(self, layer: Any) -> Attention:
         module = layer.self_attn

@@ -32,6 +32,12 @@ class KVCache:
             torch.empty(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2)
         )
 
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """Memory of one token: in all tensors, and in the largest of them."""
+        parts = [part.nbytes // self.capacity for part in self.tensors]
+        return sum(parts), max(parts)
+
     def grow(self, capacity: int, kept: int) -> None:
         """Makes room for `capacity` tokens in all and keeps the first `kept`. One tensor after the other, so that only
         one of them is there twice; so the cache is lost if there is no memory for one.

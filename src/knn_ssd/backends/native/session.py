@@ -74,6 +74,7 @@ class NativeSession(CursorSession):
     def close(self) -> None:
         self._keep()
         self.cache, self._hidden = None, torch.empty(0)
+        self._cursor.close()
 
     def _run(self, token_ids: Sequence[int], plan: Plan | None, num_logits: int) -> torch.Tensor:
         self._cursor.make_room(len(token_ids))

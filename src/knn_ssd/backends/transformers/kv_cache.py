@@ -35,6 +35,11 @@ class StaticCache(Cache):
         finally:
             self.teacher_forcing = False
 
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token in all layers that have run."""
+        return sum(layer.token_bytes for layer in self.layers if isinstance(layer, _StaticLayer))
+
     def release(self) -> None:
         """Frees the memory."""
         self.layers = []
@@ -48,6 +53,11 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, cache: StaticCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token; 0 before the first update."""
+        return sum(part.nbytes // part.shape[2] for part in (self.keys, self.values) if part is not None)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = (

@@ -49,3 +49,4 @@ class TransformersSession(CursorSession):
 
     def close(self) -> None:
         self._cache.release()
+        self._cursor.close()
