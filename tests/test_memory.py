@@ -17,7 +17,7 @@ import openai
 import pytest
 from helpers import endless
 from server import MODEL, Served, SlowEngine, serving
-from test_native import tokens, wide_model
+from test_native import ALL_LOW, tokens, wide_model
 from test_thread_pool import machine, v2_machine
 
 from knn_ssd import Engine
@@ -211,6 +211,39 @@ def test_the_memory_of_a_token_is_what_a_cache_takes(engine: Engine) -> None:
     own: admission.MemoryAdmission = engine.backend._admission  # type: ignore[attr-defined]
     assert 100 * own.token_bytes == sum(part.nbytes for part in parts)
     session.close()
+
+
+# ---- 4-bit copies
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_without_memory_for_4_bit_copies_the_rest_still_drafts(caplog: pytest.LogCaptureFixture) -> None:
+    model = endless(wide_model("llama", vocab_size=8192))  # its copies take more than a short request
+    expected = Engine(model).generate(tokens(20), max_new_tokens=40, plain=True).token_ids
+    engine = Engine(model, backend=NativeBackend(model), answers=False)
+    own = engine.backend._admission  # type: ignore[attr-defined]
+    free = FreeMemory(own.low_bit_bytes - 1, GIB, "this machine")
+    own.free = lambda: free
+    result = engine.generate(tokens(20), max_new_tokens=40)
+    assert result.token_ids == expected
+    assert not result.plan.uses_low
+    arithmetic = (
+        f"4-bit copies take {size(own.low_bit_bytes)} of memory, beside {size(own.weight_bytes)} of weights; {free}"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"LlamaForCausalLM drafts without 4-bit weights: {arithmetic}"
+    ]
+    with pytest.raises(MemoryLimitError, match="Decode plainly, or under a plan without the mode low") as caught:
+        engine.generate(tokens(20), max_new_tokens=40, plan=ALL_LOW)
+    assert caught.value.message == arithmetic
+    assert engine.backend.low_bit_bytes == 0
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_the_memory_of_4_bit_copies_is_known_before_they_are_made() -> None:
+    backend = NativeBackend(wide_model("qwen2", hidden_size=128, intermediate_size=256, vocab_size=256))
+    backend.prepare(ALL_LOW)
+    assert backend._admission.low_bit_bytes == backend.low_bit_bytes
 
 
 # ---- The server

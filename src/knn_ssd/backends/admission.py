@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from knn_ssd.errors import MemoryInUseError, MemoryLimitError
 from knn_ssd.tools.memory import FreeMemory, free_memory, size
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from knn_ssd.backends.cursor import Cursor
 
 _LAST_GROWTH = 2 / 3  # the largest part of a cache's final size from which it grows
+_LOW_BIT_BYTES = 0.5625  # of a weight: 4 bits, and in each group of 64 a scale and a zero in bfloat16
 _CAUTION = 0.9  # of the tokens that fit now, where the limit is ours to choose: less may be free in a moment
 
 
@@ -32,14 +35,30 @@ class MemoryAdmission:
         token_bytes: memory of one token in a KV cache.
         copy_bytes: the part of it that is there twice while a cache grows.
         free: measures the free memory; None of it is not limited.
+        low_bit_bytes: memory of 4-bit copies of all weights.
     """
 
     weight_bytes: int
     token_bytes: int
     copy_bytes: int = 0
     free: Callable[[], FreeMemory | None] = free_memory
+    low_bit_bytes: int = 0
     _cursors: weakref.WeakSet[Cursor] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, model: nn.Module, weight_bytes: int, token_bytes: int, copy_bytes: int = 0) -> MemoryAdmission:
+        """For the sessions of a model, with the memory of its weights in the backend's format."""
+        linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        return cls(weight_bytes, token_bytes, copy_bytes, low_bit_bytes=int(_LOW_BIT_BYTES * linear))
+
+    def low_bit_shortage(self) -> str | None:
+        """None if there is memory for the 4-bit copies now, else the arithmetic."""
+        free = self.free()
+        if free is None or self.low_bit_bytes <= free.bytes:
+            return None
+        copies = f"4-bit copies take {size(self.low_bit_bytes)} of memory"
+        return f"{copies}, beside {size(self.weight_bytes)} of weights; {free}"
 
     def admit(self, cursor: Cursor) -> None:
         """Admits a new session.

@@ -8,9 +8,10 @@ equals plain decoding's bit for bit, and bfloat16 weights give what the same wei
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,16 @@ from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
-from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle, uses_tiles
 from knn_ssd.kernels.weights import KINDS, TensorKeeper, is_in_blocks, make_matrix, read_rows
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.tools.memory import release_file_pages
+
+logger = logging.getLogger(__name__)
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
@@ -97,8 +101,6 @@ class NativeBackend:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
     """
 
-    modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
-
     def __init__(self, model: PreTrainedModel) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
@@ -128,17 +130,25 @@ class NativeBackend:
         self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
+        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, ResolvedPlan] = {}
         self._exactness: Exactness | None = None
         token_bytes, copy_bytes = self._kv_cache(1).token_bytes
-        weight_bytes = sum(weight.nbytes for weight in model.parameters())
-        self._admission = MemoryAdmission(weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
 
     @property
     def exactness(self) -> Exactness:
         if self._exactness is None:
             self._exactness = probe(self)
         return self._exactness
+
+    @functools.cached_property
+    def modes(self) -> frozenset[Mode]:
+        """All modes, but without 4-bit copies where there is no memory for them, which a warning says."""
+        self._low_bit_shortage = self._admission.low_bit_shortage() if self.exactness else None  # weights were read
+        if self._low_bit_shortage is None:
+            return frozenset(Mode)
+        logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_shortage)
+        return frozenset({Mode.KEEP, Mode.SKIP})
 
     @property
     def weight_bytes(self) -> int:
@@ -226,20 +236,24 @@ class NativeBackend:
                 self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
             return self._positions
 
-    def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
+    def _resolve(self, plan: Plan | None) -> ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         resolved = self._resolved.get(key)
         return resolved or self._resolved.setdefault(key, self._make_resolved(plan))  # one for all threads
 
-    def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
+    def _make_resolved(self, plan: Plan | None) -> ResolvedPlan:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low and Mode.LOW not in self.modes:
+            raise MemoryLimitError(
+                self._low_bit_shortage or "", "Decode plainly, or under a plan without the mode low."
+            )
         head = self.low.head() if plan.head is Mode.LOW else self.head
-        attentions = _addresses(plan.attention, self.attentions, self.low.attention)
-        return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)
+        attentions = sublayer_addresses(plan.attention, self.attentions, self.low.attention)
+        return ResolvedPlan(attentions, sublayer_addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
@@ -247,19 +261,21 @@ class NativeBackend:
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
-        sampled = _ResolvedPlan(
-            _addresses(kept, attentions, attentions.__getitem__), _addresses(kept, mlps, mlps.__getitem__), head
+        sampled = ResolvedPlan(
+            sublayer_addresses(kept, attentions, attentions.__getitem__),
+            sublayer_addresses(kept, mlps, mlps.__getitem__),
+            head,
         )
         self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
         session.close()
 
-    def _run_rows(self, requests: Sequence[ForwardRequest], plan: _ResolvedPlan) -> list[ForwardOutput]:
+    def _run_rows(self, requests: Sequence[ForwardRequest], plan: ResolvedPlan) -> list[ForwardOutput]:
         counts = [len(request.token_ids) for request in requests]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         total = ends[-1]
         rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
         tables = self._rotary_tables(max(r.position + n for r, n in zip(requests, counts, strict=True)))
-        entries = (BatchEntry * len(requests))(*[_batch_entry(request, tables) for request in requests])
+        entries = (BatchEntry * len(requests))(*[request.cache.batch_entry(request, tables) for request in requests])
         tokens = [token for request in requests for token in request.token_ids]
         x = self._embed(tokens)  # (n, D)
         hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
@@ -327,25 +343,3 @@ class NativeBackend:
         with torch.no_grad():
             cosines, sines = self._rotary(torch.zeros(1), torch.arange(count)[None])
         return cosines[0].contiguous(), sines[0].contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class _ResolvedPlan:
-    """The sublayers and the head under a plan, in the form that the kernels take."""
-
-    attentions: Any
-    mlps: Any
-    head: Matrix
-
-
-def _batch_entry(request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
-    cache: KVCache = request.cache
-    tensors = map(address, (*tables, *cache.tensors))
-    return BatchEntry(*tensors, cache.capacity, request.position, request.run_length, len(request.token_ids))
-
-
-def _addresses(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
-    """An array of the addresses of each layer's sublayer in its mode; null where it is skipped."""
-    sublayer = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
-    addresses = [None if mode is Mode.SKIP else ctypes.addressof(sublayer[mode](i)) for i, mode in enumerate(modes)]
-    return (ctypes.c_void_p * len(addresses))(*addresses)

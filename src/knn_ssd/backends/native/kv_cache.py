@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from knn_ssd.backends.base import ForwardRequest
 from knn_ssd.backends.growth import grown
+from knn_ssd.kernels.binding import BatchEntry, address
 
 
 class KVCache:
@@ -37,6 +39,16 @@ class KVCache:
         """Memory of one token: in all tensors, and in the largest of them."""
         parts = [part.nbytes // self.capacity for part in self.tensors]
         return sum(parts), max(parts)
+
+    def batch_entry(self, request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
+        """A request's rows in the form that the kernels take.
+
+        Args:
+            request: rows of the session whose cache this is.
+            tables: cosines and sines of the rotary embedding.
+        """
+        tensors = map(address, (*tables, *self.tensors))
+        return BatchEntry(*tensors, self.capacity, request.position, request.run_length, len(request.token_ids))
 
     def grow(self, capacity: int, kept: int) -> None:
         """Makes room for `capacity` tokens in all and keeps the first `kept`. One tensor after the other, so that only

@@ -60,9 +60,8 @@ class TransformersBackend:
         self._exactness: Exactness | None = None
         cache = StaticCache(self.num_layers, Cursor(2))
         self._silent = _zero_forwards(self, cache)
-        weight_bytes = sum(weight.nbytes for weight in model.parameters())
         on_cpu = self.device.type == "cpu"  # torch reports itself that an accelerator's memory is full
-        self._admission = MemoryAdmission(weight_bytes, cache.token_bytes) if on_cpu else None
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, cache.token_bytes) if on_cpu else None
 
     @property
     def exactness(self) -> Exactness:
