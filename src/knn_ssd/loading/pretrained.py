@@ -65,21 +65,24 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(f"'{name}' is a {', '.join(heads)}", looked_for)
 
 
-def check_memory(files: Sequence[Path], name: str, dtype: torch.dtype | None) -> None:
+def check_memory(files: Sequence[Path], name: str, dtype: torch.dtype | None, share: float) -> None:
     """Checks that weights fit into the memory that is free.
 
     Args:
         files: the weight files.
         name: the model's name in error messages.
         dtype: the dtype to load them in; None is that of the files.
+        share: memory over their size in that dtype: less than 1 where they are packed, more where a copy stays.
 
     Raises:
         ModelError: they do not fit; the message has the arithmetic.
     """
-    needed, free = sum(_size_in(dtype, file) for file in files), free_memory()
-    if free is not None and needed > free.bytes:
+    weights, free = sum(_size_in(dtype, file) for file in files), free_memory()
+    if free is not None and share * weights > free.bytes:
         kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
-        raise ModelError(f"the weights of '{name}' take {size(needed)} of memory{kind}; {free}", _SMALLER)
+        raise ModelError(
+            f"'{name}' takes {size(share * weights)} of memory for {size(weights)} of weights{kind}; {free}", _SMALLER
+        )
 
 
 def _size_in(dtype: torch.dtype | None, file: Path) -> int:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES
 from knn_ssd.errors import ModelError, UnsupportedModelError, UsageError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import kernels_obstacle
+from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
 from knn_ssd.loading.download import download
 from knn_ssd.loading.files import WEIGHTS, how_to_restore, raised_as, read_json, weight_files
 from knn_ssd.loading.gguf import converted
@@ -230,7 +230,8 @@ def _load_weights(
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
         if device.type == "cpu":
-            check_memory(weight_files(directory), str(directory), dtype if isinstance(dtype, torch.dtype) else None)
+            known = dtype if isinstance(dtype, torch.dtype) else None
+            check_memory(weight_files(directory), str(directory), known, _memory_share(known, config))
         return load_complete(
             directory, str(directory), how_to_restore(directory), config=config, dtype=dtype, **options
         )
@@ -246,6 +247,19 @@ def _load_weights(
     if own is not None and model.dtype != own:
         logger.info("weights stored in %s run in %s on %s", own, model.dtype, device)
     return model
+
+
+def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
+    """Memory of a model on the CPU over the size of its weights in a dtype.
+
+    Weights of the files' own dtype are mapped. Where the native backend stores them anew, in 12 bits instead of 16 and
+    a little for those without a code, the mapped ones are released, but converted ones stay.
+    """
+    native = config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
+    if dtype is None or not native or (dtype == torch.bfloat16 and uses_tiles()):
+        return 1.0
+    converted_copy = 0.0 if dtype == getattr(config, "dtype", None) else 1.0
+    return converted_copy + (0.8 if dtype == torch.bfloat16 else 1.0)
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
