@@ -43,6 +43,7 @@ ROWS = (
     ("speculation.cost_model", "kernels", "loading.fingerprint"),
     ("loading.files", "speculation"),
     ("plan", "io", "progress", "tools.memory"),
+    ("cgroups",),
     ("errors",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -19,6 +19,7 @@ from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.threads import THREADS_VARIABLE, thread_count, usable_cpus
+from knn_ssd.loading.resolve import load_model
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import PromptLike
@@ -124,6 +125,20 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     for part, own in ((first, found[:4]), (second, found[5:])):
         assert f"smallest: {min(float(cell) for row in own for cell in row[1:]):.3f}" in part
     run("never_slower.py", *options, "--least", "1000", code=1)
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_a_model_of_a_large_one_s_shape_is_started_and_measured(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    options = ["--out", str(folder), "--layers", "2", "--hidden", "128", "--vocabulary", "512", "--repeats", "1"]
+    shown = run("scale.py", *options)
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    figures = {line[0]: line[1:] for line in lines}
+    assert {"weights", "loading", "4-bit copies", "peak memory", "plain step", "17 rows"} <= set(figures)
+    assert figures["plain step"][0].endswith("ms")
+    assert "second start" in figures["loading"][1]
+    assert load_model(folder).model.config.intermediate_size == 384
+    run("scale.py", "--out", str(folder), "--layers", "3", "--hidden", "128", code=2)
 
 
 def test_the_costs_of_an_answer_store_are_printed(run: Run) -> None:

@@ -212,7 +212,7 @@ class Engine:
 
         Args:
             prompt: a user's message, a conversation of role/content messages, or token ids.
-            max_new_tokens: the longest output; None is up to the model's context.
+            max_new_tokens: the longest output; None is up to the model's context, or to the memory if that is less.
             temperature, top_k, top_p, min_p, seed: see `SamplingParams`.
             repetition_penalty: see there; None is what the model's generation config says, as in transformers.
             stop: strings that end the output; they are not part of the text.
@@ -231,6 +231,7 @@ class Engine:
         Raises:
             PromptError: a prompt that cannot be used.
             UsageError: an option out of its range, or an unknown domain.
+            MemoryLimitError: prompt and longest output do not fit into memory, or an output finds none to go on.
         """
         if repetition_penalty is None:
             repetition_penalty = self.repetition_penalty
@@ -346,7 +347,7 @@ class Engine:
     def _limit(self, prompt_length: int, max_new_tokens: int | None) -> int:
         room = self.backend.context_length - prompt_length
         if max_new_tokens is None:
-            return room
+            return max(1, self.backend.most_tokens() - prompt_length)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         return min(room, max_new_tokens)

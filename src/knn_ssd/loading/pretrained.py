@@ -7,7 +7,8 @@ is never run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from knn_ssd.errors import ModelError, UnsupportedModelError
 from knn_ssd.loading.files import reason
+from knn_ssd.tools.memory import free_memory, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _NOT_QUANTISED = "Name the model that is not quantised, or a GGUF file of it; or install what transformers asks for."
 _SCALES = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", "_packed", "_zero_point", ".absmax")
+
+
+_SMALLER = "Name a smaller model, a smaller dtype or another device."
 
 
 @contextmanager
@@ -65,6 +71,35 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(f"'{name}' is a {', '.join(heads)}", looked_for)
 
 
+def check_memory(files: Sequence[Path], name: str, dtype: torch.dtype | None, share: float) -> None:
+    """Checks that weights fit into the memory that is free.
+
+    Args:
+        files: the weight files.
+        name: the model's name in error messages.
+        dtype: the dtype to load them in; None is that of the files.
+        share: memory over their size in that dtype: less than 1 where they are packed, more where a copy stays.
+
+    Raises:
+        ModelError: they do not fit; the message has the arithmetic.
+    """
+    weights, free = sum(_size_in(dtype, file) for file in files), free_memory()
+    if free is not None and share * weights > free.bytes:
+        kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        raise ModelError(
+            f"'{name}' takes {size(share * weights)} of memory for {size(weights)} of weights{kind}; {free}", _SMALLER
+        )
+
+
+def _size_in(dtype: torch.dtype | None, file: Path) -> int:
+    """Memory of the weights in a file."""
+    if dtype is None or file.suffix != ".safetensors":
+        return file.stat().st_size
+    with safe_open(file, framework="pt") as opened:
+        shapes: list[list[int]] = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes)
+
+
 def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> PreTrainedModel:
     """Loads a model in eval mode and without gradients.
 
@@ -91,7 +126,7 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
         if isinstance(error, ImportError):
             remedy = "Install the package it needs."
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            remedy = "Name a smaller model, a smaller dtype or another device."
+            remedy = _SMALLER
         fact = f"the weights of '{name}' cannot be loaded"
         if method := _quantisation(options.get("config")):
             fact, remedy = f"{fact}, which are quantised by {method}", _NOT_QUANTISED

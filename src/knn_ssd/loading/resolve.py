@@ -23,13 +23,13 @@ import torch
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES
 from knn_ssd.errors import ModelError, UsageError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import kernels_obstacle
+from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
 from knn_ssd.loading.checkpoint import check_weights, read_config, tokenizer_in
 from knn_ssd.loading.download import download
-from knn_ssd.loading.files import how_to_restore, raised_as
+from knn_ssd.loading.files import how_to_restore, raised_as, weight_files
 from knn_ssd.loading.gguf import converted
 from knn_ssd.loading.hub_name import HubName, cached
-from knn_ssd.loading.pretrained import load_complete, quiet_transformers
+from knn_ssd.loading.pretrained import check_memory, load_complete, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -183,6 +183,9 @@ def _load_weights(
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
+        if device.type == "cpu":
+            known = dtype if isinstance(dtype, torch.dtype) else None
+            check_memory(weight_files(directory), str(directory), known, _memory_share(known, config))
         return load_complete(
             directory, str(directory), how_to_restore(directory), config=config, dtype=dtype, **options
         )
@@ -198,6 +201,19 @@ def _load_weights(
     if own is not None and model.dtype != own:
         logger.info("weights stored in %s run in %s on %s", own, model.dtype, device)
     return model
+
+
+def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
+    """Memory of a model on the CPU over the size of its weights in a dtype.
+
+    Weights of the files' own dtype are mapped. Where the native backend stores them anew, in 12 bits instead of 16 and
+    a little for those without a code, the mapped ones are released, but converted ones stay.
+    """
+    native = config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
+    if dtype is None or not native or (dtype == torch.bfloat16 and uses_tiles()):
+        return 1.0
+    converted_copy = 0.0 if dtype == getattr(config, "dtype", None) else 1.0
+    return converted_copy + (0.8 if dtype == torch.bfloat16 else 1.0)
 
 
 # ---- In which dtype, on which device

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from knn_ssd.engine import Engine
-from knn_ssd.errors import KnnSsdError, PromptError, UsageError
+from knn_ssd.errors import KnnSsdError, MemoryInUseError, MemoryLimitError, PromptError, UsageError
 from knn_ssd.owner import Owner
 from knn_ssd.server.completions import ClientDisconnectedError, CompletionHandler
 from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, internal_error_message
@@ -28,6 +28,7 @@ from knn_ssd.server.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRe
 
 _INVALID = "invalid_request_error"
 _STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
+_STATUS |= {MemoryInUseError: 503, MemoryLimitError: 400}  # the first counts that an error is an instance of
 _RETRY_SEC = 1
 
 

@@ -28,6 +28,7 @@ from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import most_likely
+from knn_ssd.tools.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Machine:
         tiles: whether the kernels multiply bfloat16 weights in the processor's tile unit (AMX).
         read_bandwidth_bytes_per_sec: measured read bandwidth of the device that a model would run on.
         memory_bytes: memory of the machine; None where the system does not report it.
-        available_memory_bytes: the part that is not in use; None where the system does not report it.
+        available_memory_bytes: the part that this process can still take; None where the system does not report it.
         cache_directory: the directory of converted models.
         embedded_model: the source of the default model; None if it is not installed.
     """
@@ -309,8 +310,5 @@ def _memory() -> int | None:
 
 
 def _available_memory() -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
+    free = free_memory()
+    return free.bytes if free is not None else None

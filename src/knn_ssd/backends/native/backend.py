@@ -8,9 +8,10 @@ equals plain decoding's bit for bit, and bfloat16 weights give what the same wei
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,26 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
 from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
-from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle, uses_tiles
 from knn_ssd.kernels.weights import KINDS, is_in_blocks, read_rows
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.tools.memory import release_file_pages
 from knn_ssd.weight_cache import WeightCache
+
+logger = logging.getLogger(__name__)
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _FIRST_POSITIONS = 2048  # in the rotary tables at first
@@ -126,8 +132,6 @@ class NativeBackend:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
     """
 
-    modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
-
     def __init__(self, model: PreTrainedModel, weight_cache: WeightCache | None = None) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
@@ -158,14 +162,25 @@ class NativeBackend:
         self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
+        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, ResolvedPlan] = {}
         self._exactness: Exactness | None = None
+        token_bytes, copy_bytes = self._kv_cache(1).token_bytes
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
 
     @property
     def exactness(self) -> Exactness:
         if self._exactness is None:
             self._exactness = probe(self)
         return self._exactness
+
+    @functools.cached_property
+    def modes(self) -> frozenset[Mode]:
+        """All modes, but without 4-bit copies where there is no memory for them, which a warning says."""
+        self._low_bit_shortage = self._admission.low_bit_shortage() if self.exactness else None  # weights were read
+        if self._low_bit_shortage is None:
+            return frozenset(Mode)
+        logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_shortage)
+        return frozenset({Mode.KEEP, Mode.SKIP})
 
     @property
     def weight_bytes(self) -> int:
@@ -182,9 +197,12 @@ class NativeBackend:
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> NativeSession:
-        first = self.attentions[0]
-        cache = KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
-        return NativeSession(cache, self.hidden_size, forward or self.forward, prefix_cache)
+        cursor = Cursor(capacity, self._admission)
+        cache = self._kv_cache(cursor.reserved)
+        return NativeSession(cursor, cache, self.hidden_size, forward or self.forward, prefix_cache)
+
+    def most_tokens(self) -> int:
+        return self._admission.most_tokens(self.context_length)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         return self.forward_batch([request])[0]
@@ -250,21 +268,25 @@ class NativeBackend:
                 self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
             return self._positions
 
-    def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> _ResolvedPlan:
+    def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         resolved = self._resolved.get(key)
         return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
-    def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> _ResolvedPlan:
+    def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> ResolvedPlan:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low and Mode.LOW not in self.modes:
+            raise MemoryLimitError(
+                self._low_bit_shortage or "", "Decode plainly, or under a plan without the mode low."
+            )
         self.low.prepare(plan, progress or NoProgress())
         head = self.low.head() if plan.head is Mode.LOW else self.head
-        attentions = _addresses(plan.attention, self.attentions, self.low.attention)
-        return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)
+        attentions = sublayer_addresses(plan.attention, self.attentions, self.low.attention)
+        return ResolvedPlan(attentions, sublayer_addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
@@ -272,19 +294,21 @@ class NativeBackend:
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
-        sampled = _ResolvedPlan(
-            _addresses(kept, attentions, attentions.__getitem__), _addresses(kept, mlps, mlps.__getitem__), head
+        sampled = ResolvedPlan(
+            sublayer_addresses(kept, attentions, attentions.__getitem__),
+            sublayer_addresses(kept, mlps, mlps.__getitem__),
+            head,
         )
         self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
         session.close()
 
-    def _run_rows(self, requests: Sequence[ForwardRequest], plan: _ResolvedPlan) -> list[ForwardOutput]:
+    def _run_rows(self, requests: Sequence[ForwardRequest], plan: ResolvedPlan) -> list[ForwardOutput]:
         counts = [len(request.token_ids) for request in requests]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         total = ends[-1]
         rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
         tables = self._rotary_tables(max(r.position + n for r, n in zip(requests, counts, strict=True)))
-        entries = (BatchEntry * len(requests))(*[_batch_entry(request, tables) for request in requests])
+        entries = (BatchEntry * len(requests))(*[request.cache.batch_entry(request, tables) for request in requests])
         tokens = [token for request in requests for token in request.token_ids]
         x = self._embed(tokens)  # (n, D)
         hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
@@ -304,6 +328,10 @@ class NativeBackend:
             return [ForwardOutput(hidden, logits)]
         split_logits = torch.split(logits, [request.num_logits for request in requests])
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
+
+    def _kv_cache(self, capacity: int) -> KVCache:
+        first = self.attentions[0]
+        return KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
 
     def _attention(self, index: int, layer: Any) -> Attention:
         module = layer.self_attn
@@ -347,25 +375,3 @@ class NativeBackend:
         with torch.no_grad():
             cosines, sines = self._rotary(torch.zeros(1), torch.arange(count)[None])
         return cosines[0].contiguous(), sines[0].contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class _ResolvedPlan:
-    """The sublayers and the head under a plan, in the form that the kernels take."""
-
-    attentions: Any
-    mlps: Any
-    head: Matrix
-
-
-def _batch_entry(request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
-    cache: KVCache = request.cache
-    tensors = map(address, (*tables, *cache.tensors))
-    return BatchEntry(*tensors, cache.capacity, request.position, request.run_length, len(request.token_ids))
-
-
-def _addresses(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
-    """An array of the addresses of each layer's sublayer in its mode; null where it is skipped."""
-    sublayer = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
-    addresses = [None if mode is Mode.SKIP else ctypes.addressof(sublayer[mode](i)) for i, mode in enumerate(modes)]
-    return (ctypes.c_void_p * len(addresses))(*addresses)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
@@ -58,7 +59,10 @@ class TransformersBackend:
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
-        self._silent = _zero_forwards(self)
+        cache = StaticCache(self.num_layers, Cursor(2))
+        self._silent = _zero_forwards(self, cache)
+        on_cpu = self.device.type == "cpu"  # torch reports itself that an accelerator's memory is full
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, cache.token_bytes) if on_cpu else None
         self.context_length = context_length(config)
 
     @property
@@ -85,7 +89,11 @@ class TransformersBackend:
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> TransformersSession:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
-        return TransformersSession(self.num_layers, capacity, forward or self.forward)
+        return TransformersSession(self.num_layers, Cursor(capacity, self._admission), forward or self.forward)
+
+    def most_tokens(self) -> int:
+        limit = self.context_length
+        return self._admission.most_tokens(limit) if self._admission is not None else limit
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         cache: StaticCache = request.cache
@@ -194,10 +202,13 @@ def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
                 module.__dict__["forward"] = forward_before
 
 
-def _zero_forwards(backend: TransformersBackend) -> Any:
-    """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it."""
+def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
+    """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it.
+
+    The cache, which has room for two tokens, is written to.
+    """
     structure = backend.structure
-    shapes = _output_shapes(backend)
+    shapes = _output_shapes(backend, cache)
     attention, mlp = (
         [(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
     )
@@ -216,7 +227,7 @@ def _zero_forward(shape: int | None) -> Callable[..., Any]:
     return forward
 
 
-def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
+def _output_shapes(backend: TransformersBackend, cache: StaticCache) -> dict[nn.Module, int | None]:
     """The length of each sublayer's output tuple, None for a tensor, found in one forward pass over two tokens."""
     shapes: dict[nn.Module, int | None] = {}
     modules = backend.structure.attention + backend.structure.mlp
@@ -227,7 +238,7 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
     with ExitStack() as hooks:
         for module in modules:
             hooks.enter_context(module.register_forward_hook(note))
-        _try_forward(backend)
+        _try_forward(backend, cache)
     for index, module in enumerate(modules):
         if module not in shapes:
             raise UnsupportedModelError(
@@ -255,7 +266,7 @@ def _check_identity(
     with ExitStack() as hooks, _replaced(silent):
         for index, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(compare(index), with_kwargs=True))
-        _try_forward(backend)
+        _try_forward(backend, StaticCache(backend.num_layers, Cursor(2)))
     if changed:
         raise UnsupportedModelError(
             f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(backend.model).__name__} "
@@ -264,9 +275,9 @@ def _check_identity(
         )
 
 
-def _try_forward(backend: TransformersBackend) -> None:
+def _try_forward(backend: TransformersBackend, cache: StaticCache) -> None:
     try:
-        backend._run([0, 0], StaticCache(backend.num_layers, Cursor(2)), logits_to_keep=1)
+        backend._run([0, 0], cache, logits_to_keep=1)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(backend.model).__name__} did not run with a static KV cache ({type(error).__name__}: {error})"
