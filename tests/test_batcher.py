@@ -15,7 +15,8 @@ from test_native import DTYPES, random_plan, tokens, wide_model
 
 from knn_ssd import Engine
 from knn_ssd.backends.base import ForwardOutput, ForwardRequest, Session
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES
 from knn_ssd.kernels import binding
 from knn_ssd.outputs import Generation
 from knn_ssd.plan import Plan, Policy

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from knn_ssd import Engine
-from knn_ssd.backends.native.backend import native_obstacle
+from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.calibrate import cost
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.threads import THREADS_VARIABLE, thread_count, usable_cpus

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend, native_obstacle
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES, native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.structure import context_length
 from knn_ssd.backends.transformers.backend import TransformersBackend

@@ -18,8 +18,9 @@ from knn_ssd import Engine
 from knn_ssd.backends import cursor as cursors
 from knn_ssd.backends.base import Backend, Session
 from knn_ssd.backends.cursor import CHUNK_TOKENS, Cursor
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend
+from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.kv_cache import KVCache
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.errors import UsageError
 from knn_ssd.kernels import binding

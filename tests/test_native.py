@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Exactness
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend, native_obstacle
+from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.low_bit import low_matrix, quantise
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES, native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.errors import UnsupportedModelError, UsageError

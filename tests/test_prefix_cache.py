@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_native import DTYPES, tokens, wide_model
 
 from knn_ssd import Engine
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES
 from knn_ssd.backends.native.prefix_cache import MIN_LENGTH, CachedPrefix, PrefixCache
 from knn_ssd.errors import UsageError
 from knn_ssd.kernels import binding

@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Backend
-from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.weight_cache import WeightCache
 

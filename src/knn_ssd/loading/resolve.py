@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from knn_ssd.backends.native.backend import NATIVE_FAMILIES
+from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES
 from knn_ssd.errors import ModelError, UsageError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles

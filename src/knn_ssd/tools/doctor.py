@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knn_ssd.backends.base import Backend, Exactness
-from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
+from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
