@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ from knn_ssd.errors import Interrupted, OutputError
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Stream
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.sampling import SamplingParams
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tools import hub
@@ -215,6 +216,17 @@ def test_python_m_is_the_same_command() -> None:
         (["generate", "--prompt", "x", "--prompts", "f"], "not allowed with argument --prompt"),
         (["generate", "--prompt", "x", "--plain", "--atlas", "a"], "not allowed with argument --plain"),
         (["generate", "--prompt", "x", "--limit", "2"], "--limit is for a file of prompts"),
+        (["generate", "--prompt", "x", "--out", "f"], "--out is for a file of prompts"),
+        (["generate", "--prompt", "x", "--concurrency", "2"], "--concurrency is for a file of prompts"),
+        (["generate", "--prompt", "x", "--concurrency", "0"], "whole number of 1 or more, got '0'"),
+        (["generate", "--prompt", "x", "--presence-penalty", "3"], "presence_penalty must be in [-2, 2], got 3.0"),
+        (["generate", "--prompt", "x", "--frequency-penalty", "x"], "must be a number, got 'x'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5"], "must be a token id and a number, such as 42=-5, got '5'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5=x"], "must be a number, got 'x'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5=200"], "logit_bias of token 5 must be in [-100, 100]"),
+        (["generate", "--prompt", "x", "--stop-token-ids", "5,b"], "token ids with commas between them, got '5,b'"),
+        (["generate", "--prompt", "x", "--min-tokens", "300"], "min_tokens must be at most max_new_tokens, 256, got"),
+        (["chat", "--min-tokens", "3"], "no option '--min-tokens'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "whole number of 1 or more, got '0'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "many"], "whole number of 1 or more, got 'many'"),
         (["generate", "--prompt", "x", "--stop", ""], "at least one character"),
@@ -413,10 +425,19 @@ def test_sampling_options_reach_the_engine(generate: Run, monkeypatch: pytest.Mo
     result = generate("--prompt", MATH, *options, "--seed", 3, "--stop", "zz", "--stop", "yy", "--plain")
     assert result.code == 0
     assert "note" not in result.err
-    assert seen == {
+    expected = {
         "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 3,
         "max_new_tokens": 12, "stop": ["zz", "yy"], "plain": True, "domain": None,
     }  # fmt: skip
+    assert seen == expected
+    more = ["--presence-penalty", -1, "--frequency-penalty", 0.5, "--logit-bias", "7=-2", "--logit-bias", "9=1.5"]
+    more += ["--ignore-eos", "--min-tokens", 3, "--stop-token-ids", "4, 8"]
+    generate("--prompt", MATH, *more)
+    assert {name: seen[name] for name in seen if name not in expected} == {
+        "presence_penalty": -1.0, "frequency_penalty": 0.5, "logit_bias": {7: -2.0, 9: 1.5}, "ignore_eos": True,
+        "min_tokens": 3, "stop_token_ids": [4, 8],
+    }  # fmt: skip
+    assert set(seen) >= {field.name for field in fields(SamplingParams)}, "generate has every option"
 
 
 @pytest.mark.parametrize(
@@ -619,7 +640,7 @@ def test_an_unknown_domain_and_too_many_neighbours(
         (b'{"prompt": "ok"}\n{"prompt": \n', "line 2 is not JSON"),
         (b'{"prompt": "ok"}\n\n{"text": "no"}\n', "line 3 has no 'prompt' text"),
         (b'{"prompt": "ok"}\n{"prompt": "  "}\n', "line 2 has an empty prompt"),
-        (b'{"prompt": "ok", "id": 7}\n', "line 1: 'id' must be text, got 7"),
+        (b'{"prompt": "ok", "id": [7]}\n', "line 1: 'id' must be text or a whole number, got [7]"),
         (b"\n", "has no prompts"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b'{"prompt": "half \\ud800", "id": "h"}\n', "prompt 'h' is not Unicode text"),
