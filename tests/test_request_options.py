@@ -155,6 +155,13 @@ def test_what_a_chat_template_refuses_is_the_prompt_s_fault(engine: Engine) -> N
         Engine(engine.model, tokenizer).generate([{"role": "system", "content": "x"}])
 
 
+@pytest.mark.parametrize("option", ["threads", "neighbours", "prefix_cache"])
+@pytest.mark.parametrize("value", ["2", 2.0, True, [2]])
+def test_the_engine_s_own_numbers_are_whole(engine: Engine, option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{option} must be a whole number, got"):
+        Engine(engine.model, backend=engine.backend, **{option: value})
+
+
 # --- Where an output ends
 
 

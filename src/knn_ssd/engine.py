@@ -84,9 +84,11 @@ class Engine:
         backend: Backend | None = None,
     ) -> None:
         if threads is not None:
+            require_whole("threads", threads)
             set_threads(threads)
-        if prefix_cache < 0:
-            raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
+        require_whole("neighbours", neighbours)
+        require_whole("prefix_cache", prefix_cache)
+        require(prefix_cache >= 0, "prefix_cache must be 0 or more bytes", prefix_cache)
         self.model = model
         self.tokenizer = tokenizer
         self.atlas = atlas

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "generate",
-        description="Answers prompts. Answers go to stdout, that to a single prompt as it is generated; a line of "
+        description="Answers prompts. Answers go to stdout, that to a single prompt as it is generated; a line of\n"
         "statistics for each goes to stderr.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
