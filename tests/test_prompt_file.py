@@ -268,10 +268,11 @@ def test_a_file_that_cannot_be_written_and_names_given_twice_are_refused(
     code, _, err = generate("--prompts", prompts, "--max-new-tokens", 2, "--out", tmp_path)
     assert code == 2
     assert "cannot be written" in err
+    assert "not a regular file" in generate("--prompts", prompts, "--max-new-tokens", 2, "--out", "/dev/null")[2]
     prompts.write_text('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n')
     code, _, err = generate("--prompts", prompts, "--out", tmp_path / "out.jsonl")
     assert code == 2
-    assert "two prompts have the id 'x'" in err
+    assert "2 prompts have the id 'x'" in err
 
 
 # --- OpenAI's batch files

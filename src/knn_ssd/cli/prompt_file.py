@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +161,7 @@ def _write_file(engine: Engine, tasks: Sequence[Task], args: argparse.Namespace)
         output.note(f"{len(done)} of {len(tasks)} answers are in '{path}' already")
     file = JsonLines(path)
     finished: list[Stats] = []
+    started = time.perf_counter()
     with ProgressBars() as progress:
         progress.stage("answering", len(left))
         for place, generation in _generations(engine, left, args):
@@ -168,22 +172,23 @@ def _write_file(engine: Engine, tasks: Sequence[Task], args: argparse.Namespace)
             progress.advance(left[place].id)
     write_whole(path, "".join(f"{done[task.key]}\n" for task in tasks))
     if finished:
-        output.note(results.total(finished))
+        output.note(results.total(finished, time.perf_counter() - started))
 
 
 def read_results(path: Path, tasks: Sequence[Task]) -> dict[str, str]:
     """The lines of an earlier run by the keys of their tasks. A last line that a kill cut short is removed.
 
     Raises:
-        PromptError: two tasks have one name.
+        PromptError: several tasks have one name.
         OutputError: the file cannot be read, or has a line that answers none of these tasks. It is left as it is.
     """
-    names = [task.id for task in tasks]
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-    if twice is not None:
-        raise PromptError(f"two prompts have the id '{twice}'", "Give each an id of its own to use --out.")
+    name, count = max(Counter(task.id for task in tasks).items(), key=itemgetter(1), default=("", 0))
+    if count > 1:
+        raise PromptError(f"{count} prompts have the id '{name}'", "Give each an id of its own to use --out.")
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise OutputError(f"'{path}' cannot be written: it is not a regular file", "Choose another --out.")
     keys = {task.key for task in tasks}
     with writing(path):
         content = path.read_bytes()
