@@ -107,11 +107,20 @@ def test_one_prompt_or_option_that_cannot_be_used_stops_all_before_the_first(
         engine.generate_batch("hi")
     with pytest.raises(PromptError, match=r"prompt '0' has the token id 999999"):
         engine.generate_batch([[999999]])
+    with pytest.raises(PromptError, match="prompt '0' must be text, messages or token ids, got 5"):
+        engine.generate_batch([5, 6])  # the token ids of one prompt
+    for prompts in (None, 5):
+        with pytest.raises(UsageError, match="prompts must be a list of prompts, got"):
+            engine.generate_batch(prompts)
+    with pytest.raises(UsageError, match="a request of a batch must be a BatchRequest, got 'hi'"):
+        engine.stream_batch(["hi"])
+    with pytest.raises(UsageError, match="options must be a mapping from names to values, got 'plain'"):
+        BatchRequest("hi", "plain")
     with pytest.raises(UsageError, match="top_p must be in"):
         list(engine.stream_batch([BatchRequest("hi"), BatchRequest("hi", {"top_p": 2.0})]))
     for concurrency in (0, "8", 2.0, None, True):
         with pytest.raises(UsageError, match="concurrency must be"):
-            engine.generate_batch(["hi"], concurrency=concurrency)  # type: ignore[arg-type]
+            engine.generate_batch(["hi"], concurrency=concurrency)
 
 
 class Watched:

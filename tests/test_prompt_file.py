@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import endless
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_native import wide_model
 
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.cli import main
+from knn_ssd.cli import main, openai_batch
 from knn_ssd.engine import Engine
+from knn_ssd.errors import PromptError
 from knn_ssd.kernels import binding
+from knn_ssd.request_options import RequestOptions
 from knn_ssd.testing import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
@@ -364,6 +369,38 @@ def test_a_request_that_cannot_be_used_is_named_before_the_model_is_loaded(
     assert (code, out) == (2, "")
     assert f"{batch}, line 4" in err
     assert fact in err
+
+
+NAMES = (
+    "model",
+    "messages",
+    "role",
+    "content",
+    "temperature",
+    "n",
+    "stream",
+    "stop",
+    "seed",
+    "logprobs",
+    "prompt",
+    "x",
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "tiny", "hi"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(body=st.dictionaries(st.sampled_from(NAMES), values, max_size=6) | values, is_chat=st.booleans())
+def test_whatever_a_body_has_is_a_request_or_a_prompt_error(body: Any, is_chat: bool) -> None:
+    url = "/v1/chat/completions" if is_chat else "/v1/completions"
+    for each in (body, {**(CHAT if is_chat else TEXT), **(body if isinstance(body, dict) else {})}):
+        with suppress(PromptError):
+            [request] = openai_batch.parse_requests([line("a", each, url)], "any.jsonl")
+            assert request.prompt
+            RequestOptions.of(request.options)
 
 
 @pytest.mark.parametrize("option", [["--temperature", 1], ["--stop", "a"], ["--no-chat"], ["--min-tokens", 2]])

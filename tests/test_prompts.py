@@ -6,10 +6,12 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_ssd.errors import PromptError, UsageError
@@ -154,8 +156,32 @@ def test_questions_of_mt_bench_are_read(write: Callable[[str], Path]) -> None:
 def test_a_damaged_array_is_refused(write: Callable[[str], Path]) -> None:
     with pytest.raises(PromptError, match=r"questions\.jsonl' is not a JSON array"):
         read_prompts(write('[{"prompt": "a"},'))
+    with pytest.raises(PromptError, match=r"questions\.jsonl' is not a JSON array"):
+        read_prompts(write("[" * 100_000))
     with pytest.raises(PromptError, match="has no prompts"):
         read_prompts(write("[]"))
+
+
+FIELDS = (
+    "prompt", "messages", "conversations", "turns", "id", "domain", "reference", "role", "content", "from", "value",
+    "type", "text", "custom_id", "body", "category", "question_id",
+)  # fmt: skip
+WORDS = ("user", "assistant", "human", "gpt", "system", "text", "hi", "", " ")
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=500)
+@given(item=st.dictionaries(st.sampled_from(FIELDS), anything, min_size=1, max_size=4) | anything)
+def test_whatever_a_line_has_is_a_prompt_or_a_prompt_error(item: Any) -> None:
+    with suppress(PromptError):
+        [prompt] = parse_prompts([json.dumps(item)], "any.jsonl")
+        assert any(text.strip() for text in prompt.texts)
+        assert prompt.id
+        assert all(isinstance(text, str) for text in prompt.texts)
 
 
 def test_a_pipe_is_read_once() -> None:

@@ -42,6 +42,9 @@ def test_context_is_of_the_prompt_s_own_domain_first_the_prompts_before_it_neare
         lengthened(POOL[4:5], POOL, 99, tokenizer)
     with pytest.raises(PromptError, match="no room for a word"):
         lengthened([Prompt("long enough ")], [Prompt("long enough ")], TEMPLATE, tiny_tokenizer(chat=True))
+    talk = Prompt([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], id="talk")
+    with pytest.raises(PromptError, match="prompt 'talk' is a conversation, and only texts can be lengthened"):
+        lengthened([talk], [talk], 99, tiny_tokenizer(chat=True))
 
 
 def test_the_command_lengthens_prompts_and_refuses_what_the_context_cannot_hold(

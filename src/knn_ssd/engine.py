@@ -15,7 +15,7 @@ from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
 from knn_ssd.batching import ContinuousBatcher
-from knn_ssd.checks import require, require_whole
+from knn_ssd.checks import require, require_kind, require_whole
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
@@ -237,6 +237,7 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise PromptError("the prompts are one text, and a list of prompts is wanted", "Use `generate` for one.")
+        require_kind("prompts", prompts, Iterable, "a list of prompts")
         requests = [BatchRequest(prompt, options, str(place)) for place, prompt in enumerate(prompts)]
         outputs = dict(self.stream_batch(requests, concurrency))
         return [outputs[place] for place in range(len(outputs))]
@@ -249,6 +250,8 @@ class Engine:
         Raises:
             PromptError, UsageError: as in `stream`, before any prompt is run.
         """
+        for request in requests:
+            require_kind("a request of a batch", request, BatchRequest, "a BatchRequest")
         require_whole("concurrency", concurrency)
         require(concurrency >= 1, "concurrency must be 1 or more", concurrency)
         encoded = [self.encode(each.prompt, self.check_options(each.options).chat, name=each.name) for each in requests]

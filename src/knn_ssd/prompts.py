@@ -76,7 +76,7 @@ def read_lines(path: str | Path) -> list[str]:
         return text.split("\n")  # not splitlines: JSON text may hold U+2028
     try:
         return [json.dumps(item) for item in json.loads(text)]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"'{path}' is not a JSON array: {error}", "Give one JSON object a line.") from error
 
 

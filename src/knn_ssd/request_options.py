@@ -124,8 +124,14 @@ class BatchRequest:
         prompt: its prompt, as for `Engine.stream`.
         options: its options by name, as in `RequestOptions`.
         name: the prompt's name in error messages.
+
+    Raises:
+        UsageError: the options are no mapping.
     """
 
     prompt: PromptLike
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+
+    def __post_init__(self) -> None:
+        require_kind("options", self.options, Mapping, "a mapping from names to values")
