@@ -26,8 +26,9 @@ ROWS = (
     ("server", "bench", "vllm_plugin"),
     ("calibrate", "tools"),
     ("engine",),
-    ("request",),
-    ("outputs", "owner", "speculation.drafter_factory"),
+    ("request_factory",),
+    ("request", "request_options"),
+    ("outputs", "owner", "batching", "speculation.drafter_factory"),
     ("speculation.decode", "speculation.controller"),
     ("speculation.lookup", "speculation.retrieval", "speculation.self_draft", "speculation.acceptance"),
     ("speculation.drafter", "speculation.suffix_automaton"),
@@ -43,7 +44,7 @@ ROWS = (
     ("speculation.cost_model", "kernels", "loading.fingerprint"),
     ("loading.files", "speculation"),
     ("plan", "io", "progress", "tools.memory"),
-    ("cgroups",),
+    ("checks", "cgroups"),
     ("errors",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

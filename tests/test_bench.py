@@ -27,7 +27,7 @@ from knn_ssd.bench.records import Record, RecordFile, read_records
 from knn_ssd.bench.report import report
 from knn_ssd.bench.run import BenchSettings, run_bench, run_prompt
 from knn_ssd.bench.summary import differing, running_speedup, summarize
-from knn_ssd.bench.workload import limit_each, read_workload, stream
+from knn_ssd.bench.workload import limit_each, read_workloads, stream
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, OutputError, PromptError, UsageError
@@ -327,14 +327,14 @@ def test_spec_bench_questions_are_read(tmp_path: Path) -> None:
     file = tmp_path / "question.jsonl"
     lines = [{"question_id": 81 + i, "category": "math", "turns": [f"what is {i}?", "and then?"]} for i in range(2)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_workload(file) == [Prompt("what is 0?", "math", "81"), Prompt("what is 1?", "math", "82")]
+    assert read_workloads([file]) == [Prompt("what is 0?", "math", "81"), Prompt("what is 1?", "math", "82")]
     file.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"question_id": 1, "category": "x", "turns": []}) + "\n")
     with pytest.raises(PromptError, match="line 2 is not a question"):
-        read_workload(file)
+        read_workloads([file])
     file.write_text('{"prompt": "hello"}\n')
-    assert read_workload(file)[0].prompt == "hello"
+    assert read_workloads([file])[0].prompt == "hello"
     with pytest.raises(PromptError, match="cannot be read"):
-        read_workload(tmp_path / "none.jsonl")
+        read_workloads([tmp_path / "none.jsonl"])
 
 
 # --- The command and its report

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ from knn_ssd.errors import Interrupted, OutputError
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Stream
 from knn_ssd.plan import Mode, Plan, Policy
+from knn_ssd.sampling import SamplingParams
 from knn_ssd.speculation.cost_model import CostProfile
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tools import hub
@@ -215,6 +216,17 @@ def test_python_m_is_the_same_command() -> None:
         (["generate", "--prompt", "x", "--prompts", "f"], "not allowed with argument --prompt"),
         (["generate", "--prompt", "x", "--plain", "--atlas", "a"], "not allowed with argument --plain"),
         (["generate", "--prompt", "x", "--limit", "2"], "--limit is for a file of prompts"),
+        (["generate", "--prompt", "x", "--out", "f"], "--out is for a file of prompts"),
+        (["generate", "--prompt", "x", "--concurrency", "2"], "--concurrency is for a file of prompts"),
+        (["generate", "--prompt", "x", "--concurrency", "0"], "whole number of 1 or more, got '0'"),
+        (["generate", "--prompt", "x", "--presence-penalty", "3"], "presence_penalty must be in [-2, 2], got 3.0"),
+        (["generate", "--prompt", "x", "--frequency-penalty", "x"], "must be a number, got 'x'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5"], "must be a token id and a number, such as 42=-5, got '5'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5=x"], "must be a number, got 'x'"),
+        (["generate", "--prompt", "x", "--logit-bias", "5=200"], "logit_bias of token 5 must be in [-100, 100]"),
+        (["generate", "--prompt", "x", "--stop-token-ids", "5,b"], "token ids with commas between them, got '5,b'"),
+        (["generate", "--prompt", "x", "--min-tokens", "300"], "min_tokens must be at most max_new_tokens, 256, got"),
+        (["chat", "--min-tokens", "3"], "no option '--min-tokens'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "whole number of 1 or more, got '0'"),
         (["generate", "--prompt", "x", "--max-new-tokens", "many"], "whole number of 1 or more, got 'many'"),
         (["generate", "--prompt", "x", "--stop", ""], "at least one character"),
@@ -413,10 +425,19 @@ def test_sampling_options_reach_the_engine(generate: Run, monkeypatch: pytest.Mo
     result = generate("--prompt", MATH, *options, "--seed", 3, "--stop", "zz", "--stop", "yy", "--plain")
     assert result.code == 0
     assert "note" not in result.err
-    assert seen == {
+    expected = {
         "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 3,
         "max_new_tokens": 12, "stop": ["zz", "yy"], "plain": True, "domain": None,
     }  # fmt: skip
+    assert seen == expected
+    more = ["--presence-penalty", -1, "--frequency-penalty", 0.5, "--logit-bias", "7=-2", "--logit-bias", "9=1.5"]
+    more += ["--ignore-eos", "--min-tokens", 3, "--stop-token-ids", "4, 8"]
+    generate("--prompt", MATH, *more)
+    assert {name: seen[name] for name in seen if name not in expected} == {
+        "presence_penalty": -1.0, "frequency_penalty": 0.5, "logit_bias": {7: -2.0, 9: 1.5}, "ignore_eos": True,
+        "min_tokens": 3, "stop_token_ids": [4, 8],
+    }  # fmt: skip
+    assert set(seen) >= {field.name for field in fields(SamplingParams)}, "generate has every option"
 
 
 @pytest.mark.parametrize(
@@ -619,7 +640,7 @@ def test_an_unknown_domain_and_too_many_neighbours(
         (b'{"prompt": "ok"}\n{"prompt": \n', "line 2 is not JSON"),
         (b'{"prompt": "ok"}\n\n{"text": "no"}\n', "line 3 has no 'prompt' text"),
         (b'{"prompt": "ok"}\n{"prompt": "  "}\n', "line 2 has an empty prompt"),
-        (b'{"prompt": "ok", "id": 7}\n', "line 1: 'id' must be text, got 7"),
+        (b'{"prompt": "ok", "id": [7]}\n', "line 1: 'id' must be text or a whole number, got [7]"),
         (b"\n", "has no prompts"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b'{"prompt": "half \\ud800", "id": "h"}\n', "prompt 'h' is not Unicode text"),
@@ -785,8 +806,48 @@ def test_quit_leaves(chat: Run) -> None:
 
 
 def test_help_and_unknown_commands(chat: Run) -> None:
-    assert [line.split()[0] for line in chat("/help").err.splitlines()] == ["/stats", "/reset", "/help", "/quit"]
+    assert [line.split()[0] for line in chat("/help").err.splitlines()] == [
+        "/stats", "/system", "/reset", "/help", "/quit",
+    ]  # fmt: skip
     assert chat("/sttas").err.startswith("There is no /sttas. There are:\n  /stats")
+
+
+def test_a_system_message_stays(chat: Run, engine: Engine) -> None:
+    def answers(system: str, *texts: str) -> str:
+        conversation = [{"role": "system", "content": system}]
+        written = ""
+        for text in texts:
+            conversation.append({"role": "user", "content": text})
+            answer = engine.generate(conversation, max_new_tokens=8).text
+            conversation.append({"role": "assistant", "content": answer})
+            written += f"{answer}\n"
+        return written
+
+    assert chat("hi", "and?", argv=("--system", "be brief")).out == answers("be brief", "hi", "and?")
+    assert chat("/system be brief", "hi").out == answers("be brief", "hi")
+    changed = chat("/system", "what?", "/system be rude", "/reset", "hi", "/system", argv=("--system", "be brief"))
+    assert changed.out.endswith(f"\n{answers('be rude', 'hi')}")
+    assert changed.err.splitlines() == [
+        "be brief", "(the system message is set)", "(the conversation is forgotten)", "be rude",
+    ]  # fmt: skip
+    assert chat("/system").err == "(there is no system message)\n"
+
+
+def test_a_system_message_that_cannot_be_used_is_refused_and_the_one_before_stays(
+    chat: Run, engine: Engine, refused: Callable[..., str], model_dir: Path
+) -> None:
+    result = chat("/system " + "x" * CONTEXT, "hi")
+    assert "the model's context is 256" in result.err
+    assert result.out == engine.generate(messages("hi"), max_new_tokens=8).text + "\n"
+    assert "the model's context is 256" in refused("chat", "--model", model_dir, "--system", "x" * CONTEXT)
+
+
+def test_a_system_message_counts_for_the_context(chat: Run) -> None:
+    long = "x" * 90
+    assert "its oldest turn was dropped" not in chat(long, "end").err
+    result = chat(long, "end", argv=("--system", "y" * 110))
+    assert "its oldest turn was dropped" in result.err
+    assert len(result.out.splitlines()) >= 2
 
 
 def test_text_that_only_begins_with_a_slash_is_a_message(chat: Run) -> None:
@@ -879,7 +940,7 @@ def terminal(model_dir: Path) -> Iterator[Terminal]:
         "next_ = Stream.__next__\n"
         "def slow(self):\n    time.sleep(0.3)\n    return next_(self)\n"
         "Stream.__next__ = slow\n"
-        f"sys.exit(main(['chat', '--model', {str(model_dir)!r}, '--max-new-tokens', '200']))"
+        f"sys.exit(main(['chat', '--model', {str(model_dir)!r}, '--max-new-tokens', '200', '--no-history']))"
     )
     terminal = Terminal(["-c", code])
     yield terminal
@@ -894,6 +955,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(terminal: Terminal, engine: En
     time.sleep(2)
     terminal.type("\x03")
     partial = terminal.expect(" (stopped)").replace("^C", "").replace("\r\n", "\n")
+    partial = partial.removeprefix("\x1b[?2004l\r")  # the end of bracketed paste
     whole = engine.generate(messages("hi"), max_new_tokens=200).text
     assert 0 < len(partial) < 50
     assert whole.startswith(partial)
@@ -907,6 +969,89 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(terminal: Terminal, engine: En
     terminal.type("\x04")
     assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.seen
+
+
+PASTE = "\x1b[200~one\rtwo\n\nthree\x1b[201~"
+
+
+@pytest.fixture
+def quick_chat(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
+    """Starts chats on terminals, which keep their history in one folder."""
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit knows no bracketed paste")
+    monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TERM", "xterm")
+    opened: list[Terminal] = []
+
+    def start(*argv: str) -> Terminal:
+        opened.append(Terminal(["-m", "knn_ssd", "chat", "--model", str(model_dir), "--max-new-tokens", "4", *argv]))
+        opened[-1].expect("/help shows more")
+        opened[-1].expect("> ")
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()
+
+
+def history_of(folder: Path) -> list[str]:
+    file = folder / "cache" / "chat_history.jsonl"
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_paste_of_several_lines_is_one_message(quick_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = quick_chat()
+    terminal.type(PASTE)
+    terminal.expect("three")
+    terminal.type(" four\r")
+    terminal.expect("> ")
+    terminal.type("/stats\r")
+    terminal.expect("[1 answer |")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    assert history_of(tmp_path) == ["one\ntwo\n\nthree four", "/stats"]
+
+
+def test_the_history_is_kept_between_sessions(quick_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+    for keys in (PASTE, "\x1b[A"):  # the second session goes one line up
+        terminal = quick_chat()
+        terminal.type(keys)
+        terminal.expect("three")
+        terminal.type("\r")
+        terminal.expect("> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
+    assert history_of(tmp_path) == ["one\ntwo\n\nthree"] * 2
+    assert (tmp_path / "cache" / "chat_history.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_history_is_kept_where_none_is_wanted(quick_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = quick_chat("--no-history")
+    terminal.type("hi\r")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    assert history_of(tmp_path) == []
+
+
+def test_a_history_is_bounded_and_a_damaged_one_is_begun_anew(tmp_path: Path) -> None:
+    from knn_ssd.cli.line_editor import MOST_KEPT, History
+
+    path = tmp_path / "sub" / "history.jsonl"
+    for number in range(3):
+        History(path).add(f"{number}\nmore")
+    with path.open("a") as file:
+        file.write('{"text": "to')
+    assert History(path).texts == ["0\nmore", "1\nmore", "2\nmore"]
+    path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(2 * MOST_KEPT + 1)))
+    assert History(path).texts == [str(i) for i in range(MOST_KEPT + 1, 2 * MOST_KEPT + 1)]
+    assert len(path.read_text().splitlines()) == MOST_KEPT
+    path.write_text("rubbish\n")
+    assert History(path).texts == []
+    with pytest.raises(OutputError):
+        History(tmp_path).add("x")
 
 
 def test_a_stopped_answer_stays_in_the_conversation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def test_context_is_of_the_prompt_s_own_domain_first_the_prompts_before_it_neare
         lengthened(POOL[4:5], POOL, 99, tokenizer)
     with pytest.raises(PromptError, match="no room for a word"):
         lengthened([Prompt("long enough ")], [Prompt("long enough ")], TEMPLATE, tiny_tokenizer(chat=True))
+    talk = Prompt([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], id="talk")
+    with pytest.raises(PromptError, match="prompt 'talk' is a conversation, and only texts can be lengthened"):
+        lengthened([talk], [talk], 99, tiny_tokenizer(chat=True))
 
 
 def test_the_command_lengthens_prompts_and_refuses_what_the_context_cannot_hold(
@@ -57,6 +61,20 @@ def test_the_command_lengthens_prompts_and_refuses_what_the_context_cannot_hold(
     assert "the prompt has 300 tokens, and the model's context is 256. Shorten it" in capsys.readouterr().err
     assert main([*options, "--out", str(tmp_path / "longer"), "--prompt-tokens", "4096"]) == 2
     assert "all 4 prompts together have" in capsys.readouterr().err
+
+
+def test_prompts_from_a_pipe_are_read_once(tmp_path: Path) -> None:
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    reading, writing = os.pipe()
+    question = {"question_id": 7, "category": "math", "turns": ["one", "two"]}
+    os.write(writing, (json.dumps({"prompt": "a"}) + "\n" + json.dumps(question) + "\n").encode())
+    os.close(writing)
+    options = ["bench", "--model", str(tmp_path / "model"), "--prompts", f"/dev/fd/{reading}", "--methods", "plain"]
+    assert main([*options, "--max-new-tokens", "2", "--out", str(tmp_path / "run")]) == 0
+    os.close(reading)
+    records = (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["domain"] for line in records] == [None, "math"]
 
 
 def test_a_data_set_that_is_there_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

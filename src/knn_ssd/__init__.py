@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from knn_ssd.errors import KnnSsdError
     from knn_ssd.outputs import Generation, Stream
     from knn_ssd.plan import Mode, Plan, Policy
+    from knn_ssd.request_options import RequestOptions
     from knn_ssd.routing.router import Route, Router
     from knn_ssd.sampling import SamplingParams
     from knn_ssd.speculation.decode import Round
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Atlas", "Engine", "Generation", "KnnSsdError", "Mode", "Plan", "Policy", "Round", "Route", "Router",
-    "SamplingParams", "Stream", "__version__",
+    "Atlas", "Engine", "Generation", "KnnSsdError", "Mode", "Plan", "Policy", "RequestOptions", "Round", "Route",
+    "Router", "SamplingParams", "Stream", "__version__",
 ]  # fmt: skip
 
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "Mode": "knn_ssd.plan",
     "Plan": "knn_ssd.plan",
     "Policy": "knn_ssd.plan",
+    "RequestOptions": "knn_ssd.request_options",
     "Round": "knn_ssd.speculation.decode",
     "Route": "knn_ssd.routing.router",
     "Router": "knn_ssd.routing.router",

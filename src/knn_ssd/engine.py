@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +14,22 @@ from knn_ssd.atlas import Atlas
 from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
+from knn_ssd.batching import ContinuousBatcher
+from knn_ssd.checks import require, require_kind, require_whole
 from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.owner import Owner, open_answers
-from knn_ssd.plan import Plan
 from knn_ssd.progress import Progress
-from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
+from knn_ssd.request import Batcher, EndRule, Request, end_at
+from knn_ssd.request_factory import RequestFactory
+from knn_ssd.request_options import BatchRequest, RequestOptions
 from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
-from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, refuse_stateful
-from knn_ssd.speculation.cost_model import CostModel, CostProfile
+from knn_ssd.sampling import Sampler, refuse_beams_and_batches, refuse_stateful
+from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
 from knn_ssd.speculation.decode import FinishReason
-from knn_ssd.speculation.drafter_factory import DrafterFactory
 from knn_ssd.tokenization import ChatIds, Detokenizer, PromptLike, encode, end_of_turn_ids, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+CONCURRENCY = 8  # requests that share forward passes by default
 
 
 class Engine:
@@ -81,9 +85,11 @@ class Engine:
         backend: Backend | None = None,
     ) -> None:
         if threads is not None:
+            require_whole("threads", threads)
             set_threads(threads)
-        if prefix_cache < 0:
-            raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
+        require_whole("neighbours", neighbours)
+        require_whole("prefix_cache", prefix_cache)
+        require(prefix_cache >= 0, "prefix_cache must be 0 or more bytes", prefix_cache)
         self.model = model
         self.tokenizer = tokenizer
         self._end_of_turn = end_of_turn_ids(model, tokenizer)
@@ -92,18 +98,16 @@ class Engine:
         self.exactness = self.backend.exactness
         store = open_answers(answers, model, tokenizer, self.backend.vocab_size)
         self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
-        profile = atlas.cost if atlas is not None else None
-        self._drafters = DrafterFactory(self.backend, profile)
-        self._batcher: Batcher = Unbatched(self.backend, self._drafters.cost_model)
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
         self._plans = PlanChooser(self.backend, atlas, neighbours)
+        profile = atlas.cost if atlas is not None else typical_profile(self.backend.num_layers)
+        self._requests = RequestFactory(self.backend, self._plans, profile)
 
     def with_batcher(self, batcher: Batcher) -> Engine:
         """An engine on the same model, backend, atlas and owner whose requests run in a batcher."""
         engine = copy.copy(self)
-        engine._batcher = batcher
-        engine._drafters = DrafterFactory(self.backend, self.cost_profile, batcher.cost_model)
+        engine._requests = RequestFactory(self.backend, self._plans, self.cost_profile, batcher)
         return engine
 
     @classmethod
@@ -156,105 +160,132 @@ class Engine:
     @property
     def cost_profile(self) -> CostProfile:
         """What forward passes cost before any ran: the atlas's profile, or a typical one."""
-        return self._drafters.profile
+        return self._requests.profile
 
     @property
     def cost_model(self) -> CostModel:
         """What forward passes cost, as far as this engine's requests have seen."""
-        return self._batcher.cost_model
+        return self._requests.cost_model
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Makes now what the first request would otherwise wait for: the 4-bit copies that plans use."""
         for plan in self._plans.plans:
             self.backend.prepare(plan, progress)
 
-    def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
+    def encode(self, prompt: PromptLike, chat: bool = True, *, name: str = "") -> list[int]:
         """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
+
+        Args:
+            prompt: the prompt.
+            chat: put text through the tokenizer's chat template if it has one.
+            name: the prompt's name in error messages.
 
         Raises:
             PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
         """
-        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat)
-        unknown = [token for token in token_ids if not 0 <= token < self.backend.vocab_size]
+        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, name=name)
+        unknown = self._outside_vocabulary(token_ids)
         if unknown:
+            the_prompt = f"prompt '{name}'" if name else "the prompt"
             raise PromptError(
-                f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}",
+                f"{the_prompt} has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}",
                 "Use the tokenizer that belongs to the model.",
             )
         return token_ids
 
     def generate(self, prompt: PromptLike, **options: Any) -> Generation:
-        """The whole output for a prompt; options as in `stream`."""
+        """The whole output for a prompt; arguments and errors as in `stream`."""
         return self.stream(prompt, **options).result
 
-    def stream(
-        self,
-        prompt: PromptLike,
-        *,
-        max_new_tokens: int | None = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        plain: bool = False,
-        domain: str | None = None,
-        plan: Plan | None = None,
-        adaptive: bool | None = None,
-        chat: bool = True,
-        logprobs: int | None = None,
-        store: bool = True,
-        owner: Owner | None = None,
-    ) -> Stream:
+    def stream(self, prompt: PromptLike, **options: Any) -> Stream:
         """Runs the prompt, routes it, and gives the output round by round.
 
         Args:
             prompt: a user's message, a conversation of role/content messages, or token ids.
-            max_new_tokens: the longest output; None is up to the model's context, or to the memory if that is less.
-            temperature, top_k, top_p, min_p, seed: see `SamplingParams`.
-            repetition_penalty: see there; None is what the model's generation config says, as in transformers.
-            stop: strings that end the output; they are not part of the text.
-            plain: decode without drafts.
-            domain: use this domain's plan, whatever the route.
-            plan: use this plan, whatever the route.
-            adaptive: within the plan's policy, choose for each round which drafter drafts and how far, by expected
-                tokens per second; otherwise follow the policy to the letter. None is adaptive unless a `plan` is given.
-                Sampling with a `seed`, whose draws depend on what was drafted, adapts by the cost profile and by this
-                request alone.
-            chat: put text through the tokenizer's chat template if it has one.
-            logprobs: report each token's log-probability and so many of the likeliest tokens; None reports neither.
-            store: use the answer store: draft from near requests' answers, and keep this one's for later requests.
-            owner: whose answer store and prefix cache are used; None is the engine's own.
+            options: see `RequestOptions`.
 
         Raises:
             PromptError: a prompt that cannot be used.
-            UsageError: an option out of its range, or an unknown domain.
+            UsageError: an option that cannot be used.
             MemoryLimitError: prompt and longest output do not fit into memory, or an output finds none to go on.
         """
-        if repetition_penalty is None:
-            repetition_penalty = self.repetition_penalty
-        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        token_ids = self.encode(prompt, chat)
-        limit = self._limit(len(token_ids), max_new_tokens)
-        if logprobs is not None and logprobs < 0:
-            raise UsageError(f"logprobs must be 0 or more, got {logprobs}")
-        reproducible = adaptive is None and plan is None and not params.greedy and seed is not None
-        wanted = PlanRequest(plain, domain, plan, plan is None if adaptive is None else adaptive, reproducible)
+        wanted = self.check_options(options)
+        token_ids = self.encode(prompt, wanted.chat)
+        limit = self._limit(len(token_ids), wanted.max_new_tokens)
+        eos = eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())
+        ends = end_at(() if wanted.ignore_eos else eos, wanted.stop_token_ids)
         request = self._open(
             token_ids,
             limit,
-            Sampler.from_params(params, self.backend.device),
-            end_at(eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())),
-            wanted,
-            detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
-            owner=owner,
-            store=store,
-            limit_reason=FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT,
-            logprobs=logprobs,
+            Sampler.from_params(wanted, self.backend.device, len(token_ids), {*eos, *wanted.stop_token_ids}),
+            ends,
+            wanted.plan_request,
+            owner=wanted.owner,
+            detokenizer=self._detokenizer(wanted),
+            store=wanted.store,
+            limit_reason=FinishReason.LENGTH if limit == wanted.max_new_tokens else FinishReason.CONTEXT,
+            logprobs=wanted.logprobs,
         )
         return request.stream()
+
+    def generate_batch(
+        self, prompts: Iterable[PromptLike], *, concurrency: int = CONCURRENCY, **options: Any
+    ) -> list[Generation]:
+        """The outputs for several prompts, in their order, each the same as `generate` gives for its prompt alone.
+
+        Args:
+            prompts: each as in `stream`.
+            concurrency: how many requests run at the same time. They share forward passes where the backend can.
+            options: of every request; see `RequestOptions`.
+
+        Raises:
+            PromptError, UsageError: as in `stream`, before any prompt is run.
+        """
+        if isinstance(prompts, str):
+            raise PromptError("the prompts are one text, and a list of prompts is wanted", "Use `generate` for one.")
+        require_kind("prompts", prompts, Iterable, "a list of prompts")
+        requests = [BatchRequest(prompt, options, str(place)) for place, prompt in enumerate(prompts)]
+        outputs = dict(self.stream_batch(requests, concurrency))
+        return [outputs[place] for place in range(len(outputs))]
+
+    def stream_batch(
+        self, requests: Sequence[BatchRequest], concurrency: int = CONCURRENCY
+    ) -> Iterator[tuple[int, Generation]]:
+        """The index and output of each request as it ends. Closing the iterator ends the others where they stand.
+
+        Raises:
+            PromptError, UsageError: as in `stream`, before any prompt is run.
+        """
+        for request in requests:
+            require_kind("a request of a batch", request, BatchRequest, "a BatchRequest")
+        require_whole("concurrency", concurrency)
+        require(concurrency >= 1, "concurrency must be 1 or more", concurrency)
+        encoded = [self.encode(each.prompt, self.check_options(each.options).chat, name=each.name) for each in requests]
+        batcher = ContinuousBatcher(self.backend, self.cost_profile)
+        generate = self.with_batcher(batcher).generate
+        works = [partial(generate, ids, **each.options) for ids, each in zip(encoded, requests, strict=True)]
+        return batcher.run_all(works, concurrency)
+
+    def check_options(self, options: Mapping[str, Any]) -> RequestOptions:
+        """The options of a request, checked against this model and atlas.
+
+        Raises:
+            UsageError: an option that cannot be used.
+        """
+        wanted = RequestOptions.of({**options, "repetition_penalty": self._repetition_penalty(options)})
+        for name in ("logit_bias", "stop_token_ids"):
+            if unknown := [token for token in getattr(wanted, name) if not 0 <= token < self.backend.vocab_size]:
+                raise UsageError(
+                    f"{name} has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}"
+                )
+        if wanted.stop_strings and self.tokenizer is None:
+            raise UsageError(f"stop strings need a tokenizer, got {list(wanted.stop_strings)} and a model without one")
+        self._plans.check(wanted.plan_request)
+        return wanted
+
+    def _repetition_penalty(self, options: Mapping[str, Any]) -> Any:
+        given = options.get("repetition_penalty")
+        return self.repetition_penalty if given is None else given
 
     def custom_generate(
         self,
@@ -283,7 +314,8 @@ class Engine:
             so_far = torch.tensor([request.context], device=input_ids.device)
             return FinishReason.STOP if bool(stopping_criteria(so_far, None).all()) else None
 
-        request = self._open(token_ids, limit, sampler, ends, PlanRequest(reproducible=not sampler.greedy))
+        wanted = PlanRequest(reproducible=not sampler.greedy)
+        request = self._open(token_ids, limit, sampler, ends, wanted)
         with request:
             for _round in request.rounds():
                 pass
@@ -301,53 +333,17 @@ class Engine:
         sampler: Sampler,
         ends: EndRule,
         wanted: PlanRequest,
-        *,
         owner: Owner | None = None,
-        store: bool = True,
         **options: Any,
     ) -> Request:
-        """A prefilled request with its route, plan, neighbours and drafter."""
-        owner = owner or self.owner
-        options |= {"batcher": self._batcher, "prefix_cache": owner.prefix_cache}
-        request = Request(self.backend, token_ids, limit, sampler, ends, **options)
-        try:
-            started = time.perf_counter()
-            chosen = self._plans.choose(request.prefill, wanted)
-            request.route, request.plan = chosen.route, chosen.plan
-            if store and wanted.adaptive and not wanted.reproducible and not wanted.plain:
-                request.answers = owner.answers
-                if chosen.plan.policy.lookup:
-                    request.neighbours = owner.neighbours(request.prefill, self.backend.vocab_size)
-            request.route_sec = time.perf_counter() - started
-            self.backend.prepare(chosen.plan)
-            started = time.perf_counter()
-            request.drafter = self._drafters.new_drafter(
-                request.session,
-                chosen.plan,
-                sampler,
-                domain=chosen.domain,
-                agreement=chosen.agreement,
-                neighbours=request.neighbours,
-                adaptive=wanted.adaptive,
-                reproducible=wanted.reproducible,
-            )
-            request.route_sec += time.perf_counter() - started
-        except BaseException:
-            request.close()
-            raise
-        return request
-
-    def _detokenizer(self, stop: tuple[str, ...]) -> Detokenizer | None:
-        if not all(stop):
-            raise UsageError("a stop string must have at least one character, got an empty one")
-        if stop and self.tokenizer is None:
-            raise UsageError(f"stop strings need a tokenizer, got {list(stop)} and a model without one")
-        return Detokenizer(self.tokenizer, stop) if self.tokenizer is not None else None
+        return self._requests.open(token_ids, limit, sampler, ends, wanted, owner or self.owner, **options)
 
     def _limit(self, prompt_length: int, max_new_tokens: int | None) -> int:
-        room = self.backend.context_length - prompt_length
         if max_new_tokens is None:
             return max(1, self.backend.most_tokens() - prompt_length)
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-        return min(room, max_new_tokens)
+        return min(self.backend.context_length - prompt_length, max_new_tokens)
+
+    def _detokenizer(self, wanted: RequestOptions) -> Detokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return Detokenizer(self.tokenizer, wanted.stop_strings, wanted.min_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -30,9 +30,10 @@ EndRule = Callable[[int], FinishReason | None]
 """Receives every emitted token in order, and says whether the output ends with it, and why."""
 
 
-def end_at(eos_token_ids: frozenset[int]) -> EndRule:
-    """The rule that ends an output at an end-of-sequence token."""
-    return lambda token: FinishReason.EOS if token in eos_token_ids else None
+def end_at(eos_token_ids: Collection[int], stop_token_ids: Collection[int] = ()) -> EndRule:
+    """The rule that ends an output at an end-of-sequence token or at a stop token."""
+    reasons = {**dict.fromkeys(stop_token_ids, FinishReason.STOP), **dict.fromkeys(eos_token_ids, FinishReason.EOS)}
+    return reasons.get
 
 
 class Batcher(Protocol):
@@ -177,9 +178,13 @@ class Request:
         self.close()
 
     def _end(self, token: int) -> FinishReason | None:
-        stopped = self._detokenizer.push(token) if self._detokenizer is not None else False
-        self._pieces.append(self._detokenizer.take() if self._detokenizer is not None else "")
-        return self._ends(token) or (FinishReason.STOP if stopped else None)
+        reason = self._ends(token)
+        if self._detokenizer is None or reason is FinishReason.STOP:  # a stop token is no part of the text
+            self._pieces.append("")
+            return reason
+        stopped = self._detokenizer.push(token)
+        self._pieces.append(self._detokenizer.take())
+        return reason or (FinishReason.STOP if stopped else None)
 
     def _chunks(self) -> Generator[Chunk, None, Generation]:
         rounds: list[Round] = []

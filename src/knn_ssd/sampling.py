@@ -1,27 +1,32 @@
 """From logits to the distribution of the next token. Target and draft logits go through the same processors.
 
-The processors are transformers' own, in its order, so that plain decoding equals its `generate`. This module knows
-nothing of rounds.
+The processors are transformers' own where it has them, in its order, so that plain decoding equals its `generate`. Each
+is a function of the tokens before a position and the logits there, so that a row of a verified block is processed as if
+the draft tokens before it had been emitted. This module knows nothing of rounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from knn_ssd.checks import fill_in_defaults, is_whole, require, require_kind, require_number, require_whole
 from knn_ssd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,10 +37,15 @@ _STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "Synth
 # Below this temperature only the most likely token has a probability above zero, and dividing by it would overflow.
 _COLDEST = 1e-9
 
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen, with the names and meanings of transformers' `GenerationConfig`.
+    """How tokens are chosen; None stands for a value's default.
+
+    `temperature` to `repetition_penalty` have the names and meanings of transformers' `GenerationConfig`; the values
+    after `seed` have those of vLLM's `SamplingParams`, of which the penalties and biases are OpenAI's.
 
     Args:
         temperature: logits are divided by it; 0, or a value close to it, is greedy decoding.
@@ -44,9 +54,13 @@ class SamplingParams:
         min_p: draws from tokens at least this likely relative to the most likely one; 0 is no limit.
         repetition_penalty: above 1 it makes tokens of the prompt and the output so far less likely; 1 is none.
         seed: seeds the request's own random numbers; None draws a seed.
+        presence_penalty: subtracted, in [-2, 2], from the logit of each token that the output so far has.
+        frequency_penalty: the same for each time that the output has it. The prompt does not count for either.
+        logit_bias: added to the logits of these token ids, each in [-100, 100].
+        min_tokens: until the output has as many tokens, no end-of-sequence token and no stop token can follow.
 
     Raises:
-        UsageError: a value is outside its range.
+        UsageError: a value is of the wrong kind or outside its range.
     """
 
     temperature: float = 0.0
@@ -55,35 +69,93 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature must be 0 or more", self.temperature)
-        _require(self.top_k >= 0, "top_k must be 0 or more", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
-        _require(self.seed is None or 0 <= self.seed < 2**64, "seed must be in [0, 2**64)", self.seed or 0)
-        _require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
+        fill_in_defaults(self)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *_PENALTIES):
+            require_number(name, getattr(self, name))
+        for name in ("top_k", "min_tokens"):
+            require_whole(name, getattr(self, name))
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more", getattr(self, name))
+        require(self.temperature >= 0, "temperature must be 0 or more", self.temperature)
+        require(0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p)
+        require(0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p)
+        if self.seed is not None:
+            require_whole("seed", self.seed)
+            require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)", self.seed)
+        require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
+        require(math.isfinite(self.repetition_penalty), "repetition_penalty must be finite", self.repetition_penalty)
+        for name in _PENALTIES:
+            require(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2]", getattr(self, name))
+        self._check_biases()
+
+    def _check_biases(self) -> None:
+        require_kind("logit_bias", self.logit_bias, Mapping, "a mapping from token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            require(is_whole(token) and token >= 0, "logit_bias must have token ids as keys", token)
+            require_number(f"logit_bias of token {token}", bias)
+            require(-100 <= bias <= 100, f"logit_bias of token {token} must be in [-100, 100]", bias)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < _COLDEST
 
-    def processors(self) -> LogitsProcessorList:
-        """The logits processors for these settings, in transformers' order."""
+    def processors(
+        self, device: torch.device, prompt_length: int = 0, end_token_ids: Collection[int] = ()
+    ) -> LogitsProcessorList:
+        """The logits processors for these settings, in transformers' order.
+
+        Args:
+            device: where the logits are.
+            prompt_length: how many of a context's tokens are the prompt's.
+            end_token_ids: the tokens that `min_tokens` keeps out.
+        """
         processors = LogitsProcessorList()
+        if self.logit_bias:
+            biases: list[Any] = [[[int(token)], float(bias)] for token, bias in self.logit_bias.items()]
+            processors.append(SequenceBiasLogitsProcessor(biases))
         if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.presence_penalty or self.frequency_penalty:
+            processors.append(OutputPenalties(prompt_length, self.presence_penalty, self.frequency_penalty))
+        if self.min_tokens and end_token_ids:
+            ends = torch.tensor(sorted(end_token_ids), device=device)
+            processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, int(self.min_tokens), ends))
         if self.greedy:
             return processors
         if self.temperature != 1:
-            processors.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
-            processors.append(TopKLogitsWarper(self.top_k))
+            processors.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
+            processors.append(TopPLogitsWarper(float(self.top_p)))
         if self.min_p:
-            processors.append(MinPLogitsWarper(self.min_p))
+            processors.append(MinPLogitsWarper(float(self.min_p)))
         return processors
+
+
+class OutputPenalties(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, as in vLLM: each token's logit less a penalty for its occurrences.
+
+    Args:
+        prompt_length: how many tokens of a context are the prompt's, which do not count.
+        presence: subtracted once for a token that occurred.
+        frequency: subtracted for each time that it occurred.
+    """
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
+        self._prompt_length = prompt_length
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (1, V) after a context (1, T)."""
+        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[-1])  # (V,)
+        return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +200,23 @@ class Sampler:
         self.generator = generator
 
     @classmethod
-    def from_params(cls, params: SamplingParams, device: torch.device) -> Sampler:
+    def from_params(
+        cls,
+        params: SamplingParams,
+        device: torch.device,
+        prompt_length: int = 0,
+        end_token_ids: Collection[int] = (),
+    ) -> Sampler:
+        """The sampler of a request; the arguments are those of `SamplingParams.processors`."""
+        processors = params.processors(device, prompt_length, end_token_ids)
         if params.greedy:
-            return cls(params.processors(), greedy=True)
+            return cls(processors, greedy=True)
         generator = torch.Generator(device=device)
         if params.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(params.seed)
-        return cls(params.processors(), greedy=False, generator=generator)
+            generator.manual_seed(int(params.seed))
+        return cls(processors, greedy=False, generator=generator)
 
     def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> Probs:
         """The distributions of the next token, (n, V) float32; `Certain` in greedy decoding.
@@ -220,8 +300,3 @@ def refuse_beams_and_batches(
         raise UsageError(f"custom_generate decodes one prompt at a time, got {input_ids.shape[0]}")
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UsageError("custom_generate takes a prompt without padding, got a mask with zeros in it")
-
-
-def _require(condition: bool, rule: str, value: float) -> None:
-    if not condition:
-        raise UsageError(f"{rule}, got {value}")

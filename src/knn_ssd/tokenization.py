@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, cast
 
+from jinja2 import TemplateError
+
+from knn_ssd.checks import is_whole
 from knn_ssd.errors import PromptError
 
 if TYPE_CHECKING:
@@ -49,7 +53,9 @@ def encode(
     the_prompt = f"prompt '{name}'" if name else "the prompt"
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = cast("Sequence[int]", prompt.tolist())
-    if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
+    if not isinstance(prompt, str):
+        _check_kind(prompt, the_prompt)
+    if not isinstance(prompt, str) and len(prompt) and all(is_whole(item) for item in prompt):
         kind = ChatIds if isinstance(prompt, ChatIds) else list
         token_ids = kind(int(item) for item in cast("Sequence[int]", prompt))
     else:
@@ -62,6 +68,22 @@ def encode(
             "Shorten it so that there is room for an answer.",
         )
     return token_ids
+
+
+def _check_kind(prompt: object, the_prompt: str) -> None:
+    """Raises a `PromptError` for what is neither a conversation nor token ids."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise PromptError(f"{the_prompt} must be text, messages or token ids, got {reprlib.repr(prompt)}")
+    if prompt and all(isinstance(item, str) or _is_list(item) for item in prompt):
+        raise PromptError(f"{the_prompt} is a list of {len(prompt)} prompts", "Use `generate_batch` for several.")
+    if not (all(is_whole(item) for item in prompt) or all(isinstance(item, Mapping) for item in prompt)):
+        kind = Mapping if isinstance(prompt[0], Mapping) else Integral
+        wrong = next(item for item in prompt if not isinstance(item, kind) or isinstance(item, bool))
+        raise PromptError(f"{the_prompt} must be messages or token ids throughout, got {reprlib.repr(wrong)} in it")
+
+
+def _is_list(item: object) -> bool:
+    return isinstance(item, Sequence) and not isinstance(item, str | bytes | bytearray)
 
 
 def _encode_text(
@@ -82,7 +104,12 @@ def _encode_text(
         missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
         if missing:
             raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise PromptError(
+            f"the model's chat template refuses {the_prompt}: {error}", "Leave out what it does not take."
+        ) from error
     return ChatIds(_token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False))
 
 
@@ -149,12 +176,13 @@ class Detokenizer:
     Args:
         tokenizer: decodes tokens; special tokens are left out.
         stop: strings that end the output; the text ends before the first of them.
+        min_tokens: stop strings that are complete within so many tokens are part of the text.
 
     Attributes:
         stopped: whether a stop string is complete.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         # Special tokens leave no text, so those among the stop strings are found by their ids.
         self._stop_ids = (
@@ -163,6 +191,7 @@ class Detokenizer:
             else set()
         )
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._window = 0  # decoding starts here: far enough back that the last text has its left context
         self._settled = 0  # tokens before this are in `_text`
@@ -172,7 +201,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> bool:
         """Adds a token, and returns whether a stop string is complete with it."""
-        if token_id in self._stop_ids:
+        if token_id in self._stop_ids and len(self._token_ids) >= self._min_tokens:
             self._settle()
             self.stopped = True
             return True
@@ -211,10 +240,11 @@ class Detokenizer:
         return str(self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True))
 
     def _append(self, fresh: str) -> None:
-        searched_from = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        before = len(self._text)
         self._text += fresh
-        ends = [at for stop in self._stop if (at := self._text.find(stop, searched_from)) >= 0]
-        if ends:
+        found = (self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop)
+        ends = [at for at in found if at >= 0]
+        if ends and len(self._token_ids) > self._min_tokens:
             self._text = self._text[: min(ends)]
             self.stopped = True
 

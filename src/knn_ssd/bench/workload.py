@@ -6,7 +6,6 @@ A stream with mix ratio R starts at one domain; before each next prompt it chang
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from bisect import bisect_left
@@ -100,7 +99,7 @@ def lengthened(
         chat: whether prompts go through the tokenizer's chat template, if it has one.
 
     Raises:
-        PromptError: the pool has fewer tokens, or the chat template leaves no room for text.
+        PromptError: the pool has fewer tokens or conversations, or the chat template leaves no room for text.
     """
 
     def count(text: str) -> int:
@@ -117,15 +116,21 @@ def _with_context(prompt: Prompt, pool: Sequence[Prompt], num_tokens: int, count
     own = [each for each in pool if each.domain == prompt.domain]
     place = own.index(prompt)
     context = [*others, *own[place + 1 :], *own[:place]]
-    text = prompt.prompt
+    text = _text_of(prompt)
     while (length := count(text)) < num_tokens:
         if not context:
             raise PromptError(
                 f"all {len(pool)} prompts together have {length} tokens, and prompts of {num_tokens} are asked for",
                 "Give more prompts, or ask for fewer tokens.",
             )
-        text = f"{context.pop().prompt}\n\n{text}"
+        text = f"{_text_of(context.pop())}\n\n{text}"
     return text
+
+
+def _text_of(prompt: Prompt) -> str:
+    if not isinstance(prompt.prompt, str):
+        raise PromptError(f"prompt '{prompt.id}' is a conversation, and only texts can be lengthened", "Leave it out.")
+    return prompt.prompt
 
 
 def _cut(text: str, num_tokens: int, count: Callable[[str], int]) -> str:
@@ -143,47 +148,12 @@ def read_workloads(paths: Sequence[str | Path]) -> list[Prompt]:
     """Reads the prompts of several files or data sets, or the built-in ones where none is given.
 
     Raises:
-        PromptError, UsageError: a file or data set cannot be read, as in `read_workload` and `read_dataset`.
+        PromptError, UsageError: a file or data set cannot be read, as in `read_prompts` and `read_dataset`.
     """
     prompts = []
     for path in paths:
-        prompts += read_dataset(str(path)) if str(path).startswith(DATASET) else read_workload(path)
+        prompts += read_dataset(str(path)) if str(path).startswith(DATASET) else read_prompts(path)
     return prompts or builtin_prompts()
-
-
-def read_workload(path: str | Path) -> list[Prompt]:
-    """Reads the prompts of a JSON lines file in our format, or in that of Spec-Bench (`question_id, category, turns`).
-
-    Only the first turn of a conversation is used, since later ones answer to the output of a model.
-
-    Raises:
-        PromptError: the file cannot be read, or a line is not a prompt.
-    """
-    try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            first: Any = json.loads(next(file, "") or "null")
-    except (OSError, ValueError):
-        return read_prompts(path)  # which raises an error that says what is wrong
-    if not isinstance(first, dict) or "turns" not in first or "prompt" in first:
-        return read_prompts(path)
-    prompts = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            prompts.append(_question(line, f"{path}, line {number}"))
-    return prompts
-
-
-def _question(line: str, where: str) -> Prompt:
-    try:
-        data = json.loads(line)
-        prompt = Prompt(str(data["turns"][0]), str(data["category"]), str(data["question_id"]))
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise PromptError(
-            f"{where} is not a question of Spec-Bench: {error!r}", "Correct or remove the line."
-        ) from error
-    if not prompt.prompt.strip():
-        raise PromptError(f"{where} has an empty turn", "Give at least one word.")
-    return prompt
 
 
 def read_dataset(name: str) -> list[Prompt]:

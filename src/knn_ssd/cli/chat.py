@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output, results
+from knn_ssd.cli.line_editor import LineEditor
+from knn_ssd.cli.options import option
 from knn_ssd.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "/stats": "statistics of the last answer and of all answers",
+    "/system": "show the system message, or set it to the text that follows",
     "/reset": "forget the conversation",
     "/help": "these lines",
     "/quit": "leave (so does Ctrl-D)",
 }
 _COMMAND = re.compile(r"/[a-z]+")
+_SYSTEM = re.compile(r"/system\s+(.+)", re.DOTALL)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,6 +35,9 @@ def add_parser(subparsers: Any) -> None:
         "chat",
         description="Chats with a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.",
     )
+    option(parser, "--system", "TEXT", "the system message, which says how to answer", options.filled)
+    text = "do not keep what is typed for the line editor of later sessions (it is kept in the cache directory)"
+    parser.add_argument("--no-history", action="store_true", help=text)
     options.add_model_options(parser)
     options.add_answers_options(options.add_atlas_options(parser))
     options.add_prefix_option(parser)
@@ -46,14 +53,19 @@ def run(args: argparse.Namespace) -> int:
     if engine.tokenizer is None or not engine.tokenizer.chat_template:
         raise UsageError("the model has no chat template, so it cannot converse", "Use `knn-ssd generate`.")
     options.prepare(engine)
+    conversation = Conversation(engine, stream_options)
+    if args.system is not None:
+        conversation.set_system(args.system)
     if sys.stdin.isatty():
         _greet(engine)
-    conversation = Conversation(engine, stream_options)
-    while (line := _read_line()) is not None:
+    editor = LineEditor(keeps_history=not args.no_history)
+    while (line := editor.read()) is not None:
         text = line.strip()
         if text == "/quit":
             break
-        if _COMMAND.fullmatch(text):
+        if system := _SYSTEM.fullmatch(text):
+            _change_system(system[1], conversation)
+        elif _COMMAND.fullmatch(text):
             _run_command(text, conversation)
         elif text:
             _reply(conversation, text)
@@ -67,15 +79,40 @@ class Conversation:
     Args:
         engine: generates the answers.
         stream_options: options of `Engine.stream`.
+
+    Attributes:
+        system: the system message, which stays when others are dropped; None without one.
     """
 
     engine: Engine
     stream_options: dict[str, Any]
     messages: list[dict[str, str]] = field(default_factory=list)
     answers: list[Generation] = field(default_factory=list)
+    system: str | None = None
 
     def add(self, role: str, text: str) -> None:
         self.messages.append({"role": role, "content": text})
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """The system message, if there is one, and the messages."""
+        return self._with_system(self.messages)
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+
+    def set_system(self, text: str) -> None:
+        """Sets the system message.
+
+        Raises:
+            PromptError: the model's chat template takes none, or it is too long; the one before stays.
+        """
+        before, self.system = self.system, text
+        try:
+            self.engine.encode(self._with_system([{"role": "user", "content": "?"}]))
+        except PromptError:
+            self.system = before
+            raise
 
     def fit(self) -> int:
         """Drops the oldest turns until there is room for an answer, and returns how many.
@@ -83,7 +120,7 @@ class Conversation:
         Raises:
             PromptError: the last message alone is too long; nothing is dropped.
         """
-        self.engine.encode(self.messages[-1:])
+        self.engine.encode(self._with_system(self.messages[-1:]))
         dropped = 0
         while len(self.messages) > 1 and not self._has_room():
             del self.messages[:2]  # a message of the user and its answer
@@ -94,7 +131,7 @@ class Conversation:
         context_length = self.engine.backend.context_length
         room = min(self.stream_options["max_new_tokens"], context_length // 4)
         try:
-            return bool(len(self.engine.encode(self.messages)) + room <= context_length)
+            return bool(len(self.engine.encode(self.prompt)) + room <= context_length)
         except PromptError:  # longer than the context
             return False
 
@@ -123,7 +160,7 @@ def _stream_answer(conversation: Conversation) -> tuple[str, bool]:
     """Shows the answer as it is generated, and returns it and whether it is complete."""
     pieces: list[str] = []
     try:
-        with closing(conversation.engine.stream(conversation.messages, **conversation.stream_options)) as stream:
+        with closing(conversation.engine.stream(conversation.prompt, **conversation.stream_options)) as stream:
             for chunk in stream:
                 pieces.append(chunk.text)
                 output.write(chunk.text)
@@ -137,10 +174,21 @@ def _stream_answer(conversation: Conversation) -> tuple[str, bool]:
     return "".join(pieces), True
 
 
+def _change_system(text: str, conversation: Conversation) -> None:
+    try:
+        conversation.set_system(text)
+    except PromptError as error:
+        output.note(f"({error})")
+    else:
+        output.note("(the system message is set)")
+
+
 def _run_command(command: str, conversation: Conversation) -> None:
     if command == "/reset":
         conversation.messages.clear()
         output.note("(the conversation is forgotten)")
+    elif command == "/system":
+        output.note("(there is no system message)" if conversation.system is None else conversation.system)
     elif command == "/stats":
         _show_stats(conversation.answers)
     else:
@@ -165,23 +213,3 @@ def _greet(engine: Engine) -> None:
     dtype = str(engine.model.dtype).removeprefix("torch.")
     output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
     output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")
-    with suppress(ImportError):  # on Windows
-        import readline  # noqa: F401  # line editing and history for input()
-
-
-def _read_line() -> str | None:
-    """The next line from the user; None at the end of the input."""
-    is_terminal = sys.stdin.isatty()
-    while True:
-        try:
-            return input("> " if is_terminal and output.stdout_is_terminal() else "")
-        except EOFError:
-            if is_terminal:
-                output.note("")
-            return None
-        except KeyboardInterrupt:
-            if not is_terminal:
-                raise
-            output.note("\n(Ctrl-D or /quit leaves)")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"the input is not UTF-8 text ({error})", "Give text.") from error

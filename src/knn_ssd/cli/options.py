@@ -24,6 +24,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options that have no effect in greedy decoding, each with the value that turns it off.
 _SAMPLING_ONLY = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
+_OUTPUT_OPTIONS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "min_tokens", "stop_token_ids", "ignore_eos", "seed",
+)  # fmt: skip
+
 
 def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     """The type of an option that takes whole numbers in [least, most]."""
@@ -119,8 +124,8 @@ def add_answers_options(group: Any) -> None:
     sources.add_argument("--no-answers", action="store_true", help="keep no requests, and draft from none")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
-    """Adds --max-new-tokens, --stop, and the options of sampling."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int = 256, every: bool = False) -> None:
+    """Adds --max-new-tokens, --stop, and the options of sampling; `every` adds those for programs, too."""
     group = parser.add_argument_group("output")
     option(group, "--max-new-tokens", "N", "maximum number of output tokens", whole_number(1), max_new_tokens)
     text = "end the output before this text; may be given several times"
@@ -130,10 +135,35 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
     option(group, "--top-k", "K", "sample from the K most likely tokens", whole_number(0))
     option(group, "--top-p", "P", "sample from the most likely tokens whose probabilities add up to P", number)
     option(group, "--min-p", "P", "sample from tokens at least P times as likely as the most likely one", number)
-    text = "above 1 makes tokens that occurred before less likely (default: that of the model's generation config)"
+    text = "above 1 makes tokens of prompt and output less likely (default: that of the model's generation config)"
     option(group, "--repetition-penalty", "R", text, number)
+    text = "subtract P from the logits of tokens that the output has, as in OpenAI's API; from -2 to 2"
+    option(group, "--presence-penalty", "P", text, number)
+    option(group, "--frequency-penalty", "P", "the same for each time that the output has the token", number)
     text = "seed of the random numbers; the same seed gives the same output"
     option(group, "--seed", "S", text, whole_number(0))
+    if every:
+        text = "add BIAS, from -100 to 100, to the logit of a token id; may be given several times"
+        option(group, "--logit-bias", "ID=BIAS", text, _bias, action="append")
+        option(group, "--stop-token-ids", "ID,…", "end the output with any of these token ids", _token_ids)
+        group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+        text = "no end-of-sequence token and no stop token or text ends the output before N tokens"
+        option(group, "--min-tokens", "N", text, whole_number(0))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """A token id and what is added to its logit."""
+    token, separator, bias = text.partition("=")
+    if not separator or not token.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a token id and a number, such as 42=-5, got '{text}'")
+    return int(token), number(bias)
+
+
+def _token_ids(text: str) -> list[int]:
+    """Token ids with commas between them."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be token ids with commas between them, got '{text}'")
+    return [int(part) for part in text.split(",")]
 
 
 def check_text(text: str, name: str = "") -> None:
@@ -189,21 +219,35 @@ def check_answers(args: argparse.Namespace) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options for `Engine.stream`, checked."""
-    from knn_ssd.sampling import SamplingParams
+    """The options of `Engine.stream` for the output, checked."""
+    from knn_ssd.request_options import RequestOptions
 
-    params = given(args, "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    SamplingParams(**params)
+    params = given(args, *_OUTPUT_OPTIONS)
+    if "logit_bias" in params:
+        params["logit_bias"] = dict(params["logit_bias"])
+    wanted = {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop or ()}
+    RequestOptions.of(wanted)
     idle = [name for name, off in _SAMPLING_ONLY.items() if params.get(name, off) != off]
     if idle and args.temperature == 0:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        output.note(f"note: no effect at temperature 0, which is greedy decoding: {names}")
-    return {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop or ()}
+        output.note(f"note: no effect at temperature 0, which is greedy decoding: {', '.join(map(_flag, idle))}")
+    return wanted
+
+
+def refuse_output_options(args: argparse.Namespace, reason: str) -> None:
+    """Raises a `UsageError` with the reason if an option of the output was given."""
+    names = [name for name in (*_OUTPUT_OPTIONS, "stop", "no_chat") if getattr(args, name)]
+    if names:
+        raise UsageError(f"{_flag(names[0])} has no effect: {reason}", "Leave it out.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The named options that have a value."""
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    """The named options that the command has and that have a value."""
+    values = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:

@@ -37,10 +37,15 @@ def summary(generation: Generation, domain: str | None = None) -> str:
     return "[" + " | ".join(part for part in parts if part) + "]"
 
 
-def total(answers: Sequence[Stats]) -> str:
-    """One line: the statistics of several answers in total."""
+def total(answers: Sequence[Stats], seconds: float | None = None) -> str:
+    """One line: the statistics of several answers in total.
+
+    Args:
+        answers: their statistics.
+        seconds: how long all of them took together; None where they came one after the other.
+    """
     tokens = sum(stats.tokens for stats in answers)
-    seconds = sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
+    seconds = seconds or sum(stats.prefill_sec + stats.route_sec + stats.decode_sec for stats in answers)
     names = dict.fromkeys(name for stats in answers for name in stats.by_drafter)
     counts = {name: [stats.by_drafter[name] for stats in answers if name in stats.by_drafter] for name in names}
     drafts = {name: (sum(c.drafted for c in each), sum(c.accepted for c in each)) for name, each in counts.items()}

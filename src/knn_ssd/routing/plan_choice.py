@@ -72,17 +72,24 @@ class PlanChooser:
             return [general_plan(self._backend)]
         return [atlas.plan_for(domain) for domain in (*atlas.domains, None)]
 
-    def choose(self, prefill: Prefill, wanted: PlanRequest) -> ChosenPlan:
-        """Routes a prompt and chooses its plan.
+    def check(self, wanted: PlanRequest) -> None:
+        """Checks a request before its prompt is run.
 
         Raises:
-            UsageError: the request names a domain that the atlas does not have, or there is no atlas.
+            UsageError: it names a domain that the atlas does not have, or there is no atlas, or its plan cannot be run.
         """
+        if wanted.domain is not None and self._atlas is None:
+            raise UsageError(f"a domain needs an atlas that has it, got '{wanted.domain}' and no atlas")
+        if wanted.domain is not None and self._atlas is not None:
+            self._atlas.plan_for(wanted.domain)
+        if wanted.plan is not None and not wanted.plain:
+            self._backend.prepare(wanted.plan)
+
+    def choose(self, prefill: Prefill, wanted: PlanRequest) -> ChosenPlan:
+        """Routes a prompt and chooses its plan, for a request that was checked."""
         route = None
         if self._atlas is not None and self._router is not None:
             route = self._router.predict(prefill.vector(self._atlas.pooling))
-        elif wanted.domain is not None:
-            raise UsageError(f"a domain needs an atlas that has it, got '{wanted.domain}' and no atlas")
         domain = wanted.domain or (route.plan_domain if route is not None else None)
         own = self._atlas.plan_for(domain) if self._atlas is not None else None
         evidence = self._atlas.evidence_of(domain) if self._atlas is not None else {}

@@ -14,13 +14,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from knn_ssd.batching import Cancelled, ContinuousBatcher, RequestTask
 from knn_ssd.engine import Engine
 from knn_ssd.errors import KnnSsdError, MemoryInUseError
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.plan import Plan
 from knn_ssd.routing.answers import Neighbour
 from knn_ssd.routing.router import Route
-from knn_ssd.server.batcher import Cancelled, ContinuousBatcher, RequestTask
 from knn_ssd.tokenization import PromptLike
 
 

@@ -83,7 +83,8 @@ class TransformersBackend:
         return 0
 
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
-        """Does nothing: a plan needs no more than the model has."""
+        """Checks that this backend can run a plan, which needs no more than the model has."""
+        self._skipped_forwards(plan)
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None

@@ -1,19 +1,25 @@
 """Continuous batching: several requests share the forward passes of one model, on one thread.
 
-Each request's work runs in a greenlet of its own, as if it were alone. Where it asks for a forward pass, it waits until
-all other requests ask for one, too. Draft passes run first, so that the verifications of all drafting requests share
-one pass; each such pass also runs a chunk of one waiting prompt (chunked prefill).
+The server runs its requests so, and so does `Engine.generate_batch`. Each request's work runs in a greenlet of its own,
+as if it were alone. Where it asks for a forward pass, it waits until all other requests ask for one, too. Draft passes
+run first, so that the verifications of all drafting requests share one pass; each such pass also runs a chunk of one
+waiting prompt (chunked prefill).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from knn_ssd.backends.base import Backend, ForwardOutput, ForwardRequest, SharesPasses
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
+
+T = TypeVar("T")
 
 
 class Cancelled(BaseException):
@@ -92,6 +98,46 @@ class ContinuousBatcher:
         self._tasks.append(task)
         self._resume(task)
         return task
+
+    def run_all(self, works: Iterable[Callable[[], T]], concurrency: int) -> Iterator[tuple[int, T]]:
+        """Runs works and yields the index and result of each as it ends.
+
+        Args:
+            works: each runs the forward passes of one request.
+            concurrency: how many run at the same time; one where passes are not shared.
+
+        Raises:
+            Exception: the error of a work. The others end where they stand, as they do when the iterator is closed.
+        """
+        ended: list[tuple[int, T]] = []
+        errors: list[Exception] = []
+
+        def start(index: int, work: Callable[[], T]) -> RequestTask:
+            def run() -> None:
+                with suppress(Cancelled):
+                    try:
+                        ended.append((index, work()))
+                    except Exception as error:
+                        errors.append(error)
+
+            return self.start(run)
+
+        waiting = enumerate(works)
+        room = concurrency if self._sharing is not None else 1
+        try:
+            while True:
+                for index, work in islice(waiting, room - len(self._tasks)):
+                    start(index, work)
+                self.step()
+                if errors:
+                    raise errors[0]
+                if not (ended or self._tasks):
+                    return
+                yield from ended
+                ended.clear()
+        finally:
+            for task in list(self._tasks):
+                self.end(task)
 
     def yield_(self) -> None:
         """Lets the other tasks run if passes are not shared, which keeps them fair; called inside a task."""

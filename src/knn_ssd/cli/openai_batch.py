@@ -1,0 +1,150 @@
+"""Files of OpenAI's batch API: a request on each line, and the line that answers it. Knows nothing of how it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knn_ssd.errors import PromptError
+from knn_ssd.prompts import parse_line
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from transformers import PreTrainedTokenizerBase
+
+    from knn_ssd.outputs import Generation
+    from knn_ssd.server.schemas import ChatRequest, CompletionRequest
+    from knn_ssd.tokenization import PromptLike
+
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_ID = "batch_req_"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """One request.
+
+    Args:
+        custom_id: its name.
+        is_chat: whether it is a chat completion.
+        request: its body.
+    """
+
+    custom_id: str
+    is_chat: bool
+    request: ChatRequest | CompletionRequest
+
+    @property
+    def prompt(self) -> PromptLike:
+        return self.request.prompt_like
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `Engine.stream`."""
+        return {**self.request.options(), "seed": self.request.seed_of(0), "store": self.request.store is not False}
+
+
+def is_batch(lines: Sequence[str]) -> bool:
+    """Whether the first line that is not empty is a request of a batch."""
+    first = next((line for line in lines if line.strip()), "{}")
+    try:
+        return {"custom_id", "body"} <= set(parse_line(first, ""))
+    except PromptError:
+        return False
+
+
+def parse_requests(lines: Sequence[str], name: str) -> list[BatchLine]:
+    """The requests of a file; error messages call it `name`.
+
+    Raises:
+        PromptError: a line is not a request, or asks for what is not supported.
+    """
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [_parse(line, f"{name}, line {number}") for number, line in numbered]
+
+
+def _parse(line: str, where: str) -> BatchLine:
+    from pydantic import ValidationError
+
+    from knn_ssd.server.schemas import ChatRequest, CompletionRequest
+
+    data = parse_line(line, where)
+    custom_id, method, url = (data.get(each) for each in ("custom_id", "method", "url"))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise PromptError(f"{where} has no 'custom_id'", "Give each request a name of its own.")
+    if method not in ("POST", None) or url not in (_CHAT, _COMPLETIONS):
+        raise PromptError(f"{where} asks for {method} {url}", f"POST to {_CHAT} or {_COMPLETIONS} is supported.")
+    try:
+        request = (ChatRequest if url == _CHAT else CompletionRequest).model_validate(data.get("body"))
+    except ValidationError as error:
+        raise PromptError(f"{where}: {_problem(error)}", "Correct or remove the request.") from error
+    if request.n != 1 or request.stream:
+        given = f"n={request.n}" if request.n != 1 else "stream=true"
+        raise PromptError(f"{where}: a request of a batch has one answer, which is not streamed, got {given}")
+    return BatchLine(custom_id, url == _CHAT, request)
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, ("body", *first["loc"])))
+    return f"'{place}' is not supported" if first["type"] == "extra_forbidden" else f"'{place}': {first['msg']}"
+
+
+def result_json(
+    line: BatchLine,
+    key: str,
+    prompt_tokens: int,
+    generation: Generation,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    """The line that answers a request.
+
+    Args:
+        line: the request.
+        key: names the answer in its ids.
+        prompt_tokens: length of the prompt.
+        generation: the output.
+        tokenizer: spells the tokens of log-probabilities.
+    """
+    from knn_ssd.server.schemas import FINISH_REASONS, usage
+
+    message = {"role": "assistant", "content": generation.text}
+    content: dict[str, Any] = {"message": message} if line.is_chat else {"text": generation.text}
+    logprobs = None if line.request.num_logprobs is None else _logprobs(line, generation, tokenizer)
+    choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": FINISH_REASONS[generation.finish_reason]}
+    body = {
+        "id": f"{'chatcmpl' if line.is_chat else 'cmpl'}-{key}",
+        "object": "chat.completion" if line.is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": line.request.model,
+        "choices": [choice],
+        "usage": usage(prompt_tokens, [generation]),
+    }
+    response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
+    return {"id": f"{_ID}{key}", "custom_id": line.custom_id, "response": response, "error": None}
+
+
+def key_of(data: dict[str, Any]) -> str:
+    """The key of the line that answers a request."""
+    return str(data.get("id")).removeprefix(_ID)
+
+
+def _logprobs(line: BatchLine, generation: Generation, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    from knn_ssd.outputs import Chunk
+    from knn_ssd.server.logprobs import Logprobs
+    from knn_ssd.speculation.decode import Round
+    from knn_ssd.tokenization import Detokenizer
+
+    if line.is_chat or tokenizer is None:
+        pieces = [""] * len(generation.token_ids)
+    else:
+        detokenizer = Detokenizer(tokenizer, line.request.options()["stop"])
+        pieces = []
+        for token in generation.token_ids:
+            detokenizer.push(token)
+            pieces.append(detokenizer.take())
+    chunk = Chunk(tuple(pieces), Round(generation.token_ids, logprobs=generation.logprobs))
+    writer = Logprobs(tokenizer)
+    return writer.chat([chunk]) if line.is_chat else writer.completion([chunk])
