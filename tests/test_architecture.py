@@ -27,7 +27,7 @@ ROWS = (
     ("calibrate", "tools"),
     ("engine",),
     ("request",),
-    ("outputs", "owner", "speculation.drafter_factory"),
+    ("outputs", "owner", "scoring", "speculation.drafter_factory"),
     ("speculation.decode", "speculation.controller"),
     ("speculation.lookup", "speculation.retrieval", "speculation.self_draft", "speculation.acceptance"),
     ("speculation.drafter", "speculation.suffix_automaton"),

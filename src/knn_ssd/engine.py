@@ -27,7 +27,7 @@ from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, 
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.speculation.drafter_factory import DrafterFactory
-from knn_ssd.tokenization import Detokenizer, PromptLike, encode, eos_token_ids
+from knn_ssd.tokenization import Detokenizer, PromptLike, TemplateOptions, encode, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
 if TYPE_CHECKING:
@@ -162,13 +162,13 @@ class Engine:
         for plan in self._plans.plans:
             self.backend.prepare(plan)
 
-    def encode(self, prompt: PromptLike, chat: bool = True) -> list[int]:
-        """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
+    def encode(self, prompt: PromptLike, chat: bool = True, template: TemplateOptions | None = None) -> list[int]:
+        """The token ids of a prompt, as `tokenization.encode` gives them.
 
         Raises:
-            PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
+            PromptError: as there, and for token ids that the model does not have.
         """
-        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat)
+        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, template=template)
         unknown = [token for token in token_ids if not 0 <= token < self.backend.vocab_size]
         if unknown:
             raise PromptError(

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from knn_ssd.errors import PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 PromptLike = str | Messages | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How the chat template is applied to a conversation.
+
+    Args:
+        add_generation_prompt: end with what begins an answer of the assistant.
+        continue_final_message: leave the last message open, so that the output continues it; no generation prompt is
+            added then.
+        variables: further variables that the template reads, by name.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode(
@@ -24,6 +41,7 @@ def encode(
     chat: bool = True,
     *,
     name: str = "",
+    template: TemplateOptions | None = None,
 ) -> list[int]:
     """Token ids of a prompt: a user's message, a conversation of role/content messages, or token ids as they are.
 
@@ -33,9 +51,11 @@ def encode(
         context_length: the model's context length; there must be room for at least one more token.
         chat: whether to apply the chat template to text, if the tokenizer has one.
         name: the prompt's name in error messages.
+        template: how the chat template is applied.
 
     Raises:
-        PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
+        PromptError: an empty prompt, one that fills the context, one that the chat template refuses, or text without a
+            tokenizer.
     """
     the_prompt = f"prompt '{name}'" if name else "the prompt"
     if hasattr(prompt, "tolist"):  # a tensor or an array
@@ -43,7 +63,7 @@ def encode(
     if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
         token_ids = [int(item) for item in cast("Sequence[int]", prompt)]
     else:
-        token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt)
+        token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt, template)
     if not token_ids:
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
     if len(token_ids) >= context_length:
@@ -55,7 +75,11 @@ def encode(
 
 
 def _encode_text(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str | Messages, chat: bool, the_prompt: str
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | Messages,
+    chat: bool,
+    the_prompt: str,
+    template: TemplateOptions | None,
 ) -> list[int]:
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
@@ -72,8 +96,27 @@ def _encode_text(
         missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
         if missing:
             raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return _token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False)
+    text = _apply_template(tokenizer, messages, the_prompt, template or TemplateOptions())
+    return _token_ids(tokenizer, text, the_prompt, add_special_tokens=False)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], the_prompt: str, options: TemplateOptions
+) -> str:
+    reserved = sorted(inspect.signature(tokenizer.apply_chat_template).parameters.keys() & options.variables.keys())
+    if reserved:
+        raise PromptError(f"'{reserved[0]}' cannot be a variable of the chat template", "Leave it out.")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=options.add_generation_prompt and not options.continue_final_message,
+            continue_final_message=options.continue_final_message,
+            tokenize=False,
+            **options.variables,
+        )
+    except Exception as error:  # a template is a program of the model's author, which may raise anything
+        raise PromptError(f"the chat template cannot be applied to {the_prompt}: {error or type(error).__name__}") from error
+    return str(text)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, **options: bool) -> list[int]:
@@ -109,7 +152,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = tuple(map(_StopMatcher, stop))
         self._token_ids: list[int] = []
         self._window = 0  # decoding starts here: far enough back that the last text has its left context
         self._settled = 0  # tokens before this are in `_text`
@@ -149,16 +192,48 @@ class Detokenizer:
         return str(self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True))
 
     def _append(self, fresh: str) -> None:
-        searched_from = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        before = len(self._text)
         self._text += fresh
-        ends = [at for stop in self._stop if (at := self._text.find(stop, searched_from)) >= 0]
+        ends = [before + end for matcher in self._stop if (end := matcher.push(fresh)) is not None]
         if ends:
             self._text = self._text[: min(ends)]
             self.stopped = True
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        return max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
+        return max((matcher.matched for matcher in self._stop), default=0)
+
+
+class _StopMatcher:
+    """Looks for one stop string in a text that grows, in time linear in the text (Knuth, Morris and Pratt, 1977).
+
+    Attributes:
+        matched: length of the longest suffix of the text that is a prefix of the stop string.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._borders = [0, 0]  # of each prefix, its longest proper suffix that is a prefix; as far as was needed
+        self.matched = 0
+
+    def push(self, fresh: str) -> int | None:
+        """Adds text; where the stop string is complete, returns where it begins, relative to this text."""
+        for place, character in enumerate(fresh, start=1):
+            while self.matched and self._stop[self.matched] != character:
+                self.matched = self._border(self.matched)
+            self.matched += self._stop[self.matched] == character
+            if self.matched == len(self._stop):
+                return place - self.matched
+        return None
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) <= length:
+            last = len(self._borders) - 1
+            border, character = self._borders[last], self._stop[last]
+            while border and self._stop[border] != character:
+                border = self._borders[border]
+            self._borders.append(border + (self._stop[border] == character))
+        return self._borders[length]
 
 
 @dataclass(frozen=True, slots=True)
