@@ -115,7 +115,9 @@ def _apply_template(
             **options.variables,
         )
     except Exception as error:  # a template is a program of the model's author, which may raise anything
-        raise PromptError(f"the chat template cannot be applied to {the_prompt}: {error or type(error).__name__}") from error
+        raise PromptError(
+            f"the chat template cannot be applied to {the_prompt}: {error or type(error).__name__}"
+        ) from error
     return str(text)
 
 
@@ -202,6 +204,18 @@ class Detokenizer:
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
         return max((matcher.matched for matcher in self._stop), default=0)
+
+
+def echoed(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> list[str]:
+    """The pieces of text that the tokens of a prompt stand for; special tokens are left out."""
+    if tokenizer is None:
+        return [""] * len(token_ids)
+    detokenizer, pieces = Detokenizer(tokenizer), []
+    for token in token_ids:
+        detokenizer.push(token)
+        pieces.append(detokenizer.take())
+    pieces[-1] += detokenizer.finish()
+    return pieces
 
 
 class _StopMatcher:

@@ -118,9 +118,10 @@ class ContinuousBatcher:
         outputs: Sequence[ForwardOutput | Exception]
         try:
             outputs = self._sharing.forward_batch(requests)
-            self._record_cost(requests, rows, time.perf_counter() - started)
         except Exception as error:  # ends only the requests at fault
             outputs = [error] if len(requests) == 1 else [self._run_alone(request) for request in requests]
+        else:
+            self._record_cost(requests, rows, time.perf_counter() - started)
         seconds = time.perf_counter() - started
         for (task, request), output in zip(chosen, outputs, strict=True):
             task.busy_sec += seconds * len(request.token_ids) / rows

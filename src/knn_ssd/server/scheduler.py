@@ -1,8 +1,8 @@
 """Runs the requests of many clients on one engine: a single thread owns the model and batches them continuously.
 
 A request reports to its callback, which is called on that thread: `PromptScored` if it was asked for, `PrefillDone`,
-then a `Chunk` for each round, then a `Generation`; or an error in place of any of these. Nothing follows a `Generation`,
-an error, or the `PromptScored` of a request that generates nothing.
+then a `Chunk` for each round, then a `Generation`; or an error in place of any of these. Nothing follows a
+`Generation`, an error, or the `PromptScored` of a request that generates nothing.
 """
 
 from __future__ import annotations
