@@ -94,6 +94,8 @@ class Atlas:
                  f"{self.fingerprint.hidden_size}")  # fmt: skip
         unknown = sorted(set(self.anchor_domains) ^ set(self.domains))
         _require(not unknown, f"anchors and plans do not name the same domains: {', '.join(unknown)}")
+        halves = [name for name in self.domains if name != name.encode("utf-8", "ignore").decode()]
+        _require(not halves, f"a domain's name is not Unicode text: {halves!r}")
         plans = [domain.plan for domain in self.domains.values()] + [self.fallback]
         wrong = [plan.num_layers for plan in plans if plan.num_layers != self.fingerprint.num_layers]
         _require(not wrong, f"a plan for {wrong and wrong[0]} layers, and the model has {self.fingerprint.num_layers}")

@@ -82,7 +82,7 @@ class SamplingFields(Strict):
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], _neutral({})] | None = None
     top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda most: max(most, 0)), _neutral(0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), _neutral(0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0), _neutral(1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100), _neutral(1)] | None = None
     ignore_eos: Annotated[bool, _neutral(False)] | None = None
     min_tokens: Annotated[int, Field(ge=0), _neutral(0)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1000, fail_fast=True), _neutral([])] | None = None

@@ -241,7 +241,7 @@ class Scheduler:
             self._running, self._reserved = [], []
             self._waiting.clear()
         for job in left:
-            with suppress(Exception):  # a failed task or callback must not keep the others waiting
+            with suppress(BaseException):  # a failed task or callback must not keep the others waiting
                 self._end(job, error)
 
     def _run_until_closed(self) -> None:
