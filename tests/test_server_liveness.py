@@ -1,4 +1,4 @@
-"""A server stays alive and closed to strangers: clients that leave, hostile values, deadlines, a failed model thread."""
+"""A server stays alive and closed to strangers: clients that leave, hostile values, deadlines, a failed thread."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -39,6 +40,7 @@ from knn_ssd.tokenization import Detokenizer
 
 BODY = {"model": MODEL, "prompt": "a fox", "max_tokens": 4, "temperature": 0}
 LONG = {**BODY, "max_tokens": 240}
+running_server = contextmanager(serving)
 
 
 def tiny() -> Engine:
@@ -186,7 +188,7 @@ DOMAINS = {
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_domain_of_any_name_is_a_header(domain: str) -> None:
-    for own in serving(ServeSettings(MODEL), with_domains(domain)):
+    with running_server(ServeSettings(MODEL), with_domains(domain)) as own:
         whole = post(own.url)
         assert whole.status_code == 200
         assert whole.headers["x-knn-ssd-route"] == DOMAINS[domain]
@@ -224,7 +226,7 @@ def left_by(url: str, body: dict[str, Any]) -> None:
 def test_a_client_that_leaves_while_it_waits_gives_its_place_back(streamed: bool) -> None:
     settings = ServeSettings(MODEL, limits=Limits(running=1, waiting=4))
     engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
-    for own in serving(settings, engine):
+    with running_server(settings, engine) as own:
         with httpx.stream("POST", f"{own.url}/v1/completions", json={**LONG, "stream": True}) as first:
             lines = first.iter_lines()  # which closes the connection when it is no longer kept
             next(lines)
@@ -269,7 +271,7 @@ def slow_forward(engine: Engine, sec: float) -> list[int]:
 def test_a_client_that_leaves_during_its_prefill_ends_it(streamed: bool) -> None:
     engine = Engine(endless(wide_model("llama")), tiny_tokenizer(chat=True))
     ran = slow_forward(engine, 0.5)
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1)), engine):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1)), engine) as own:
         left_by(own.url, {**LONG, "prompt": list(range(3, 100)) * 2, "max_tokens": 5, "stream": streamed})
         until(lambda: own.scheduler.running == 0, 3)
         assert len(ran) < 4  # chunks of 64 tokens
@@ -281,7 +283,7 @@ def test_a_stream_whose_client_left_before_its_headers_runs_on_for_nobody(monkey
 
     monkeypatch.setattr("knn_ssd.server.app.response_headers", fails)
     engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1)), engine):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1)), engine) as own:
         assert post(own.url, {**LONG, "stream": True}).status_code == 500
         until(lambda: own.scheduler.running == 0, 1)
 
@@ -292,7 +294,7 @@ def test_a_stream_whose_client_left_before_its_headers_runs_on_for_nobody(monkey
 def test_the_deadline_holds_during_a_prefill_in_one_pass_and_in_the_queue() -> None:
     engine = tiny()
     slow_forward(engine, 3.0)
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1, deadline_sec=0.5)), engine):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1, deadline_sec=0.5)), engine) as own:
         began = time.monotonic()
         with ThreadPoolExecutor(3) as pool:
             body = {**BODY, "prompt": "a fox and a goose"}
@@ -306,7 +308,7 @@ def test_the_deadline_holds_during_a_prefill_in_one_pass_and_in_the_queue() -> N
 def test_the_deadline_holds_in_a_stream_whose_prefill_takes_longer() -> None:
     engine = tiny()
     slow_forward(engine, 4.0)
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1, deadline_sec=1.5)), engine):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1, deadline_sec=1.5)), engine) as own:
         began = time.monotonic()
         reply = post(own.url, {**BODY, "prompt": "a fox and a goose", "stream": True})
         assert time.monotonic() - began < 3
@@ -324,7 +326,7 @@ def test_if_the_model_s_thread_fails_nobody_waits_and_health_says_so(error: type
 
     settings = ServeSettings(MODEL, limits=Limits(running=1, waiting=10))
     engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
-    for own in serving(settings, engine):
+    with running_server(settings, engine) as own:
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(post, own.url, LONG) for _ in range(3)]
             streamed = pool.submit(post, own.url, {**LONG, "stream": True})
@@ -374,7 +376,7 @@ def test_a_callback_that_raises_keeps_no_other_request_waiting() -> None:
 def test_a_full_queue_refuses_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
     encoded: list[str] = []
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1, waiting=1)), engine):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1, waiting=1)), engine) as own:
         encode = type(engine).encode
 
         def watched(self: Engine, prompt: Any, *options: Any) -> list[int]:
@@ -398,7 +400,7 @@ def test_a_full_queue_refuses_before_anything_is_tokenised(monkeypatch: pytest.M
 def test_prompts_that_are_being_tokenised_have_places_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(completions.CompletionHandler, "_encode", lambda *_: release.wait(20) and 1 / 0)
-    for own in serving(ServeSettings(MODEL, limits=Limits(running=1, waiting=2))):
+    with running_server(ServeSettings(MODEL, limits=Limits(running=1, waiting=2))) as own:
         with ThreadPoolExecutor(2) as pool:
             held = [pool.submit(post, own.url) for _ in range(2)]
             until(lambda: own.scheduler.waiting == 2)

@@ -61,10 +61,17 @@ class Logprobs:
         for each, piece in zip(logprobs, pieces, strict=True):
             tokens.append(self._key(each.token))
             own.append(_finite(each.logprob))
-            tops.append({self._key(token): _finite(value) for token, value in (*each.top, (each.token, own[-1]))})
+            tops.append(self._top((*each.top, (each.token, each.logprob))))
             offsets.append(offset)
             offset += len(piece)
         return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, likeliest_first: Iterable[tuple[int, float]]) -> dict[str, float]:
+        """Log-probabilities by token; of several tokens that are spelled alike, that of the likeliest."""
+        found: dict[str, float] = {}
+        for token, logprob in likeliest_first:
+            found.setdefault(self._key(token), _finite(logprob))
+        return found
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         spelling = self._spell(token)

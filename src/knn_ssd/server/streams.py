@@ -72,7 +72,7 @@ class EventStream(StreamingResponse):
             async with contextlib.aclosing(self._pieces):
                 await unless_gone(receive, self.stream_response(send))
         except (ClientDisconnectedError, OSError):
-            pass  # nobody is left to answer
+            pass  # there is no client left to answer
         finally:
             self._close()
 
