@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from knn_ssd.testing import tiny_tokenizer
-from knn_ssd.tokenization import Detokenizer
+from knn_ssd.tokenization import Detokenizer, _StopMatcher
 
 SPECIAL = {"<s>": 0, "</s>": 1}
 WORDS = ("the", " the", "ab", "abc", " b", "\n\n", "ü", "€ ")
@@ -85,6 +85,13 @@ def test_stop_strings_are_found_as_by_trying_every_place(text: str, stops: list[
     pieces, wanted = streamed(stream, tokenizer(text)["input_ids"]), stopped_naively(text, stops)
     assert "".join(pieces) == (text if wanted is None else wanted)
     assert stream.stopped == (wanted is not None)
+
+
+def test_a_stop_string_is_found_again_after_it_was_complete() -> None:
+    matcher = _StopMatcher("aba")
+    assert [matcher.push(text) for text in ("xab", "a", "ba", "b", "x", "abab", "a")] == [
+        None, -2, -1, None, None, 0, -2
+    ]  # fmt: skip
 
 
 # --- Pieces

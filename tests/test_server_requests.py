@@ -21,7 +21,7 @@ from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import PromptError
 from knn_ssd.scoring import prompt_logprobs
-from knn_ssd.server import completions, streams
+from knn_ssd.server import completions
 from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.fields import ENGINE_OPTIONS, SamplingFields
 from knn_ssd.server.owners import Owners
@@ -219,6 +219,13 @@ def test_the_engine_s_sampling_options_do_what_they_say(served: Served, engine: 
     assert texts(complete(served, max_tokens=12, repetition_penalty=1.7)) == [penalised]
     drawn = engine.generate("a fox", max_new_tokens=12, temperature=1.5, top_k=2, seed=4, chat=False).text
     assert texts(complete(served, max_tokens=12, temperature=1.5, top_k=2, seed=4)) == [drawn]
+
+
+def test_a_seed_may_be_negative_as_in_openai_s_api(served: Served) -> None:
+    drawn = [texts(complete(served, seed=seed, temperature=1.5, max_tokens=9)) for seed in (-3, -3, -4, -(2**63))]
+    assert drawn[0] == drawn[1]
+    assert len(set(map(tuple, drawn))) == 3
+    assert complete(served, seed=2**63).status_code == 400
 
 
 # --- Lengths
@@ -530,7 +537,7 @@ def test_usage_in_a_stream(served: Served) -> None:
 
 def test_headers_come_at_once_and_comments_while_the_prefill_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completions, "HEADERS_SEC", 0.3)
-    monkeypatch.setattr(streams, "PING_SEC", 0.2)
+    monkeypatch.setattr(completions, "PING_SEC", 0.2)
     engine = own_engine()
     forward = engine.backend.forward
 

@@ -231,14 +231,16 @@ class _StopMatcher:
         self.matched = 0
 
     def push(self, fresh: str) -> int | None:
-        """Adds text; where the stop string is complete, returns where it begins, relative to this text."""
+        """Adds text; returns where the first stop string begins that is complete with it, relative to this text."""
+        first = None
         for place, character in enumerate(fresh, start=1):
             while self.matched and self._stop[self.matched] != character:
                 self.matched = self._border(self.matched)
             self.matched += self._stop[self.matched] == character
             if self.matched == len(self._stop):
-                return place - self.matched
-        return None
+                first = place - self.matched if first is None else first
+                self.matched = self._border(self.matched)
+        return first
 
     def _border(self, length: int) -> int:
         while len(self._borders) <= length:

@@ -19,7 +19,7 @@ from knn_ssd.server.replies import usage
 from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
 from knn_ssd.server.schemas import ChatRequest, CompletionRequest
-from knn_ssd.server.streams import DONE, event
+from knn_ssd.server.streams import DONE, PING, PING_SEC, event
 from knn_ssd.tokenization import PromptLike, echoed
 
 HEADERS_SEC = 1.0  # in which a stream's headers wait for the first prefill, which some of them report
@@ -51,7 +51,8 @@ class CompletionHandler:
     choices: list[Choice] = field(default_factory=list)
     prefill: PrefillDone | None = None
     _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-    _early: list[tuple[int, Event]] = field(default_factory=list)  # read before the headers were sent
+    _early: list[tuple[Choice, Event]] = field(default_factory=list)  # reported before the headers were sent
+    _num_done: int = 0  # choices of which nothing more comes
     _first_fields: dict[str, Any] = field(default_factory=dict)  # sent with the next event
 
     def cancel(self) -> None:
@@ -80,14 +81,9 @@ class CompletionHandler:
             KnnSsdError: the prompt cannot be used, or no more requests are accepted.
         """
         await self._start()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HEADERS_SEC):
-                index, first = await self._events.get()
-                if isinstance(first, Exception):
-                    self.cancel()
-                    raise first
-                self._early.append((index, first))
-                self._note(self.choices[index], first)
+        first = await self._next(HEADERS_SEC)
+        if first is not None:
+            self._early.append(first)
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """The response as server-sent events; an error after the headers is an event too."""
@@ -98,7 +94,8 @@ class CompletionHandler:
                 for choice in self.choices:
                     yield self._event(self.writer.beginning(choice))
             async for choice, each in self._reported():
-                if (piece := self._piece(choice, each)) is not None:
+                piece = PING if each is None else self._piece(choice, each)
+                if piece is not None:
                     yield piece
         except Exception as error:
             yield event(error_body(error_message(error), "server_error"))
@@ -138,29 +135,41 @@ class CompletionHandler:
         pieces = echoed(engine.tokenizer, token_ids)
         return EncodedPrompt(token_ids, prompt if isinstance(prompt, str) else "".join(pieces), pieces)
 
-    async def _reported(self) -> AsyncIterator[tuple[Choice, Event]]:
-        """What the jobs report as it comes, with the choice that it belongs to.
+    async def _reported(self) -> AsyncIterator[tuple[Choice, Event | None]]:
+        """What the jobs report as it comes, with the choice that it belongs to; None where nothing came for a while.
 
         Raises:
             Exception: an error that ended one of the jobs; the others are ended as well.
         """
         try:
-            for index, each in self._early:
-                yield self.choices[index], each
-            while not all(choice.is_done for choice in self.choices):
-                async with self._in_time():
-                    index, each = await self._events.get()
-                if isinstance(each, Exception):
-                    raise each
-                self._note(self.choices[index], each)
-                yield self.choices[index], each
+            for choice, early in self._early:
+                yield choice, early
+            while self._num_done < len(self.choices):
+                yield await self._next(PING_SEC) or (self.choices[0], None)
         finally:
             self.cancel()
+
+    async def _next(self, patience_sec: float) -> tuple[Choice, Event] | None:
+        """What is reported next, once it was noted; None if nothing comes for so long."""
+        if self._events.empty():
+            async with self._in_time():
+                try:
+                    async with asyncio.timeout(patience_sec):
+                        index, reported = await self._events.get()
+                except TimeoutError:
+                    return None
+        else:
+            index, reported = self._events.get_nowait()
+        if isinstance(reported, Exception):
+            raise reported
+        self._note(self.choices[index], reported)
+        return self.choices[index], reported
 
     def _note(self, choice: Choice, reported: Event) -> None:
         if isinstance(reported, PromptScored):
             choice.scored = reported
             choice.is_done = self.request.max_tokens == 0
+            self._num_done += choice.is_done
         elif isinstance(reported, PrefillDone):
             choice.neighbours = reported.neighbours
             self.metrics.started(reported)
@@ -172,6 +181,7 @@ class CompletionHandler:
             choice.num_tokens += len(reported.round.tokens)
         elif isinstance(reported, Generation):
             choice.result, choice.is_done = reported, True
+            self._num_done += 1
             self.metrics.finished(reported)
 
     def _piece(self, choice: Choice, reported: Event) -> str | None:
@@ -225,10 +235,12 @@ class CompletionHandler:
         """Ends what is awaited at the request's deadline, whatever the model's thread is busy with."""
         due = self.choices[0].job.due
         try:
-            async with asyncio.timeout(None if due == math.inf else max(due - time.monotonic(), 0.0)):
+            async with asyncio.timeout(None if due == math.inf else max(due - time.monotonic(), 0.0)) as limit:
                 yield
         except TimeoutError:
-            raise self.scheduler.limits.passed() from None
+            if limit.expired():
+                raise self.scheduler.limits.passed() from None
+            raise
 
 
 def _queue_callback(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int) -> Any:

@@ -49,7 +49,7 @@ class _Request(InertFields, FixedFields, SamplingFields):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False

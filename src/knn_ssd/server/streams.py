@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -52,7 +52,7 @@ def event(data: Mapping[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A stream of server-sent events, with a comment now and then while there is no event.
+    """A stream of server-sent events, which ends when the client disconnects.
 
     Args:
         events: the events.
@@ -63,38 +63,15 @@ class EventStream(StreamingResponse):
     def __init__(
         self, events: AsyncGenerator[str, None], close: Callable[[], None], headers: Mapping[str, str]
     ) -> None:
-        self._pieces = _with_pings(events)
-        super().__init__(self._pieces, headers=headers, media_type="text/event-stream")
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events = events
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with contextlib.aclosing(self._pieces):
+            async with contextlib.aclosing(self._events):
                 await unless_gone(receive, self.stream_response(send))
         except (ClientDisconnectedError, OSError):
             pass  # there is no client left to answer
         finally:
             self._close()
-
-
-async def _with_pings(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    async with contextlib.aclosing(events):
-        upcoming = asyncio.ensure_future(_next(events))
-        try:
-            while True:
-                await asyncio.wait({upcoming}, timeout=PING_SEC)
-                if not upcoming.done():
-                    yield PING
-                    continue
-                if (piece := upcoming.result()) is None:
-                    return
-                upcoming = asyncio.ensure_future(_next(events))
-                yield piece
-        finally:
-            upcoming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await upcoming
-
-
-async def _next(events: AsyncIterator[str]) -> str | None:
-    return await anext(events, None)
