@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 READY_VLLM := .venv-vllm/.ready
 
-.PHONY: demo test test-vllm sanitize test-arm check fix bench clean
+.PHONY: demo test test-vllm test-transformers sanitize test-arm check fix bench clean
 
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,18 @@ test: $(READY)  ## the whole test suite: what goes by the clock alone, then the 
 
 test-vllm: $(READY_VLLM)  ## the plugin inside vLLM on the CPU, in an environment of its own, some 15 minutes
 	.venv-vllm/bin/python -m pytest -q tests/vllm
+
+# The oldest version of transformers that pyproject.toml allows, the one of constraints.txt, and the newest one there is.
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+PINNED_TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS ?= $(OLDEST_TRANSFORMERS) $(PINNED_TRANSFORMERS) newest
+FAMILY_TESTS := tests/test_lossless.py tests/test_native.py tests/test_transformers_backend.py tests/test_resolve.py
+
+test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.ready)  ## the model families under three versions of transformers
+	set -e; for version in $(TRANSFORMERS); do \
+		.venv-transformers-$$version/bin/python -c 'import transformers; print("transformers", transformers.__version__)'; \
+		.venv-transformers-$$version/bin/python -m pytest -q -m 'not real' $(FAMILY_TESTS); \
+	done
 
 # The kernels' C driver, for all targets below; its modes are described at its top.
 CSRC := src/knn_ssd/kernels/csrc
@@ -66,7 +78,7 @@ bench: $(READY)  ## methods side by side on the embedded model and its built-in 
 	$(BIN)/knn-ssd bench --methods plain,hf,hf-lookup,lookup,low,auto --limit 2 --max-new-tokens 96 --out out/bench
 
 clean:  ## what demo and test leave behind, the environment included
-	rm -rf $(VENV) .venv-vllm .venv-peers out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-peers .venv-transformers-* out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
 $(READY): pyproject.toml constraints.txt
@@ -84,3 +96,11 @@ $(READY_VLLM): pyproject.toml tests/vllm/requirements.txt tests/vllm/no-deps.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement tests/vllm/no-deps.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $(READY_VLLM)
+
+# Everything as constraints.txt has it, but transformers and the Hub client, whose versions go together.
+.venv-transformers-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-transformers-$*
+	grep -vE '^(transformers|huggingface-hub)=' constraints.txt > .venv-transformers-$*/constraints.txt
+	.venv-transformers-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-transformers-$*/constraints.txt \
+		--editable . pytest pytest-timeout hypothesis transformers$(if $(filter newest,$*),,==$*)
+	touch $@

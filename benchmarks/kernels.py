@@ -19,8 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from knn_ssd.backends.native.low_bit import LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.kernels.binding import Matrix, address, kernels
+from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 
 BLOCKS = (1, 2, 4, 8)
 KEPT_ALIVE: list[object] = []  # the tensors whose addresses the kernels have
@@ -47,10 +48,10 @@ def kernels_by_name(rows: int, cols: int) -> dict[str, Callable[[torch.Tensor], 
     halves = [nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16) for _ in range(COPIES)]
     narrow = [linear.weight.detach() for linear in halves]
     keeper = TensorKeeper()
-    full = [matrix_of(linear, keeper) for linear in halves]
-    low = LowBitCopies([], [], full[0], lambda *_: None)
-    copies = [low._quantise(matrix, torch.ones(cols)) for matrix in full]
-    KEPT_ALIVE.extend((keeper, low, halves))
+    full = [make_matrix(linear.weight, linear.bias, keeper) for linear in halves]
+    tensors = [quantise(matrix, torch.ones(cols)) for matrix in full]
+    copies = [low_matrix(matrix, *own) for matrix, own in zip(full, tensors, strict=True)]
+    KEPT_ALIVE.extend((keeper, tensors, halves))
     found: dict[str, Callable[[torch.Tensor], Callable[[int], object]]] = {
         "F.linear, float32": lambda x: lambda i: nn.functional.linear(x, wide[i]),
         "F.linear, bfloat16": lambda x: lambda i: nn.functional.linear(x.bfloat16(), narrow[i]),

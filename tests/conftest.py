@@ -22,6 +22,7 @@ IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # the other worker needs the ot
 if IN_WORKER:
     os.environ["OMP_NUM_THREADS"] = os.environ["KNN_SSD_THREADS"] = "1"  # for the processes that tests start
 set_threads(1)
+os.environ["KNN_SSD_WEIGHT_CACHE"] = "0"  # nothing is kept but in the tests of the weight cache
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,9 +39,11 @@ ROWS = (
     ("backends.native", "backends.transformers", "backends.exactness", "backends.structure"),
     ("backends.cursor",),
     ("backends",),
+    ("weight_cache",),
     ("speculation.cost_model", "kernels", "loading.fingerprint"),
     ("loading.files", "speculation"),
-    ("plan", "io", "progress", "tools.memory"),
+    ("plan", "io", "progress", "stop_strings", "tools.memory"),
+    ("cgroups",),
     ("errors",),
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

@@ -19,6 +19,7 @@ from knn_ssd.backends.native.backend import native_obstacle
 from knn_ssd.calibrate import cost
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.threads import THREADS_VARIABLE, thread_count, usable_cpus
+from knn_ssd.loading.resolve import load_model
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import PromptLike
@@ -124,6 +125,20 @@ def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     for part, own in ((first, found[:4]), (second, found[5:])):
         assert f"smallest: {min(float(cell) for row in own for cell in row[1:]):.3f}" in part
     run("never_slower.py", *options, "--least", "1000", code=1)
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_a_model_of_a_large_one_s_shape_is_started_and_measured(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    options = ["--out", str(folder), "--layers", "2", "--hidden", "128", "--vocabulary", "512", "--repeats", "1"]
+    shown = run("scale.py", *options)
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    figures = {line[0]: line[1:] for line in lines}
+    assert {"weights", "loading", "4-bit copies", "peak memory", "plain step", "17 rows"} <= set(figures)
+    assert figures["plain step"][0].endswith("ms")
+    assert "second start" in figures["loading"][1]
+    assert load_model(folder).model.config.intermediate_size == 384
+    run("scale.py", "--out", str(folder), "--layers", "3", "--hidden", "128", code=2)
 
 
 def test_the_costs_of_an_answer_store_are_printed(run: Run) -> None:
@@ -269,3 +284,23 @@ for condition in busy["QUOTA_CONDITIONS"]:
     assert quota[:3] == ["quota", [1, 1], free]
     assert ignorant[:3] == ["quota, a thread for every CPU", [1, usable_cpus()], free]
     assert max(quota[3], ignorant[3]) < 0.4, "half a CPU for half a second, and at most a period's share more"
+
+
+def test_an_accelerator_is_measured_or_its_absence_told(run: Run, tmp_path: Path) -> None:
+    sizes = ["--width", "64", "--layers", "3", "--new-tokens", "16"]
+    models = ["--models", "random:llama", "random:gpt_neox"]
+    shown = run("accelerator.py", "--device", "cpu", *models, *sizes, "--out", str(tmp_path / "rows.json"))
+    assert "bfloat16" in shown
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 2 * 2 * 5
+    assert {row["way"] for row in rows} == {"generate", "plain", "skip", "lookup", "default"}
+    for row in rows:
+        assert row["equal"] == row["outputs"] or row["dtype"] == "bfloat16"
+        assert (row["drafted"] > 0) == (row["way"] not in ("generate", "plain")) or row["way"] == "default"
+        assert row["tokens_per_sec"] > 0
+        assert row["memory_mb"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_the_script_says_so(run: Run) -> None:
+    assert "There is no CUDA device here" in run("accelerator.py", code=2)

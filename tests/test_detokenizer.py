@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from knn_ssd.stop_strings import StopMatcher
 from knn_ssd.testing import tiny_tokenizer
-from knn_ssd.tokenization import Detokenizer, _StopMatcher
+from knn_ssd.tokenization import Detokenizer
 
 SPECIAL = {"<s>": 0, "</s>": 1}
 WORDS = ("the", " the", "ab", "abc", " b", "\n\n", "ü", "€ ")
@@ -88,7 +89,7 @@ def test_stop_strings_are_found_as_by_trying_every_place(text: str, stops: list[
 
 
 def test_a_stop_string_is_found_again_after_it_was_complete() -> None:
-    matcher = _StopMatcher("aba")
+    matcher = StopMatcher("aba")
     assert [matcher.push(text) for text in ("xab", "a", "ba", "b", "x", "abab", "a")] == [
         None, -2, -1, None, None, 0, -2
     ]  # fmt: skip

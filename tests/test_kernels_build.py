@@ -15,9 +15,9 @@ from torch import nn
 
 from knn_ssd.backends.base import ForwardRequest
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.backends.native.low_bit import TensorKeeper, matrix_of
 from knn_ssd.kernels import binding, build
 from knn_ssd.kernels.binding import address
+from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 from knn_ssd.testing import tiny_model
 
 needs_kernels = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
@@ -77,13 +77,13 @@ def test_structures_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch)
         _fields_ = (("added", c_int64),)
 
     monkeypatch.setattr(binding, "_STRUCTURES", (Longer, *binding._STRUCTURES[1:]))
-    assert "the compiled structures take [56, " in (binding.kernels_obstacle() or "")
+    assert "the compiled structures take [80, " in (binding.kernels_obstacle() or "")
 
 
 @needs_kernels
 def test_scratch_memory_that_cannot_be_allocated_is_a_memory_error() -> None:
     keeper, linear = TensorKeeper(), nn.Linear(96, 40)
-    matrix, norm, x = matrix_of(linear, keeper), torch.ones(96), torch.randn(1, 96)
+    matrix, norm, x = make_matrix(linear.weight, linear.bias, keeper), torch.ones(96), torch.randn(1, 96)
     hidden, logits, row = torch.empty(1, 96), torch.empty(1, 40), (c_int64 * 1)(0)
     kernels, arguments = binding.kernels(), (address(norm), 1e-5, address(x), 1, row)
 
@@ -109,7 +109,9 @@ def test_sizes_that_would_corrupt_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="knn_ssd_forward was called with sizes"):
         backend.forward(request)
     keeper, norm, x = TensorKeeper(), torch.ones(96), torch.randn(1, 96)
-    matrix, hidden, logits = matrix_of(nn.Linear(96, 40), keeper), torch.empty(1, 96), torch.zeros(1, 40)
+    linear = nn.Linear(96, 40)
+    matrix, hidden = make_matrix(linear.weight, linear.bias, keeper), torch.empty(1, 96)
+    logits = torch.zeros(1, 40)
     arguments = address(norm), 1e-5, address(x), 1, (c_int64 * 1)(1), 1, address(hidden), address(logits)
     with pytest.raises(ValueError, match="knn_ssd_lm_head was called with sizes"):
         binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), *arguments)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,14 +19,17 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES, NativeBackend, native_obstacle
-from knn_ssd.backends.native.low_bit import TensorKeeper, matrix_of
+from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.binding import address
+from knn_ssd.kernels.weights import TensorKeeper, make_matrix
+from knn_ssd.loading.pretrained import load_complete
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.testing import tiny_model
+from knn_ssd.tools.memory import release_file_pages
 
 WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -60,12 +65,9 @@ def unit(request: pytest.FixtureRequest) -> Iterator[str]:
         binding.kernels().knn_ssd_enable_tiles(used)
 
 
-def weights_of(copy: binding.Matrix, backend: NativeBackend) -> torch.Tensor:
-    """The dequantised weights (rows, cols) of a 4-bit copy."""
-    codes, scales = (
-        next(tensor for tensor in backend.low._keeper.tensors if tensor.data_ptr() == at)
-        for at in (copy.data, copy.scales)
-    )
+def weights_of(copy: binding.Matrix, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The dequantised weights (rows, cols) of a 4-bit copy, whose levels and scales are among the tensors."""
+    codes, scales = (next(t for t in tensors if t.data_ptr() == at) for at in (copy.data, copy.scales))
     lanes, groups = binding.kernels().knn_ssd_lanes(), -(-copy.cols // 64)
     codes = codes.view(-1, groups, 8, lanes, 4)  # each byte has columns i and i + 32 of its group
     levels = torch.stack([codes & 15, codes >> 4], dim=2).permute(0, 4, 1, 2, 3, 5).reshape(-1, lanes, groups, 64)
@@ -226,6 +228,45 @@ def test_teacher_forced_scoring_sees_what_drafts_see() -> None:
         session.commit(1)
 
 
+def test_packed_weights_take_three_quarters_and_a_mapped_file_leaves_memory(tmp_path: Path) -> None:
+    if binding.uses_tiles():
+        pytest.skip("the tile unit reads the checkpoint's tensors")
+    tiny_model("llama", hidden_size=512, intermediate_size=2048, head_dim=64).bfloat16().save_pretrained(tmp_path)
+    model = load_complete(tmp_path, "tiny", "")
+    size, before = sum(weight.nbytes for weight in model.parameters()), dict(model.state_dict())
+    expected = {name: weight.clone() for name, weight in before.items()}  # so all of the file is in memory
+    backend = NativeBackend(model)
+    assert 0.74 * size < backend.weight_bytes < 0.79 * size
+    if sys.platform == "linux":
+        assert mapped_bytes(tmp_path / "model.safetensors") < size / 4
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name])
+
+
+def mapped_bytes(file: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    total, here = 0, False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            here = values[-1:] == [str(file)]
+        elif name == "Rss:" and here:
+            total += 1024 * int(values[0])
+    return total
+
+
+def test_memory_that_was_written_to_is_not_released(tmp_path: Path) -> None:
+    values = np.arange(100_000, dtype=np.float32)
+    values.tofile(tmp_path / "values")
+    mapped = np.memmap(tmp_path / "values", np.float32, mode="c")  # copied on writing
+    release_file_pages([mapped.ctypes.data])
+    assert np.array_equal(mapped, values)
+    mapped[5] = -1
+    release_file_pages([mapped.ctypes.data, values.ctypes.data])
+    assert mapped[5] == -1
+    assert mapped[6] == values[6] == 6
+
+
 def test_one_low_sublayer_makes_one_copy() -> None:
     backend = NativeBackend(wide_model("llama"))
     session = backend.open(10)
@@ -238,13 +279,14 @@ def test_one_low_sublayer_makes_one_copy() -> None:
 
 def test_quantisation_is_as_good_as_a_fit_can_be() -> None:
     """On Gaussian weights, groups of 64 in 4 bits: plain rounding between the extremes errs by about 0.10."""
-    backend = NativeBackend(wide_model("llama"))
     torch.manual_seed(0)
     linear = nn.Linear(640, 64, bias=False)
     weight = nn.init.normal_(linear.weight).detach()
     keeper = TensorKeeper()
-    low = backend.low._quantise(matrix_of(linear, keeper), torch.ones(640))
-    decoded = weights_of(low, backend)
+    matrix = make_matrix(linear.weight, None, keeper)
+    tensors = quantise(matrix, torch.ones(640))
+    low = low_matrix(matrix, *tensors)
+    decoded = weights_of(low, tensors)
     assert (low.rows, low.cols) == (64, 640)
     assert ((decoded - weight).norm() / weight.norm()).item() < 0.095
     extremes = weight.view(64, 10, 64)
@@ -263,12 +305,12 @@ def test_a_matrix_is_multiplied_to_the_bits_that_inputs_keep(
     """The kernels keep 24 bits of an input, 16 in the tile unit, and with 4-bit weights 8 of its group's largest."""
     torch.manual_seed(0)
     keeper, linear = TensorKeeper(), nn.Linear(cols, rows, dtype=torch.bfloat16)
-    matrix, norm = matrix_of(linear, keeper), torch.ones(cols)
+    matrix, norm = make_matrix(linear.weight, linear.bias, keeper), torch.ones(cols)
     weights = linear.weight.detach().double()
     if low:
-        backend = NativeBackend(wide_model("llama"))
-        matrix = backend.low._quantise(matrix, torch.ones(cols))
-        weights = weights_of(matrix, backend).double()
+        tensors = quantise(matrix, torch.ones(cols))
+        matrix = low_matrix(matrix, *tensors)
+        weights = weights_of(matrix, tensors).double()
     x, hidden, out = torch.randn(count, cols), torch.empty(count, cols), torch.empty(count, rows)
     arguments = address(x), count, (ctypes.c_int64 * count)(*range(count)), count, address(hidden), address(out)
     binding.kernels().knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *arguments)
@@ -395,6 +437,6 @@ def test_columns_with_large_inputs_get_smaller_errors() -> None:
     assert importance[:8].min() > 10 * importance[8:].mean()
     assert importance.mean() == pytest.approx(1, rel=0.01)
     copy = backend.low.mlp(2).gate
-    decoded = weights_of(copy, backend)
+    decoded = weights_of(copy, backend.low._tensors.values())
     errors = (decoded - layer.mlp.gate_proj.weight).square().mean(dim=0)
     assert errors[:8].mean() < 0.7 * errors[8:64].mean()

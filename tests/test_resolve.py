@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -20,22 +21,22 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+from gguf_files import SPECIAL, permuted, tiny_model, vocabulary, write_gguf
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     LlamaForSequenceClassification,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from knn_ssd import testing
 from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
-from knn_ssd.loading import download, gguf, pretrained, resolve
+from knn_ssd.loading import checkpoint, download, gguf, gguf_file, pretrained, resolve
+from knn_ssd.loading.hub_name import HubName, cached, gguf_files
 from knn_ssd.loading.resolve import (
     EMBEDDED_MODEL,
     LoadedModel,
@@ -47,8 +48,6 @@ from knn_ssd.loading.resolve import (
 )
 
 CPU = torch.device("cpu")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +58,6 @@ def alone(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.node.get_closest_marker("real") is None:
         monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def tiny_model() -> PreTrainedModel:
-    """Its sizes are those that `write_gguf` states; blocks of a quantised file need rows of 32."""
-    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    return testing.tiny_model(**sizes, vocab_size=260, tie_word_embeddings=True)
-
-
-def vocabulary() -> tuple[list[str], list[str]]:
-    """A byte-level vocabulary of 260 tokens, and its one merge (two line ends)."""
-    return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"], ["Ċ Ċ"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -379,6 +367,172 @@ def test_one_form_of_the_weights(names: list[str], needed: list[str]) -> None:
     assert download._needed(names) == needed
 
 
+# What people have instead of a whole model
+
+
+def test_an_adapter_is_named_with_its_base(directory: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    error = refused(UnsupportedModelError, directory, str(directory), "adapter (LORA) of 'owner/base'")
+    assert "merge_and_unload" in str(error.hint)
+    (directory / "config.json").unlink()
+    refused(UnsupportedModelError, directory, "adapter (LORA) of 'owner/base'")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "packages"),
+    [
+        ("tokenizer.model", ["sentencepiece", "protobuf", "tiktoken"]),
+        ("qwen.tiktoken", ["tiktoken"]),
+        ("tekken.json", ["mistral-common"]),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, packages: list[str]
+) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    (directory / vocabulary).write_bytes(b"{}")
+    absent = {"sentencepiece", "google.protobuf", "tiktoken", "mistral_common"}
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    monkeypatch.setattr(checkpoint.AutoTokenizer, "from_pretrained", raising(ValueError("it is needed")))
+    error = refused(ModelError, directory, str(directory), "cannot be read without", *packages)
+    assert f"pip install {' '.join(packages)}" in str(error.hint)
+    absent.clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: find("json"))
+    assert "pip install" not in str(refused(ModelError, directory, "cannot be read: it is needed").hint)
+
+
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+    ],
+    ids=lambda each: each["quant_method"],
+)
+def test_quantised_weights_are_named_with_the_remedy(directory: Path, quantisation: dict[str, Any]) -> None:
+    edit_config(directory, quantization_config=quantisation)
+    error = refused(ModelError, directory, str(directory), f"quantised by {quantisation['quant_method']}")
+    assert "not quantised, or a GGUF file" in str(error.hint)
+
+
+def test_quantised_weights_that_transformers_would_take_for_plain_ones(directory: Path) -> None:
+    edit_config(directory, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    refused(UnsupportedModelError, directory, "quantised by modelopt, which transformers does not know")
+    edit_config(directory, quantization_config=None)
+    weights = load_file(directory / "model.safetensors")
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file({**weights, **scale}, directory / "model.safetensors", metadata={"format": "pt"})
+    refused(UnsupportedModelError, directory, "model.layers.0.mlp.up_proj.weight_scale", "does not say how")
+
+
+def test_weights_that_the_model_does_not_use_are_a_warning(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(directory / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file({**weights, **bias}, directory / "model.safetensors", metadata={"format": "pt"})
+    load_model(directory)
+    assert "model.layers.0.self_attn.q_proj.bias, which the model does not use" in caplog.text
+
+
+# GGUF files and revisions on the Hub
+
+GGUF_NAMES = ["README.md", "tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", "mmproj-F16.gguf"]
+
+
+def fetches(monkeypatch: pytest.MonkeyPatch, names: list[str], **wanted: Any) -> list[str]:
+    """The Hub has a repository of these files; what is downloaded of them is returned. `wanted` must be asked for."""
+    taken: list[str] = []
+
+    def info(_api: Any, hub_id: str, timeout: float, **options: Any) -> Any:
+        assert (hub_id, options) == ("owner/name", wanted)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def fetch(hub_id: str, allow_patterns: list[str], **options: Any) -> str:
+        assert options == wanted
+        taken.extend(allow_patterns)
+        root = Path(constants.HF_HUB_CACHE) / "models--owner--name"
+        snapshot = root / "snapshots" / ("0123456789abcdef0123456789abcdef0123456" + str(len(wanted)))
+        for name in allow_patterns:
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            write_gguf(snapshot / name)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / wanted.get("revision", "main")).write_text(snapshot.name)
+        return str(snapshot)
+
+    monkeypatch.setattr(download.HfApi, "model_info", info)
+    monkeypatch.setattr(download, "snapshot_download", fetch)
+    return taken
+
+
+@pytest.mark.parametrize("variant", ["Q4_K_M", "q4_k_m", "tiny-Q4_K_M.gguf"])
+def test_a_gguf_file_on_the_hub_is_fetched_once(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    taken = fetches(monkeypatch, GGUF_NAMES)
+    loaded = load_model(f"owner/name:{variant}")
+    assert taken == ["tiny-Q4_K_M.gguf"]
+    assert loaded.tokenizer is not None
+    assert loaded.directory is not None
+    assert loaded.directory.is_relative_to(cache_directory())
+    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was used")))
+    assert load_model(f"owner/name:{variant}").directory == loaded.directory
+
+
+def test_a_repository_of_several_gguf_files_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = fetches(monkeypatch, GGUF_NAMES)
+    error = refused(UsageError, "owner/name", "'owner/name' has 2 GGUF files and no safetensors")
+    assert error.hint == "Name one of 'owner/name:Q4_K_M', 'owner/name:Q8_0'."
+    error = refused(UsageError, "owner/name:Q5_0", "has no GGUF files of the name 'Q5_0'")
+    assert "'owner/name:Q8_0'" in str(error.hint)
+    assert taken == []
+
+
+def test_a_repository_of_one_gguf_file_needs_no_more_than_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = fetches(monkeypatch, ["tiny-Q8_0.gguf", "config.json"])
+    assert load_model("owner/name").tokenizer is not None
+    assert taken == ["tiny-Q8_0.gguf"]
+
+
+def test_all_parts_of_a_gguf_file_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [f"Q8_0/tiny-Q8_0-0000{number}-of-00002.gguf" for number in (1, 2)]
+    model = HubName("owner/name", "Q8_0")
+    assert gguf_files(model, [*reversed(parts), "tiny-Q4_0.gguf"]) == parts
+
+
+def test_a_repository_without_the_gguf_file_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches(monkeypatch, ["model.safetensors", "config.json"])
+    error = refused(UsageError, "owner/name:Q4_K_M", "has no GGUF files of the name 'Q4_K_M'")
+    assert error.hint == "Leave out what follows the colon."
+
+
+def test_a_revision_is_asked_for_and_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches(monkeypatch, ["tiny-Q8_0.gguf"])
+    main = load_model("owner/name").directory
+    taken = fetches(monkeypatch, ["tiny-Q8_0.gguf"], revision="v2")
+    assert load_model("owner/name", revision="v2").directory == main  # of the same content
+    assert taken == ["tiny-Q8_0.gguf"]
+    assert cached(HubName("owner/name", None, "v2")) != cached(HubName("owner/name"))
+    assert cached(HubName("owner/name", None, "v3")) is None
+
+
+def test_a_cached_revision_needs_no_network(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.HfApi, "model_info", raising(AssertionError("the network was used")))
+    snapshot = put_in_hub_cache(directory, "owner/name")
+    (snapshot.parents[1] / "refs" / "v2").write_text(snapshot.name)
+    assert load_model("owner/name", revision="v2").directory == snapshot
+
+
+def test_a_revision_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.HfApi, "model_info", raising(hub_error(RevisionNotFoundError)))
+    refused(ModelError, "owner/name", "'owner/name' has no revision 'v9'", revision="v9")
+
+
+def test_a_revision_of_a_model_that_is_not_on_the_hub(directory: Path) -> None:
+    refused(UsageError, directory, "the revision 'v2'", "not on the Hub", revision="v2")
+
+
 # dtype and device
 
 
@@ -542,11 +696,28 @@ def test_a_file_is_converted_once(source: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_changed_file_is_converted_again(source: Path) -> None:
-    first = model_dir(source)
-    os.utime(source, ns=(0, source.stat().st_mtime_ns + 1))
+    first, status = model_dir(source), source.stat()
+    source.write_bytes(b"GGUX")  # as long as before, and as old
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     second = model_dir(source)
     source.write_bytes(b"GGUF2")
     assert len({first, second, model_dir(source)}) == 3
+    source.write_bytes(b"GGUF")
+    assert model_dir(source) == first
+
+
+def test_a_file_with_the_same_content_is_not_converted_again(source: Path) -> None:
+    first = model_dir(source)
+    os.utime(source, ns=(0, 1))
+    assert model_dir(source) == first
+    (source.parent / "elsewhere").mkdir()
+    assert model_dir(source.rename(source.parent / "elsewhere" / source.name)) == first
+
+
+def test_the_content_of_a_file_is_hashed_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = model_dir(source)
+    monkeypatch.setattr("hashlib.file_digest", raising(AssertionError("hashed again")))
+    assert model_dir(source) == first
 
 
 @pytest.mark.parametrize("error", [ModelError("cannot be read"), KeyboardInterrupt()])
@@ -616,77 +787,6 @@ def test_only_old_left_overs_are_removed(source: Path) -> None:
 # GGUF files
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The row order llama.cpp wants for its rotary embedding."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-
-
-def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
-        if name.startswith("model.layers."):
-            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-            heads = {"attn_q": 4, "attn_k": 2}.get(names[part])
-            tensors[f"blk.{layer}.{names[part]}.weight"] = permuted(value, heads) if heads else value
-        else:
-            tensors["token_embd.weight" if "embed" in name else "output_norm.weight"] = value
-    return tensors
-
-
-def write_gguf(
-    path: Path,
-    model: PreTrainedModel | None = None,
-    *,
-    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
-    architecture: str = "llama",
-    splitting: str | None = "smollm",
-    more: Callable[[GGUFWriter], None] = lambda _: None,
-    left_out: str | None = None,
-) -> Path:
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(260)
-    if splitting is not None:
-        add_vocabulary(writer, splitting)
-    more(writer)
-    for name, value in gguf_tensors(model or tiny_model()).items():
-        if name == left_out:
-            continue
-        blocks = kind if value.ndim > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, quantize(value, blocks), raw_dtype=blocks)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:
-    tokens, merges = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(TEMPLATE)
-
-
 def test_a_converted_model_says_what_the_original_says(tmp_path: Path) -> None:
     original = tiny_model()
     loaded = load_model(write_gguf(tmp_path / "tiny.gguf", original))
@@ -724,7 +824,7 @@ def test_blocks_are_dequantized_and_not_kept_packed(tmp_path: Path, kind: GGMLQu
     ],
 )
 def test_the_dtype_a_conversion_stores(types: set[str], dtype: torch.dtype) -> None:
-    assert gguf._stored_dtype(types) == dtype
+    assert gguf_file.stored_dtype(types) == dtype
 
 
 def test_the_tokenizer_of_a_gguf(tmp_path: Path) -> None:
@@ -759,17 +859,6 @@ def test_all_ids_that_end_a_reply(tmp_path: Path) -> None:
     assert loaded.model.generation_config.eos_token_id == [2, 0]
     assert loaded.model.generation_config.pad_token_id == 0
     assert load_model(write_gguf(tmp_path / "plain.gguf")).model.generation_config.eos_token_id == 2
-
-
-def test_left_out_values_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def more(writer: GGUFWriter) -> None:
-        writer.add_string("llama.rope.scaling.type", "yarn")
-        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
-
-    with caplog.at_level(logging.WARNING):
-        model_dir(write_gguf(tmp_path / "tiny.gguf", more=more))
-    assert "4 of" in caplog.text
-    assert "'yarn'" in caplog.text
 
 
 def test_there_is_no_warning_when_nothing_is_left_out(

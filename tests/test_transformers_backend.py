@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 import weakref
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from knn_ssd.backends.base import Exactness
+from knn_ssd.backends.structure import context_length
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UnsupportedModelError, UsageError
@@ -55,6 +58,24 @@ def leftovers(model: nn.Module) -> list[str]:
 
 
 # --- Forward passes
+
+
+def test_the_kv_cache_is_given_under_the_name_that_the_model_takes() -> None:
+    original, reference = tiny_model(), tiny_model()
+    own = "cache" if "cache" in inspect.signature(original.forward).parameters else "past_key_values"
+    forward = original.forward
+
+    def newer(input_ids: Any, cache: Any = None, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        return forward(input_ids=input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **{own: cache})
+
+    def older(input_ids: Any, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        return newer(input_ids, past_key_values, use_cache, logits_to_keep)
+
+    for signature in (newer, older):
+        original.forward = signature
+        session = TransformersBackend(original).open(20)
+        session.prefill(PROMPT[:3])
+        torch.testing.assert_close(session.forward(PROMPT[3:]), logits_of(reference, PROMPT)[3:])
 
 
 @every_family
@@ -473,6 +494,18 @@ def tiny_t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
 
 
+MPT: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), None
+)
+
+
+def test_a_context_length_has_several_names_and_without_one_a_model_is_refused() -> None:
+    assert context_length(SimpleNamespace(max_seq_len=64)) == 64
+    assert context_length(SimpleNamespace(max_position_embeddings=32, max_seq_len=64)) == 32
+    with pytest.raises(UnsupportedModelError, match="the config of this bloom has no context length"):
+        context_length(SimpleNamespace(model_type="bloom"))
+
+
 def headless() -> PreTrainedModel:
     return AutoModel.from_config(tiny_model().config)
 
@@ -488,6 +521,11 @@ def headless() -> PreTrainedModel:
             "recurrent state .*; attention in every layer was looked for",
         ),
         (lambda: tiny_model("bloom"), "layers that only add both to a residual stream were looked for"),
+        (
+            lambda: tiny_model("bloom", max_position_embeddings=None),
+            "layers that only add both to a residual stream were looked for",
+        ),
+        (lambda: tiny_model("mpt", **MPT), "layers that only add both to a residual stream were looked for"),
         (
             lambda: tiny_model("opt"),
             "no MLP was found in layer 0 .* a child named mlp or .* was looked for, and there are",

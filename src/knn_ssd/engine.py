@@ -20,6 +20,7 @@ from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
 from knn_ssd.owner import Owner, open_answers
 from knn_ssd.plan import Plan
+from knn_ssd.progress import Progress
 from knn_ssd.request import Batcher, EndRule, Request, Unbatched, end_at
 from knn_ssd.routing.answers import AnswerStore
 from knn_ssd.routing.plan_choice import PlanChooser, PlanRequest
@@ -27,7 +28,7 @@ from knn_ssd.sampling import Sampler, SamplingParams, refuse_beams_and_batches, 
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.speculation.drafter_factory import DrafterFactory
-from knn_ssd.tokenization import Detokenizer, PromptLike, TemplateOptions, encode, eos_token_ids
+from knn_ssd.tokenization import ChatIds, Detokenizer, PromptLike, encode, end_of_turn_ids, eos_token_ids
 from knn_ssd.tools.memory import MemoryUse
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    from knn_ssd.tokenization import TemplateOptions
 
 
 class Engine:
@@ -85,10 +88,10 @@ class Engine:
             raise UsageError(f"prefix_cache must be 0 or more bytes, got {prefix_cache}")
         self.model = model
         self.tokenizer = tokenizer
+        self._end_of_turn = end_of_turn_ids(model, tokenizer)
         self.atlas = atlas
         self.backend: Backend = backend or select_backend(model)
         self.exactness = self.backend.exactness
-        self._weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         store = open_answers(answers, model, tokenizer, self.backend.vocab_size)
         self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
         profile = atlas.cost if atlas is not None else None
@@ -117,6 +120,8 @@ class Engine:
         answers: AnswerStore | bool | str | Path = True,
         prefix_cache: int = 0,
         threads: int | None = None,
+        weight_cache: bool = True,
+        revision: str | None = None,
     ) -> Engine:
         """Loads a model by Hub id, directory or GGUF file; nothing is the embedded default.
 
@@ -126,6 +131,8 @@ class Engine:
             dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
+            weight_cache: keep 4-bit copies of the weights in the cache directory, and take them from there.
+            revision: a branch, tag or commit of a model on the Hub; None is its main branch.
 
         Raises:
             ModelError, AtlasError, AnswerStoreError: what cannot be found, read or used together.
@@ -133,14 +140,15 @@ class Engine:
         from knn_ssd.loading.resolve import load_model
 
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
-        loaded = load_model(name, dtype=dtype, device=device)
+        loaded = load_model(name, dtype=dtype, device=device, revision=revision)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
+        options["backend"] = select_backend(loaded.model, loaded.directory if weight_cache else None)
         return cls(loaded.model, loaded.tokenizer, atlas, neighbours=neighbours, **options)
 
     @property
     def memory(self) -> MemoryUse:
         """What the engine and the process hold in memory now."""
-        return MemoryUse.now(self._weight_bytes, self.backend.low_bit_bytes)
+        return MemoryUse.now(self.backend.weight_bytes, self.backend.low_bit_bytes)
 
     @property
     def repetition_penalty(self) -> float:
@@ -157,24 +165,18 @@ class Engine:
         """What forward passes cost, as far as this engine's requests have seen."""
         return self._batcher.cost_model
 
-    def prepare(self) -> None:
-        """Makes now what the first request would otherwise wait for: the low-bit copies that plans use."""
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Makes now what the first request would otherwise wait for: the 4-bit copies that plans use."""
         for plan in self._plans.plans:
-            self.backend.prepare(plan)
+            self.backend.prepare(plan, progress)
 
     def encode(self, prompt: PromptLike, chat: bool = True, template: TemplateOptions | None = None) -> list[int]:
-        """The token ids of a prompt, as `tokenization.encode` gives them.
-
-        Raises:
-            PromptError: as there, and for token ids that the model does not have.
-        """
+        """The token ids of a prompt; see `tokenization.encode`. Ids that the model does not have are a `PromptError`."""
         token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, template=template)
-        unknown = [token for token in token_ids if not 0 <= token < self.backend.vocab_size]
-        if unknown:
-            raise PromptError(
-                f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}",
-                "Use the tokenizer that belongs to the model.",
-            )
+        size = self.backend.vocab_size
+        if unknown := [token for token in token_ids if not 0 <= token < size]:
+            message = f"the prompt has the token id {unknown[0]}, and the model's vocabulary is {size}"
+            raise PromptError(message, "Use the tokenizer that belongs to the model.")
         return token_ids
 
     def generate(self, prompt: PromptLike, **options: Any) -> Generation:
@@ -206,7 +208,7 @@ class Engine:
 
         Args:
             prompt: a user's message, a conversation of role/content messages, or token ids.
-            max_new_tokens: the longest output; None is up to the model's context.
+            max_new_tokens: the longest output; None is up to the model's context, or to the memory if that is less.
             temperature, top_k, top_p, min_p, seed: see `SamplingParams`.
             repetition_penalty: see there; None is what the model's generation config says, as in transformers.
             stop: strings that end the output; they are not part of the text.
@@ -225,6 +227,7 @@ class Engine:
         Raises:
             PromptError: a prompt that cannot be used.
             UsageError: an option out of its range, or an unknown domain.
+            MemoryLimitError: prompt and longest output do not fit into memory, or an output finds none to go on.
         """
         if repetition_penalty is None:
             repetition_penalty = self.repetition_penalty
@@ -239,7 +242,7 @@ class Engine:
             token_ids,
             limit,
             Sampler.from_params(params, self.backend.device),
-            end_at(eos_token_ids(self.model)),
+            end_at(eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())),
             wanted,
             detokenizer=self._detokenizer((stop,) if isinstance(stop, str) else tuple(stop)),
             owner=owner,
@@ -247,7 +250,7 @@ class Engine:
             limit_reason=FinishReason.LENGTH if limit == max_new_tokens else FinishReason.CONTEXT,
             logprobs=logprobs,
         )
-        return request.stream(self._weight_bytes)
+        return request.stream()
 
     def custom_generate(
         self,
@@ -258,8 +261,7 @@ class Engine:
         generation_config: GenerationConfig,
         **model_kwargs: Any,  # transformers would give a mask twice to a callable that names it
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """For `model.generate(**inputs, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on
-        the way.
+        """For `model.generate(…, custom_generate=engine.custom_generate)`; transformers drops a `streamer` on the way.
 
         Raises:
             UsageError: another model, more than one prompt, padding, beams, or a processor that keeps state.
@@ -341,7 +343,7 @@ class Engine:
     def _limit(self, prompt_length: int, max_new_tokens: int | None) -> int:
         room = self.backend.context_length - prompt_length
         if max_new_tokens is None:
-            return room
+            return max(1, self.backend.most_tokens() - prompt_length)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         return min(room, max_new_tokens)

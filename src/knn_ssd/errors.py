@@ -9,6 +9,8 @@
     │   └── AtlasMismatchError    an atlas that was calibrated on another model; lists the differences
     ├── AnswerStoreError          an answer store that cannot be found or read
     │   └── AnswerStoreMismatchError  an answer store of another model; lists the differences
+    ├── MemoryLimitError          a request that does not fit into memory
+    │   └── MemoryInUseError      a request that would fit, were it not for others that run now
     ├── OutputError               a file or folder that cannot be written
     ├── BenchError                a benchmark that cannot be run, or records that cannot be read
     └── CalibrationError          a calibration that cannot continue
@@ -75,6 +77,14 @@ class AnswerStoreMismatchError(AnswerStoreError):
     def __init__(self, message: str, differences: tuple[str, ...], hint: str | None = None) -> None:
         super().__init__(f"{message}: {'; '.join(differences)}", hint)
         self.differences = differences
+
+
+class MemoryLimitError(KnnSsdError):
+    """A request that does not fit into memory."""
+
+
+class MemoryInUseError(MemoryLimitError):
+    """A request that would fit into memory, were it not for others that run now."""
 
 
 class OutputError(KnnSsdError):

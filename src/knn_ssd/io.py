@@ -12,6 +12,7 @@ import platform
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from knn_ssd.errors import OutputError
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("knn-ssd", "torch", "transformers", "optuna", "numpy", "scikit-learn")
+_STALE_SECONDS = 24 * 3600
 
 
 def provenance() -> dict[str, Any]:
@@ -89,6 +91,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remove_stale(parent: Path) -> None:
+    """Removes the hidden folders that killed writers left in a folder, once too old to belong to a running one."""
+    with contextlib.suppress(OSError):
+        for folder in parent.glob(".*"):
+            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class JsonLines:
     """A file of JSON objects, one on each line, that is appended to. A last line that a kill cut short is dropped.
 
@@ -132,7 +142,9 @@ def cut_torn_line(path: Path) -> None:
 
 
 def cache_directory() -> Path:
-    """The directory of converted models and compiled kernels: $KNN_SSD_CACHE, else in the user's cache directory.
+    """Where converted models, weights made of them and compiled kernels are kept.
+
+    It is $KNN_SSD_CACHE, else a directory in the user's cache directory.
 
     Where the latter cannot be written, or there is none, it is a directory of the user's own among the temporary files,
     which a warning reports.

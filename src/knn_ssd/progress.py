@@ -29,32 +29,48 @@ class NoProgress:
 
 
 class ProgressBars:
-    """A context manager that shows one bar per stage on stderr, or one line per stage where stderr is no terminal."""
+    """A context manager that shows one bar per stage on stderr, or one line per stage where stderr is no terminal.
 
-    def __init__(self) -> None:
+    Without a stage it shows nothing.
+
+    Args:
+        in_bytes: whether steps are bytes.
+    """
+
+    def __init__(self, *, in_bytes: bool = False) -> None:
+        self._in_bytes = in_bytes
         self._progress: rich.progress.Progress | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> ProgressBars:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         columns = (
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            DownloadColumn() if self._in_bytes else MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
         )
         self._progress = Progress(*columns, console=Console(stderr=True))
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         assert self._progress is not None
+        if self._task is None:
+            return
         if kind is None:
             self._finish()
         self._progress.stop()
@@ -62,14 +78,16 @@ class ProgressBars:
     def stage(self, name: str, total: int | None) -> None:
         assert self._progress is not None
         self._finish()
+        self._progress.start()  # at the first stage
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._progress.console.is_terminal:
             self._progress.console.print(name)
 
-    def advance(self, note: str = "") -> None:
+    def advance(self, note: str = "", steps: int = 1) -> None:
+        """Marks steps as done."""
         assert self._progress is not None
         assert self._task is not None
-        self._progress.update(self._task, advance=1, note=note)
+        self._progress.update(self._task, advance=steps, note=note)
 
     def _finish(self) -> None:
         if self._progress is not None and self._task is not None:

@@ -162,13 +162,9 @@ class Request:
         prompt_ids, token_ids = self.context[: self.num_prompt_tokens], self.context[self.num_prompt_tokens :]
         answers.add(self.prefill.mean.cpu().numpy(), prompt_ids, token_ids, count_by_drafter(rounds))
 
-    def stream(self, weight_bytes: int) -> Stream:
-        """The output as a stream, which closes the session when it ends or is left.
-
-        Args:
-            weight_bytes: memory of the model's weights, for the stats.
-        """
-        return Stream(self.route, self.plan, self.num_prompt_tokens, self.neighbours, self._chunks(weight_bytes))
+    def stream(self) -> Stream:
+        """The output as a stream, which closes the session when it ends or is left."""
+        return Stream(self.route, self.plan, self.num_prompt_tokens, self.neighbours, self._chunks())
 
     def close(self) -> None:
         """Closes the session."""
@@ -185,7 +181,7 @@ class Request:
         self._pieces.append(self._detokenizer.take() if self._detokenizer is not None else "")
         return self._ends(token) or (FinishReason.STOP if stopped else None)
 
-    def _chunks(self, weight_bytes: int) -> Generator[Chunk, None, Generation]:
+    def _chunks(self) -> Generator[Chunk, None, Generation]:
         rounds: list[Round] = []
         with self:
             for current in self.rounds():
@@ -193,9 +189,9 @@ class Request:
                 if current.finish_reason is not None and self._detokenizer is not None:
                     self._pieces[-1] += self._detokenizer.finish()
                 yield Chunk(tuple(self._pieces[-len(current.tokens) :]), current)
-        return self._generation(rounds, weight_bytes)
+        return self._generation(rounds)
 
-    def _generation(self, rounds: Sequence[Round], weight_bytes: int) -> Generation:
+    def _generation(self, rounds: Sequence[Round]) -> Generation:
         reason = rounds[-1].finish_reason
         assert reason is not None
         stats = Stats(
@@ -207,7 +203,7 @@ class Request:
             route_sec=self.route_sec,
             decode_sec=sum(r.draft_sec + r.verify_sec for r in rounds),
             exactness=self._backend.exactness,
-            memory=MemoryUse.now(weight_bytes, self._backend.low_bit_bytes),
+            memory=MemoryUse.now(self._backend.weight_bytes, self._backend.low_bit_bytes),
             reused=self.prefill.reused,
             by_drafter=count_by_drafter(rounds),
         )

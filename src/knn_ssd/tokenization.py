@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
 from knn_ssd.errors import PromptError
+from knn_ssd.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 PromptLike = str | Messages | Sequence[int]
@@ -34,6 +38,10 @@ class TemplateOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ChatIds(list[int]):
+    """Token ids of a conversation as the chat template writes it: what follows is a reply, and ends as one."""
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: PromptLike,
@@ -44,6 +52,8 @@ def encode(
     template: TemplateOptions | None = None,
 ) -> list[int]:
     """Token ids of a prompt: a user's message, a conversation of role/content messages, or token ids as they are.
+
+    They are `ChatIds` if the chat template was applied.
 
     Args:
         tokenizer: None if prompts come as token ids.
@@ -61,7 +71,8 @@ def encode(
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = cast("Sequence[int]", prompt.tolist())
     if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, Integral) for item in prompt):
-        token_ids = [int(item) for item in cast("Sequence[int]", prompt)]
+        kind = ChatIds if isinstance(prompt, ChatIds) else list
+        token_ids = kind(int(item) for item in cast("Sequence[int]", prompt))
     else:
         token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt, template)
     if not token_ids:
@@ -97,7 +108,7 @@ def _encode_text(
         if missing:
             raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
     text = _apply_template(tokenizer, messages, the_prompt, template or TemplateOptions())
-    return _token_ids(tokenizer, text, the_prompt, add_special_tokens=False)
+    return ChatIds(_token_ids(tokenizer, text, the_prompt, add_special_tokens=False))
 
 
 def _apply_template(
@@ -137,6 +148,43 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([given] if isinstance(given, int) else given)
 
 
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The tokens that end a reply in a chat: the tokenizer's own, and what the chat template puts after a reply.
+
+    Those that the model's generation config lacks, as many fine-tunes' do, are reported by a warning.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        return frozenset()
+    found = {tokenizer.eos_token_id, _after_reply(tokenizer)} - {None}
+    if added := sorted(found - eos_token_ids(model)):
+        names = ", ".join(f"'{tokenizer.convert_ids_to_tokens(token)}'" for token in added)
+        logger.warning("replies in chats end at %s too, which the model's generation config lacks", names)
+    return frozenset(found)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> frozenset[int]:
+    """The tokens that end an output, those that end a reply included if prompts go through the chat template."""
+    return eos_token_ids(model) | (end_of_turn_ids(model, tokenizer) if chat else frozenset())
+
+
+def _after_reply(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that directly follows a reply by the chat template, if one does."""
+    reply = "Yes."
+    messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": reply}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template may ask for other messages than these
+        return None
+    _, found, rest = text.rpartition(reply)
+    rest = rest.lstrip()
+    following = [
+        (len(each.content), token)
+        for token, each in tokenizer.added_tokens_decoder.items()
+        if found and each.special and rest.startswith(each.content)
+    ]
+    return max(following)[1] if following else None
+
+
 _UNFINISHED = "\ufffd"  # what tokenizers decode an incomplete character to
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte's token
 
@@ -154,7 +202,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(map(_StopMatcher, stop))
+        # Special tokens leave no text, so those among the stop strings are found by their ids.
+        self._stop_ids = (
+            {token for token, each in tokenizer.added_tokens_decoder.items() if each.special and each.content in stop}
+            if stop
+            else set()
+        )
+        self._stop = tuple(map(StopMatcher, stop))
         self._token_ids: list[int] = []
         self._window = 0  # decoding starts here: far enough back that the last text has its left context
         self._settled = 0  # tokens before this are in `_text`
@@ -164,6 +218,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> bool:
         """Adds a token, and returns whether a stop string is complete with it."""
+        if token_id in self._stop_ids:
+            self._settle()
+            self.stopped = True
+            return True
         self._token_ids.append(token_id)
         settled = self._decode(self._window, self._settled)
         extended = self._decode(self._window, len(self._token_ids))
@@ -184,11 +242,16 @@ class Detokenizer:
     def finish(self) -> str:
         """The rest of the text, after the last token."""
         if not self.stopped:
-            settled = self._decode(self._window, self._settled)
-            self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
+            self._settle()
         fresh = self._text[self._given :]
         self._given = len(self._text)
         return fresh
+
+    def _settle(self) -> None:
+        """Adds the text of all tokens, be its last character complete or not."""
+        settled = self._decode(self._window, self._settled)
+        self._append(self._decode(self._window, len(self._token_ids))[len(settled) :])
+        self._settled = len(self._token_ids)
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True))
@@ -216,40 +279,6 @@ def echoed(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) 
         pieces.append(detokenizer.take())
     pieces[-1] += detokenizer.finish()
     return pieces
-
-
-class _StopMatcher:
-    """Looks for one stop string in a text that grows, in time linear in the text (Knuth, Morris and Pratt, 1977).
-
-    Attributes:
-        matched: length of the longest suffix of the text that is a prefix of the stop string.
-    """
-
-    def __init__(self, stop: str) -> None:
-        self._stop = stop
-        self._borders = [0, 0]  # of each prefix, its longest proper suffix that is a prefix; as far as was needed
-        self.matched = 0
-
-    def push(self, fresh: str) -> int | None:
-        """Adds text; returns where the first stop string begins that is complete with it, relative to this text."""
-        first = None
-        for place, character in enumerate(fresh, start=1):
-            while self.matched and self._stop[self.matched] != character:
-                self.matched = self._border(self.matched)
-            self.matched += self._stop[self.matched] == character
-            if self.matched == len(self._stop):
-                first = place - self.matched if first is None else first
-                self.matched = self._border(self.matched)
-        return first
-
-    def _border(self, length: int) -> int:
-        while len(self._borders) <= length:
-            last = len(self._borders) - 1
-            border, character = self._borders[last], self._stop[last]
-            while border and self._stop[border] != character:
-                border = self._borders[border]
-            self._borders.append(border + (self._stop[border] == character))
-        return self._borders[length]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
  *
  *   exact     a row has the same bits in blocks, in batches and in teacher-forced runs as alone, for 1 to 4 threads
  *   callers   the same, from several threads at once, while another one quantises and changes the number of threads
- *   quantise  4-bit copies decode to their matrix, and have the same bits for 1 to 4 threads
+ *   quantise  matrices in blocks have the values of their source; 4-bit copies decode to their matrix, and have the same
+ *             bits for 1 to 4 threads, whatever format it is in
  *   contract  sizes that would corrupt memory are refused
  *   dump      writes the outputs of the named cases to standard output, for `compare` with those of another build
  *   compare   driver compare FILE FILE TOLERANCE
@@ -136,12 +137,35 @@ static Matrix quantised(const Matrix *m) {
     const float *importance = take_floats(m->cols, 1, 0.5f); /* not among the arguments: their order is the compiler's */
     const int64_t n_ranges = 1 + random_below(3);
     CHECK(knn_ssd_quantise(m, importance, n_ranges, data, scales) == SUCCESS);
-    return (Matrix){data, scales, NULL, m->rows, m->cols, INT4, NULL};
+    return (Matrix){.data = data, .scales = scales, .rows = m->rows, .cols = m->cols, .kind = INT4};
+}
+
+/* Weights of a unit of blocks; see blocks.h. */
+static int64_t unit_weights(void) { return 8 * knn_ssd_lanes(); }
+
+static Matrix in_blocks(const Matrix *m, int64_t kind) {
+    const int64_t n = padded_rows(m->rows) / knn_ssd_lanes(), weights = padded_rows(m->rows) * m->cols;
+    uint8_t *data = take(kind == FLOAT32_BLOCKS ? 4 * weights : kind == BFLOAT16_BLOCKS ? 2 * weights : weights * 3 / 2, 4);
+    uint8_t *upper_bytes = take(16, 1);
+    int64_t *starts = take(8 * (n + 1), 8);
+    if (kind == BFLOAT16_PACKED) CHECK(knn_ssd_upper_bytes(m, upper_bytes) == SUCCESS);
+    CHECK(knn_ssd_pack(m, kind, upper_bytes, data, starts + 1) == SUCCESS);
+    Matrix result = {.data = data, .rows = m->rows, .cols = m->cols, .kind = kind};
+    if (kind != BFLOAT16_PACKED) return result;
+    starts[0] = 0;
+    for (int64_t i = 0; i < n; i++) starts[i + 1] += starts[i];
+    Escape *escapes = take(8 * starts[n] + 8, 8);
+    CHECK(knn_ssd_list_escapes(m, upper_bytes, starts, escapes) == SUCCESS);
+    for (int64_t i = 0; i < starts[n]; i++) CHECK(escapes[i].index < unit_weights() && escapes[i].unit < m->cols / 8);
+    result.upper_bytes = upper_bytes, result.escape_starts = starts, result.escapes = escapes;
+    return result;
 }
 
 static Matrix random_matrix(int64_t rows, int64_t cols, int64_t kind, int bias) {
     Matrix m = float_matrix(rows, cols, kind);
     if (kind == INT4) m = quantised(&m);
+    else if (kind == FLOAT32) m = in_blocks(&m, FLOAT32_BLOCKS);
+    else if (!knn_ssd_uses_tiles()) m = in_blocks(&m, rows / 2 % 2 ? BFLOAT16_BLOCKS : BFLOAT16_PACKED);
     if (bias) m.bias = take_floats(rows, 0, 0.1f);
     return m;
 }
@@ -351,8 +375,8 @@ static void callers(uint64_t seed, int64_t cases) {
         }
         for (int j = 0; j < 8; j++) {
             const int taken = n_blocks;
-            const Matrix source = float_matrix(40, 96, BFLOAT16);
-            quantised(&source);
+            const Matrix source = float_matrix(40, 96, BFLOAT16), packed = in_blocks(&source, BFLOAT16_PACKED);
+            quantised(&packed);
             pool_set_threads(1 + j % 4);
             release(taken);
         }
@@ -381,6 +405,21 @@ static float decoded(const Matrix *m, int64_t row, int64_t col) {
     return (float)(col % GROUP < GROUP / 2 ? byte & 15 : byte >> 4) * bfloat16(scale[0]) + bfloat16(scale[1]);
 }
 
+/* A matrix in blocks has the bits of its source. */
+static void check_rows(const Matrix *source, const Matrix *stored) {
+    const int taken = n_blocks;
+    int64_t *rows = take(8 * source->rows, 8);
+    for (int64_t r = 0; r < source->rows; r++) rows[r] = source->rows - 1 - r;
+    float *values = take(4 * source->rows * source->cols, 4);
+    CHECK(knn_ssd_read_rows(stored, rows, source->rows, values) == SUCCESS);
+    for (int64_t r = 0; r < source->rows; r++)
+        for (int64_t c = 0; c < source->cols; c++)
+            CHECK(values[r * source->cols + c] == weight_of(source, rows[r] * source->cols + c));
+    rows[0] = source->rows;
+    CHECK(knn_ssd_read_rows(stored, rows, 1, values) == INVALID_SIZES);
+    release(taken);
+}
+
 static void quantise(uint64_t seed, int64_t cases) {
     for (int64_t i = 0; i < cases; i++) {
         Matrix source, copy[2];
@@ -388,7 +427,10 @@ static void quantise(uint64_t seed, int64_t cases) {
             seed_with(seed + (uint64_t)i);
             pool_set_threads(j ? 4 : 1);
             source = float_matrix(1 + random_below(90), 32 * (1 + random_below(9)), random_below(2));
-            copy[j] = quantised(&source);
+            const int64_t kind = source.kind == FLOAT32 ? FLOAT32_BLOCKS : BFLOAT16_BLOCKS + random_below(2);
+            const Matrix stored = in_blocks(&source, kind); /* quantised first row-major, then from its blocks */
+            check_rows(&source, &stored);
+            copy[j] = quantised(j ? &stored : &source);
         }
         const int64_t bytes = padded_rows(source.rows) * ((source.cols + GROUP - 1) / GROUP) * (GROUP / 2);
         CHECK(!memcmp(copy[0].data, copy[1].data, (size_t)bytes));
@@ -434,7 +476,9 @@ static void contract(uint64_t seed) {
     REFUSES(m.attentions[0].q.cols, 98);
     REFUSES(m.attentions[0].q.cols, 128);
     REFUSES(m.attentions[0].k.rows, 63);
-    REFUSES(m.attentions[0].v.kind, 3);
+    REFUSES(m.attentions[0].v.kind, 6);
+    REFUSES(m.attentions[0].v.kind, FLOAT32);
+    REFUSES(m.attentions[0].v.kind, BFLOAT16_PACKED); /* without its tables */
     REFUSES(m.attentions[0].o.rows, 128);
     REFUSES(m.mlps[0].gate.cols, 128);
     REFUSES(m.mlps[0].up.rows, 161);

@@ -1,9 +1,9 @@
 """The contract of a backend, which executes a target model, and of its sessions, one per request.
 
-A session owns one static KV cache and one cursor. Tokens before the cursor are committed. A forward pass writes behind
-it, and what is not committed will be overwritten. So rewinding costs nothing, and draft and verification share one
-cache: a draft writes only in the attention sublayers it runs, at positions that the verification recomputes in every
-layer.
+A session owns one KV cache, which grows with the output, and one cursor. Tokens before the cursor are committed. A
+forward pass writes behind it, and what is not committed will be overwritten. So rewinding costs nothing, and draft and
+verification share one cache: a draft writes only in the attention sublayers it runs, at positions that the verification
+recomputes in every layer.
 
 A session never calls its backend. It hands a `ForwardRequest` to the function it was opened with, which is the
 backend's own `forward` or a batcher's, and gets a `ForwardOutput`.
@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,11 @@ class Session(Protocol):
         """How many tokens the session can hold."""
 
     def prefill(self, token_ids: list[int]) -> Prefill:
-        """Runs and commits the prompt. Only on an empty session."""
+        """Runs and commits the prompt. Only on an empty session.
+
+        Raises:
+            MemoryLimitError: there is no memory for it now.
+        """
 
     def forward(self, token_ids: list[int], plan: Plan | None = None) -> torch.Tensor:
         """Logits (n, V) of n tokens at the cursor, not yet committed; with a plan, as its draft gives them."""
@@ -170,11 +175,20 @@ class Backend(Protocol):
     def exactness(self) -> Exactness: ...
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory of the target model's weights as this backend holds them."""
+
+    @property
     def low_bit_bytes(self) -> int:
         """Memory of the 4-bit copies made so far."""
 
-    def prepare(self, plan: Plan) -> None:
-        """Makes what a plan needs before its first forward pass; otherwise that pass makes it."""
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes what a plan needs before its first forward pass; otherwise that pass makes it.
+
+        Args:
+            plan: the plan.
+            progress: receives a stage for what is made; none where all is there already.
+        """
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         """Runs one session's rows."""
@@ -187,6 +201,14 @@ class Backend(Protocol):
             prefix_cache: where it finds, and leaves, the KV cache of prompts with the same first tokens; a backend
                 that cannot reuse them runs every prompt whole.
             forward: runs the session's forward passes; None is the backend's own `forward`.
+
+        Raises:
+            MemoryLimitError: its KV cache does not fit into memory.
+        """
+
+    def most_tokens(self) -> int:
+        """The most tokens, prompt and output together, that a session can have now if it is the only one: those of the
+        context, or those that fit into memory.
         """
 
 

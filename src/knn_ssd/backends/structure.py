@@ -21,6 +21,8 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 # Rotary embeddings that change with the longest position seen cannot be rewound across their switching point.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
 _RECURRENT_LAYER_TYPES = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 _RECURRENT_CLASS = re.compile(r"Mamba|Recurrent|R[Ww][Kk][Vv]|GatedDelta|SSM|R[Gg]L[Rr][Uu]|ShortConv")
 _HINT = "Decoders whose layers have one attention and one MLP module each can be used."
@@ -60,6 +62,12 @@ def _refuse_unsuitable(model: PreTrainedModel, config: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; a decoder-only model was looked for", _HINT)
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{name} attends in both directions (is_causal is false in its config), and only what comes before a token "
+            "may decide it",
+            _HINT,
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     recurrent = sorted(t for t in layer_types if any(word in t for word in _RECURRENT_LAYER_TYPES))
     found = recurrent or sorted({type(m).__name__ for m in model.modules() if _is_recurrent(m)})
@@ -111,10 +119,25 @@ def _child(model: PreTrainedModel, index: int, layer: nn.Module, names: tuple[st
     )
 
 
+def declared(config: Any, name: str) -> Any:
+    """A field of a config; None if its class does not declare it, as then the model's code ignores what a file says."""
+    return getattr(config, name, None) if hasattr(type(config)(), name) else None
+
+
 def context_length(config: Any) -> int:
-    """The model's context length, or less: as far as its rotary embedding does not change with the length."""
+    """The model's context length, or less: as far as its rotary embedding does not change with the length.
+
+    Raises:
+        UnsupportedModelError: the config has none.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
         return int(original)
-    return int(config.max_position_embeddings)
+    length = next((value for name in _LENGTHS if (value := getattr(config, name, None))), None)
+    if length is None:
+        raise UnsupportedModelError(
+            f"the config of this {config.model_type} has no context length; {' or '.join(_LENGTHS)} was looked for",
+            "Add max_position_embeddings to its config.json, with the length that it was trained for.",
+        )
+    return int(length)

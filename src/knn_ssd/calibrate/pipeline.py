@@ -34,7 +34,7 @@ from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.prompts import Prompt
 from knn_ssd.routing.plan_choice import general_plan
 from knn_ssd.speculation.cost_model import CostProfile
-from knn_ssd.tokenization import encode, eos_token_ids
+from knn_ssd.tokenization import encode, end_token_ids
 
 _NUM_FINALISTS = 2  # the plans of each search that are judged, at most
 
@@ -111,8 +111,8 @@ class _Calibration:
         progress: Progress,
     ) -> None:
         self.loaded = loaded
-        self.backend = select_backend(loaded.model)
-        self.eos_token_ids = eos_token_ids(loaded.model)
+        self.backend = select_backend(loaded.model, loaded.directory)
+        self.eos_token_ids = end_token_ids(loaded.model, loaded.tokenizer, settings.chat)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer)
         self.grouped = grouped
         self.out = out

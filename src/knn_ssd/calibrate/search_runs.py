@@ -30,7 +30,7 @@ from knn_ssd.loading.resolve import LoadedModel, load_model
 from knn_ssd.plan import Policy
 from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.speculation.cost_model import CostProfile
-from knn_ssd.tokenization import eos_token_ids
+from knn_ssd.tokenization import end_token_ids
 
 _MAX_REPEATS = 50  # a search that proposes only plans already tried, this often in a row, has converged
 
@@ -169,7 +169,8 @@ def _work(model: str, dtype: str, out: Path, settings: CalibrationSettings, stud
     cost = journal.read_cost()
     assert cost is not None, "the first process measures costs before it starts others"
     observations = observations_by_search(journal.observations.read(), settings)
-    backend, ends = select_backend(loaded.model), eos_token_ids(loaded.model)
+    backend = select_backend(loaded.model, loaded.directory)
+    ends = end_token_ids(loaded.model, loaded.tokenizer, settings.chat)
     SearchRuns(backend, ends, settings, journal, study_prefix, cost, observations).run_alone(NoProgress())
 
 

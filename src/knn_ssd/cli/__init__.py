@@ -70,6 +70,8 @@ def _run(arguments: list[str]) -> int:
         return 2
     if getattr(args, "threads", None) is not None:
         options.use_threads(args.threads)
+    if getattr(args, "no_weight_cache", False):
+        options.use_no_weight_cache()
     return int(_module(args.command).run(args))
 
 

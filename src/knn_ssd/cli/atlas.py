@@ -73,7 +73,7 @@ def _verify(args: argparse.Namespace) -> int:
     from knn_ssd.loading.resolve import load_model
 
     options.note_loading(args)
-    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device, revision=args.revision)
     found = fingerprint(loaded.model, loaded.tokenizer)
     atlas.check(found)
     if found.dtype != atlas.fingerprint.dtype:

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from knn_ssd.loading.resolve import load_model
 
     settings = _settings(args)
-    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device, revision=args.revision)
     with ProgressBars() as progress:
         calibrate(loaded, prompts, args.out, settings, resume=args.resume, progress=progress)
     output.write_line(args.out)

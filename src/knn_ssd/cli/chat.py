@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     engine = options.load_engine(args, atlas)
     if engine.tokenizer is None or not engine.tokenizer.chat_template:
         raise UsageError("the model has no chat template, so it cannot converse", "Use `knn-ssd generate`.")
+    options.prepare(engine)
     if sys.stdin.isatty():
         _greet(engine)
     conversation = Conversation(engine, stream_options)

@@ -51,7 +51,7 @@ def _examine(args: argparse.Namespace) -> Examination:
         output.note("measuring …")
     if args.no_model or (args.model is None and doctor.embedded_source() is None):
         return doctor.Examination(doctor.examine_machine())
-    return doctor.examine(args.model, args.dtype, args.device)
+    return doctor.examine(args.model, args.dtype, args.device, args.revision)
 
 
 def _machine_rows(machine: Machine) -> dict[str, str]:

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     stream_options = {**options.sampling(args), "plain": args.plain, "domain": args.domain}
     engine = options.load_engine(args, atlas)
     encoded = [_encode(engine, prompt, args) for prompt in prompts]
+    if not args.plain:
+        options.prepare(engine)
     shows_summary = not args.json or (output.stderr_is_terminal() and not output.stdout_is_terminal())
     for prompt, token_ids in zip(prompts, encoded, strict=True):
         if len(prompts) > 1 and not args.json:

@@ -79,15 +79,21 @@ def option(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --dtype, --threads and --device."""
+    """Adds --model, --revision, --dtype, --threads, --device and --no-weight-cache."""
     group = parser.add_argument_group("model")
-    text = "a Hub id, a directory or a .gguf file (default: the embedded SmolLM2-135M-Instruct)"
+    text = (
+        "a Hub id, a directory or a .gguf file; owner/name:Q4_K_M is a GGUF file on the Hub (default: the embedded "
+        "SmolLM2-135M-Instruct)"
+    )
     option(group, "--model", "M", text, filled)
+    option(group, "--revision", "R", "branch, tag or commit of a model on the Hub", filled)
     text = "precision (default: auto: that of the checkpoint if the device supports it, else float32)"
     option(group, "--dtype", None, text, default="auto", choices=DTYPES)
     text = "threads that compute (default: as many CPUs as the process may use, its CPU quota included)"
     option(group, "--threads", "N", text, whole_number(1))
     option(group, "--device", "D", "cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)")
+    text = "make 4-bit copies of the weights anew, and keep none in the cache directory for the next start"
+    group.add_argument("--no-weight-cache", action="store_true", help=text)
 
 
 def add_atlas_options(parser: argparse.ArgumentParser, *, plain: bool = False) -> Any:
@@ -210,6 +216,7 @@ def load_engine(args: argparse.Namespace, atlas: Atlas | None) -> Engine:
         atlas=atlas,
         dtype=args.dtype,
         device=args.device,
+        revision=args.revision,
         neighbours=args.neighbours or 1,
         answers=getattr(args, "answers", None) or not getattr(args, "no_answers", False),
         prefix_cache=getattr(args, "prefix_cache", 0) * 2**20,
@@ -226,6 +233,19 @@ def note_loading(args: argparse.Namespace) -> None:
     """Notes on a terminal that the model is being loaded, which takes a while."""
     if output.stderr_is_terminal():
         output.note(f"loading {args.model or 'the embedded model'} …")
+
+
+def prepare(engine: Engine) -> None:
+    """Makes what the first request would otherwise wait for, with a progress bar."""
+    from knn_ssd.progress import ProgressBars
+
+    with ProgressBars() as progress:
+        engine.prepare(progress)
+
+
+def use_no_weight_cache() -> None:
+    """Has this process, and those that it starts, keep nothing in the weight cache."""
+    os.environ["KNN_SSD_WEIGHT_CACHE"] = "0"
 
 
 def use_threads(threads: int) -> None:

@@ -20,13 +20,13 @@ from knn_ssd.errors import KnnSsdError, UsageError
 from knn_ssd.kernels.build import KernelsUnavailable, library_path
 from knn_ssd.kernels.threads import thread_count
 
-FLOAT32, BFLOAT16, INT4 = range(3)
+FLOAT32, BFLOAT16, INT4, FLOAT32_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED = range(6)
 _INVALID_SIZES = 2  # a status
 GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
 
 
 class Matrix(ctypes.Structure):
-    """A weight matrix where it lies; see csrc/kernels.h, also for the other structures."""
+    """A weight matrix in one of the kernels' formats; see csrc/kernels.h, also for the other structures."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -36,6 +36,9 @@ class Matrix(ctypes.Structure):
         ("cols", c_int64),
         ("kind", c_int64),
         ("input_squares", c_void_p),
+        ("upper_bytes", c_void_p),
+        ("escape_starts", c_void_p),
+        ("escapes", c_void_p),
     )
 
 
@@ -88,6 +91,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
     "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
+    "knn_ssd_upper_bytes": (_check_status, POINTER(Matrix), c_void_p),
+    "knn_ssd_pack": (_check_status, POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p),
+    "knn_ssd_list_escapes": (_check_status, POINTER(Matrix), c_void_p, c_void_p, c_void_p),
+    "knn_ssd_read_rows": (_check_status, POINTER(Matrix), POINTER(c_int64), c_int64, c_void_p),
     "knn_ssd_struct_sizes": (POINTER(c_int64),),
     "knn_ssd_lanes": (c_int64,),
     "knn_ssd_uses_tiles": (c_int64,),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from knn_ssd.cgroups import cgroups, read_lines
 from knn_ssd.errors import UsageError
 
 THREADS_VARIABLE = "KNN_SSD_THREADS"
@@ -36,35 +37,6 @@ class ThreadCount:
         return f"{self.threads}: {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Hierarchy:
-    """A cgroup hierarchy that may limit CPU time.
-
-    Args:
-        version: 1 or 2.
-        mount_point: the directory where it is mounted.
-        mount_root: the cgroup that this directory stands for, as /proc/self/cgroup would name it.
-        cgroup: this process's cgroup.
-    """
-
-    version: int
-    mount_point: Path
-    mount_root: PurePosixPath
-    cgroup: PurePosixPath
-
-    def directories(self) -> Iterator[Path]:
-        """Directories of the cgroup and of all its ancestors that can be seen."""
-        inside = self.mount_root in (self.cgroup, *self.cgroup.parents)
-        below = self.cgroup.relative_to(self.mount_root) if inside else PurePosixPath()
-        for each in (below, *below.parents):
-            yield self.mount_point / each
-
-    def quota_cpus(self) -> float:
-        """The smallest quota along the way, in CPUs; infinity where there is none."""
-        read = _quota_v2_cpus if self.version == 2 else _quota_v1_cpus
-        return min(map(read, self.directories()), default=math.inf)
-
-
 def thread_count(
     root: Path = Path("/"), environment: Mapping[str, str] = os.environ, affinity_cpus: int | None = None
 ) -> ThreadCount:
@@ -79,10 +51,10 @@ def thread_count(
         UsageError: KNN_SSD_THREADS is not a whole number of at least 1.
     """
     limits = [ThreadCount(affinity_cpus or usable_cpus(), "CPU affinity" if _HAS_AFFINITY else "CPUs of the machine")]
-    for hierarchy in _hierarchies(root):
-        quota_cpus = hierarchy.quota_cpus()
+    for group in cgroups("cpu", root):
+        quota_cpus = min(map(_QUOTA_CPUS[group.version], group.directories), default=math.inf)
         if quota_cpus < math.inf:
-            reason = f"cgroup v{hierarchy.version} quota of {quota_cpus:g} {'CPU' if quota_cpus == 1 else 'CPUs'}"
+            reason = f"cgroup v{group.version} quota of {quota_cpus:g} {'CPU' if quota_cpus == 1 else 'CPUs'}"
             limits.append(ThreadCount(max(1, math.ceil(quota_cpus)), reason))
     requested = environment.get(THREADS_VARIABLE, "").strip()
     if requested:
@@ -104,51 +76,15 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count() or 1
 
 
-def _lines(path: Path) -> list[str]:
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text("utf-8").splitlines()
-    return []
-
-
-def _hierarchies(root: Path) -> Iterator[_Hierarchy]:
-    """The hierarchies that are mounted and can limit CPU time: those of v1 with the cpu controller, and v2's."""
-    cgroups = dict(_cgroups(root))
-    for line in _lines(root / "proc/self/mountinfo"):  # ID parent device root mount_point options - type source options
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        version = {"cgroup2": 2, "cgroup": 1}.get(kind[0])
-        if version in cgroups and (version == 2 or "cpu" in kind[2].split(",")):
-            mount_root, mount_point = (PurePosixPath(_unescape(field)) for field in fields[3:5])
-            yield _Hierarchy(version, root / mount_point.relative_to("/"), mount_root, cgroups[version])
-
-
-def _cgroups(root: Path) -> Iterator[tuple[int, PurePosixPath]]:
-    """This process's cgroup by version, of v1's hierarchies the one with the cpu controller."""
-    for line in _lines(root / "proc/self/cgroup"):  # hierarchy:controllers:cgroup
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, cgroup = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            yield 2, PurePosixPath(cgroup)
-        elif "cpu" in controllers.split(","):
-            yield 1, PurePosixPath(cgroup)
-
-
-def _unescape(field: str) -> str:
-    """A path of mountinfo, where a space is written \\040."""
-    return field.replace("\\040", " ")
-
-
 def _quota_v2_cpus(directory: Path) -> float:
-    for line in _lines(directory / "cpu.max"):  # "max 100000" or "50000 100000"
+    for line in read_lines(directory / "cpu.max"):  # "max 100000" or "50000 100000"
         quota_us, _, period_us = line.partition(" ")
         return _cpus(quota_us, period_us or "100000")
     return math.inf
 
 
 def _quota_v1_cpus(directory: Path) -> float:
-    quota_us, period_us = ("".join(_lines(directory / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    quota_us, period_us = ("".join(read_lines(directory / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
     return _cpus(quota_us, period_us)
 
 
@@ -159,3 +95,6 @@ def _cpus(quota_us: str, period_us: str) -> float:
         if quota_cpus > 0:
             return quota_cpus
     return math.inf
+
+
+_QUOTA_CPUS = {1: _quota_v1_cpus, 2: _quota_v2_cpus}

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
 from knn_ssd.errors import ModelError
 from knn_ssd.loading.files import WEIGHTS, reason
+from knn_ssd.loading.hub_name import HubName, gguf_files
 
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _PROBE_SECONDS = 10
 
 
-def download(hub_id: str) -> Path:
-    """Downloads what loading a model needs, and returns its directory in the local Hub cache.
+def download(model: HubName) -> Path:
+    """Downloads what loading a model needs, and returns its directory, or GGUF file, in the local Hub cache.
 
     Raises:
         ModelError: the Hub cannot be reached, refuses, or has no such model.
+        UsageError: the repository has several GGUF files, or none of the name that was given.
     """
     try:
         # One request without retries, so that a machine without network gets its error at once.
-        siblings = HfApi().model_info(hub_id, timeout=_PROBE_SECONDS).siblings or ()
+        info = HfApi().model_info(model.hub_id, timeout=_PROBE_SECONDS, **model.options)
     except Exception as error:
-        raise _refusal(hub_id, error) from error
+        raise _refusal(model, error) from error
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    needed = [] if model.variant else _needed(names)
+    ggufs = [] if _has_weights(needed) else gguf_files(model, names)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_needed([sibling.rfilename for sibling in siblings])))
+        place = Path(snapshot_download(model.hub_id, allow_patterns=ggufs or needed, **model.options))
     except errors.GatedRepoError as error:  # the list of files is public, the files are not
-        raise _refusal(hub_id, error) from error
+        raise _refusal(model, error) from error
     except Exception as error:
-        fact = f"the download of model '{hub_id}' broke off: {reason(error)}"
+        fact = f"the download of model '{model.hub_id}' broke off: {reason(error)}"
         raise ModelError(fact, "Run it again: what was fetched so far is kept.") from error
+    return place / ggufs[0] if ggufs else place
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def _needed(names: list[str]) -> list[str]:
@@ -46,24 +57,33 @@ def _needed(names: list[str]) -> list[str]:
     return side
 
 
-def _refusal(hub_id: str, error: Exception) -> ModelError:
-    if isinstance(error, errors.HFValidationError):
-        return ModelError(f"'{hub_id}' is neither a path nor a Hub id", "A Hub id looks like 'owner/name'.")
-    if isinstance(error, errors.GatedRepoError):
-        return ModelError(
-            f"model '{hub_id}' is gated", "Accept its terms on its page on the Hub and log in with `hf auth login`."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelError(
-            f"there is no model '{hub_id}' on the Hub, or it is private",
+def _refusal(model: HubName, error: Exception) -> ModelError:
+    name = model.hub_id
+    terms = "Accept its terms on its page on the Hub and log in with `hf auth login`."
+    kinds = (  # from the special to the general
+        (errors.HFValidationError, f"'{name}' is neither a path nor a Hub id", "A Hub id looks like 'owner/name'."),
+        (errors.GatedRepoError, f"model '{name}' is gated", terms),
+        (
+            errors.RevisionNotFoundError,
+            f"model '{name}' has no revision '{model.revision}'",
+            "Name a branch, a tag or a commit of it.",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"there is no model '{name}' on the Hub, or it is private",
             "Check the spelling, or log in with `hf auth login`.",
-        )
-    if isinstance(error, errors.HfHubHTTPError):
-        return ModelError(f"the Hub refused model '{hub_id}': {reason(error)}", "Try again later.")
-    missing = f"model '{hub_id}' is not complete in the local Hub cache"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return ModelError(f"{missing}, and the Hub client is set offline", "Unset HF_HUB_OFFLINE to download it.")
+        ),
+        (errors.HfHubHTTPError, f"the Hub refused model '{name}': {reason(error)}", "Try again later."),
+        (
+            errors.OfflineModeIsEnabled,
+            f"model '{name}' is not complete in the local Hub cache, and the Hub client is set offline",
+            "Unset HF_HUB_OFFLINE to download it.",
+        ),
+    )
+    for kind, fact, remedy in kinds:
+        if isinstance(error, kind):
+            return ModelError(fact, remedy)
     return ModelError(
-        f"{missing}, and the Hub cannot be reached: {reason(error)}",
+        f"model '{name}' is not complete in the local Hub cache, and the Hub cannot be reached: {reason(error)}",
         "Connect to the network, or name a directory with --model.",
     )

@@ -15,6 +15,22 @@ WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_mode
 """The forms of weights in the order in which transformers looks for them: a single file, or the index of several."""
 
 
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "vocab.*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "tokenizer.bin",
+)
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer's vocabulary, of whatever kind."""
+    return any(next(directory.glob(pattern), None) for pattern in _VOCABULARIES)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The weight files that transformers would load; empty if there are none."""
     for single, index in WEIGHTS:

@@ -75,6 +75,23 @@ def fingerprint_of_checkpoint(
     return _fingerprint((config.architectures or [""])[0], config, config.dtype, weights, tokenizer)
 
 
+def identify_weights(model: PreTrainedModel, directory: Path) -> str:
+    """Identifies the weights of a model as it was loaded from a directory, for what this machine keeps of them.
+
+    Whatever changes a weight or a setting changes the text: it has each file's size, times and place on the disk, and
+    samples of the loaded weights. Two copies of one model differ, which costs a place in the cache and nothing else.
+
+    Args:
+        model: the model as loaded, in the dtype that it is used in.
+        directory: the directory of its files.
+    """
+    parts = [type(model).__name__, str(model.dtype), _weights_hash(model.state_dict())]
+    for file in (directory / "config.json", *weight_files(directory)):
+        status = file.stat()
+        parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}")
+    return "\n".join(parts)
+
+
 def _fingerprint(
     architecture: str,
     config: PreTrainedConfig,

@@ -1,34 +1,44 @@
 """Converts a GGUF file, once and atomically, to a directory that transformers loads.
 
-transformers reads the tensors and the metadata. This module turns quantised blocks into plain numbers, corrects what
-transformers gets wrong (the pre-tokenizer, the ids that end a reply), and warns of what it leaves out. The directory is
-then loaded by `resolve.py`.
+transformers reads the metadata, and the tensors of the architectures that `gguf_weights.py` does not convert. This
+module corrects what transformers gets wrong (the pre-tokenizer, the ids that end a reply), carries over what it leaves
+out (position scaling), and refuses a file of which something would be lost. The directory is then loaded by
+`resolve.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
-from gguf import GGUFReader
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from knn_ssd.errors import ModelError, OutputError, UnsupportedModelError
-from knn_ssd.io import atomic_directory
+from knn_ssd.io import atomic_directory, remove_stale
 from knn_ssd.loading.files import raised_as, reason
+from knn_ssd.loading.gguf_config import complete_config, refuse_foreign, refuse_losses
+from knn_ssd.loading.gguf_file import (
+    COPY_AGAIN,
+    GGUFFacts,
+    Reader,
+    content_hash,
+    open_parts,
+    parts_of,
+    read_facts,
+    stem_of,
+)
+from knn_ssd.loading.gguf_weights import DIRECT_ARCHITECTURES, USE_SAFETENSORS, write_weights
 from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
 from knn_ssd.progress import ProgressBars
 
@@ -38,44 +48,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Increased whenever conversion gives another result than before, so that old results are not used again.
-_CONVERSION_VERSION = 1
-_STALE_SECONDS = 24 * 3600
-
-_COPY_AGAIN = "Download or copy the file again."
-_USE_SAFETENSORS = "Use the model's safetensors form instead."
+_CONVERSION_VERSION = 2
 
 # Values of `tokenizer.ggml.pre` by how they split text before byte-pair merging (llama.cpp, src/llama-vocab.cpp).
 _DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum"})
 
+_READING = threading.Lock()
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """The facts in a GGUF file that transformers does not carry over."""
 
-    dtype: torch.dtype  # of the converted weights; quantised blocks become bfloat16
-    splitting: str | None  # the name of the pre-tokenizer
-    end_ids: tuple[int, ...]  # ids that end a reply: end of sequence, of turn, of message
-    context_length: int | None
-    has_vocabulary: bool
-    values: int  # number of values in all tensors
-    scaling: str | None  # the RoPE scaling, if any
+class Stage(Protocol):
+    """Receives what a conversion does now, and how many bytes of the file were read for it."""
+
+    def __call__(self, note: str, num_bytes: int = 0, /) -> None: ...
 
 
 def converted(gguf: Path, cache: Path) -> Path:
-    """The directory of a converted GGUF file in the cache. Converts the file the first time.
+    """The directory of a converted GGUF file in the cache, by its content. Converts the file the first time.
+
+    Args:
+        gguf: a GGUF file, or any part of a split one.
+        cache: the cache directory.
 
     Raises:
-        ModelError: the file cannot be read, or transformers does not know its model.
+        ModelError: the file cannot be read, transformers does not know its model, or part of it would be lost.
         OutputError: the cache cannot be written.
     """
-    target = _target(gguf, cache)
+    parts = parts_of(gguf)
+    key = f"v{_CONVERSION_VERSION}-{content_hash(parts, cache)[:12]}"
+    target = cache / "converted" / f"{stem_of(gguf)}-{key}"
     if os.path.isdir(target):
         return target
-    _remove_stale(target.parent)
+    remove_stale(target.parent)
     try:
-        with atomic_directory(target) as directory, ProgressBars() as progress:
-            _write_checkpoint(gguf, directory, lambda name: progress.stage(f"converting {gguf.name}: {name}", None))
+        with atomic_directory(target) as directory, ProgressBars(in_bytes=True) as progress:
+            progress.stage(f"converting {gguf.name}", sum(part.stat().st_size for part in parts))
+            _write_checkpoint(parts[0], directory, lambda note, num_bytes=0: progress.advance(note, num_bytes))
     except (OutputError, SafetensorError) as error:
         if os.path.isdir(target):  # another process has converted it meanwhile
             return target
@@ -86,33 +94,25 @@ def converted(gguf: Path, cache: Path) -> Path:
     return target
 
 
-def _target(gguf: Path, cache: Path) -> Path:
-    status = gguf.stat()
-    key = f"{_CONVERSION_VERSION}:{gguf.name}:{status.st_size}:{status.st_mtime_ns}"
-    return cache / "converted" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def _remove_stale(parent: Path) -> None:
-    """Removes what killed conversions left behind, once it is too old to belong to a running one."""
-    with suppress(OSError):
-        for folder in parent.glob(".*"):
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None]) -> None:
+def _write_checkpoint(gguf: Path, directory: Path, stage: Stage) -> None:
     stage("reading metadata")
-    facts = _read_facts(gguf)
+    readers = open_parts(parts_of(gguf))
+    facts = read_facts(readers, str(gguf))
     with quiet_transformers():
-        config = _read_config(gguf)
-        stage("reading the tokenizer")
-        tokenizer = _read_tokenizer(gguf, facts) if facts.has_vocabulary else None
-        stage("reading weights")
-        model = _read_model(gguf, config, facts)
+        with _shared_reader(readers[0]):
+            config = _read_config(gguf)
+            stage("reading the tokenizer")
+            tokenizer = _read_tokenizer(gguf, facts) if facts.has_vocabulary else None
+        refuse_foreign(gguf, facts)
+        complete_config(gguf, config, facts)
+        stage("converting weights")
+        if facts.architecture in DIRECT_ARCHITECTURES:
+            model = _write_directly(gguf, readers, directory, config, facts, stage)
+        else:
+            model = _read_model(gguf, readers, config, facts)
+            refuse_losses(gguf, model, facts)
         _complete_generation_config(model, tokenizer, facts)
-        _warn_of_losses(gguf, model, facts)
-        stage("writing")
-        model.save_pretrained(directory)
+        _save(model, directory, facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     # safetensors makes its files readable for their owner alone, and a cache may be shared
@@ -120,67 +120,79 @@ def _write_checkpoint(gguf: Path, directory: Path, stage: Callable[[str], None])
         shutil.copymode(directory / "config.json", file)
 
 
+def _save(model: PreTrainedModel, directory: Path, facts: GGUFFacts) -> None:
+    if facts.architecture not in DIRECT_ARCHITECTURES:
+        model.save_pretrained(directory)
+        return
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
 # ---- Reading
 
 
-def _read_facts(gguf: Path) -> _Facts:
-    with raised_as(ModelError, f"'{gguf}' cannot be read as GGUF", _COPY_AGAIN):
-        reader = GGUFReader(gguf)
-        architecture = _text(reader, "general.architecture")
-        ends = [_number(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-        return _Facts(
-            dtype=_stored_dtype({tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}),
-            splitting=_text(reader, "tokenizer.ggml.pre"),
-            end_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-            context_length=_number(reader, f"{architecture}.context_length"),
-            has_vocabulary="tokenizer.ggml.tokens" in reader.fields,
-            values=sum(int(tensor.n_elements) for tensor in reader.tensors),
-            scaling=_text(reader, f"{architecture}.rope.scaling.type"),
-        )
-
-
-def _stored_dtype(types: set[str]) -> torch.dtype:
-    if types == {"F32"}:
-        return torch.float32
-    return torch.float16 if types <= {"F32", "F16"} else torch.bfloat16
-
-
-def _text(reader: GGUFReader, key: str) -> str | None:
-    field = reader.fields.get(key)
-    return None if field is None else bytes(field.parts[field.data[0]]).decode("utf-8")
-
-
-def _number(reader: GGUFReader, key: str) -> int | None:
-    field = reader.fields.get(key)
-    return None if field is None else int(field.parts[field.data[0]][0])
+@contextmanager
+def _shared_reader(reader: Reader) -> Iterator[None]:
+    """Gives transformers the reader at hand: it would read the metadata again for the config and the tokenizer, which
+    is most of a small conversion's time.
+    """
+    package: Any = importlib.import_module("gguf")
+    with _READING:
+        original = package.GGUFReader
+        package.GGUFReader = lambda *_, **__: reader
+        try:
+            yield
+        finally:
+            package.GGUFReader = original
 
 
 def _read_config(gguf: Path) -> PreTrainedConfig:
     fact = f"transformers {transformers.__version__} cannot build the model in '{gguf}'"
-    with raised_as(UnsupportedModelError, fact, _USE_SAFETENSORS):
+    with raised_as(UnsupportedModelError, fact, USE_SAFETENSORS):
         config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     check_causal(config, str(gguf))
     return config
 
 
-def _read_tokenizer(gguf: Path, facts: _Facts) -> PreTrainedTokenizerBase:
-    with raised_as(ModelError, f"transformers cannot read the tokenizer in '{gguf}'", _USE_SAFETENSORS):
+def _read_tokenizer(gguf: Path, facts: GGUFFacts) -> PreTrainedTokenizerBase:
+    with raised_as(ModelError, f"transformers cannot read the tokenizer in '{gguf}'", USE_SAFETENSORS):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _correct_splitting(tokenizer, facts.splitting)
-    if tokenizer.eos_token_id is None and facts.end_ids:
+    if facts.end_ids and tokenizer.eos_token_id != facts.end_ids[0]:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(facts.end_ids[0])
     if facts.context_length is not None:
         tokenizer.model_max_length = facts.context_length
     return tokenizer
 
 
-def _read_model(gguf: Path, config: PreTrainedConfig, facts: _Facts) -> PreTrainedModel:
+def _write_directly(
+    gguf: Path, readers: Sequence[Reader], directory: Path, config: PreTrainedConfig, facts: GGUFFacts, stage: Stage
+) -> PreTrainedModel:
+    """Writes the weights, and returns the model without them."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=facts.dtype)  # type: ignore[no-untyped-call]
+    file = directory / "model.safetensors"
+    write_weights(
+        readers, facts.architecture, model, file, str(gguf), lambda num_bytes: stage("converting weights", num_bytes)
+    )
+    return model
+
+
+def _read_model(gguf: Path, readers: Sequence[Reader], config: PreTrainedConfig, facts: GGUFFacts) -> PreTrainedModel:
+    if len(readers) > 1:
+        raise UnsupportedModelError(
+            f"'{gguf}' is one of {len(readers)} parts of an architecture whose parts are not joined "
+            f"({facts.architecture})",
+            "Join them with llama.cpp's `llama-gguf-split --merge`.",
+        )
     options: dict[str, Any] = {"gguf_file": gguf.name, "config": config, "dtype": facts.dtype}
     # Without it, newer versions keep some architectures' weights quantised and compute from those.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_reader():
-        model = load_complete(gguf.parent, str(gguf), _COPY_AGAIN, **options)
+    with _quiet_reader(), _shared_reader(readers[0]):
+        model = load_complete(gguf.parent, str(gguf), COPY_AGAIN, **options)
     # What is left of the quantisation would make `save_pretrained` refuse.
     vars(model).update(hf_quantizer=None, is_quantized=False)
     vars(model.config).pop("quantization_config", None)
@@ -224,7 +236,7 @@ def _correct_splitting(tokenizer: PreTrainedTokenizerBase, splitting: str | None
 
 
 def _complete_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, facts: _Facts
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, facts: GGUFFacts
 ) -> None:
     """Adds all ids that end a reply, and the padding id, to the generation config."""
     generation = model.generation_config
@@ -239,13 +251,3 @@ def _complete_generation_config(
         generation.pad_token_id = tokenizer.pad_token_id
     # Otherwise `generate` may derive it from the model's config again and lose what was added here.
     generation._from_model_config = False
-
-
-def _warn_of_losses(gguf: Path, model: PreTrainedModel, facts: _Facts) -> None:
-    """Warns of what transformers leaves out in silence: biases, scaling factors of long contexts."""
-    missing = facts.values - sum(parameter.numel() for parameter in model.parameters())
-    if missing > 0:
-        logger.warning("%d of %d values in %s were left out by transformers", missing, facts.values, gguf)
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if facts.scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
-        logger.warning("the position scaling '%s' of %s was left out by transformers", facts.scaling, gguf)

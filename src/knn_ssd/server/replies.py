@@ -26,14 +26,14 @@ class ErrorBody(BaseModel):
 
 
 _REFUSALS: dict[int | str, str] = {
-    400: "The request cannot be used: an option that is unknown or out of range, a prompt that is too long.",
+    400: "The request cannot be used: an option that is unknown or out of range, a prompt or output that is too long.",
     401: "The API key is missing or wrong.",
     404: "The model is not served.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
     429: "Too many requests are waiting; Retry-After says when to try again.",
     500: "An error inside the server.",
-    503: "The server is shutting down, or the thread that owns the model has failed.",
+    503: "Others' requests take the memory, or the server is shutting down, as Retry-After says; or it has failed.",
     504: "The request passed its deadline.",
     "4XX": "Any other error of the client.",
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from knn_ssd.engine import Engine
-from knn_ssd.errors import KnnSsdError
+from knn_ssd.errors import KnnSsdError, MemoryInUseError
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.plan import Plan
 from knn_ssd.routing.answers import Neighbour
@@ -118,6 +118,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     num_prompt_logprobs: int | None = None
     cancelled: bool = False
+    prefilled: bool = False
     task: RequestTask | None = field(default=None, repr=False)
 
 
@@ -141,6 +142,7 @@ class Scheduler:
         self._reserved: list[Job] = []  # without a prompt yet
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._most_running = self.limits.running  # fewer while those that run take all memory
         self._changed = threading.Condition()
         self._closing = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="knn-ssd-model", daemon=True)
@@ -246,9 +248,9 @@ class Scheduler:
 
     def _run_until_closed(self) -> None:
         while self._wait():
-            for job in self._take_waiting():
-                if not self._was_ended(job):
-                    self._begin(job)
+            while (next_job := self._take_waiting()) is not None:
+                if not self._was_ended(next_job):
+                    self._begin(next_job)
             for job in self._running:
                 self._was_ended(job)
             self._batcher.step()
@@ -263,13 +265,27 @@ class Scheduler:
                 self._changed.wait()
             return not self._stopping and bool(self._running or self._waiting)
 
-    def _take_waiting(self) -> list[Job]:
-        """Moves waiting requests into the batch as far as there is room, and returns them."""
+    def _take_waiting(self) -> Job | None:
+        """Moves a waiting request into the batch if there is room, and returns it."""
         with self._changed:
-            room = min(self.limits.running - len(self._running), len(self._waiting))
-            taken = [self._waiting.popleft() for _ in range(room)]
-            self._running += taken
-        return taken
+            if len(self._running) < self._most_running:  # then one has ended, if the memory was taken
+                self._most_running = self.limits.running
+            if not self._waiting or len(self._running) >= self._most_running:
+                return None
+            job = self._waiting.popleft()
+            self._running.append(job)
+        return job
+
+    def _put_back(self, job: Job) -> bool:
+        """Puts a request for which there is no memory now back to the head of the queue, until one that runs has ended;
+        False if none runs that could end.
+        """
+        with self._changed:
+            self._running.remove(job)
+            if self._running:
+                self._most_running = len(self._running)
+                self._waiting.appendleft(job)
+            return bool(self._running)
 
     def _was_ended(self, job: Job) -> bool:
         """Ends a request that was cancelled or has passed its deadline, and returns whether it did."""
@@ -285,6 +301,9 @@ class Scheduler:
             with suppress(Cancelled):
                 try:
                     self._run(job)
+                except MemoryInUseError as error:
+                    if job.prefilled or not self._put_back(job):
+                        job.callback(error)
                 except Exception as error:  # ends only this request
                     job.callback(error)
 
@@ -294,9 +313,11 @@ class Scheduler:
         queued_sec = time.monotonic() - job.arrived
         if job.num_prompt_logprobs is not None:
             job.callback(self._score(job, job.num_prompt_logprobs))
-        if job.options.get("max_new_tokens") == 0 and job.num_prompt_logprobs is not None:
-            return
+            job.num_prompt_logprobs = None  # once, even if the request has to wait for memory now
+            if job.options.get("max_new_tokens") == 0:
+                return
         with closing(self.engine.stream(job.prompt, **job.options)) as stream:
+            job.prefilled = True
             job.callback(PrefillDone(stream.route, stream.plan, stream.prompt_tokens, stream.neighbours, queued_sec))
             for chunk in stream:
                 job.callback(chunk)

@@ -31,7 +31,7 @@ class FinishReason(StrEnum):
     EOS = "eos"  # an end-of-sequence token, which is part of the output
     STOP = "stop"  # a stop string or stopping criterion
     LENGTH = "length"  # max_new_tokens
-    CONTEXT = "context"  # the model's context is full
+    CONTEXT = "context"  # the model's context is full, or the memory where no limit was given
 
 
 @dataclass(frozen=True, slots=True)

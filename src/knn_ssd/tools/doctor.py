@@ -28,6 +28,7 @@ from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Plan
 from knn_ssd.sampling import most_likely
+from knn_ssd.tools.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Machine:
         tiles: whether the kernels multiply bfloat16 weights in the processor's tile unit (AMX).
         read_bandwidth_bytes_per_sec: measured read bandwidth of the device that a model would run on.
         memory_bytes: memory of the machine; None where the system does not report it.
-        available_memory_bytes: the part that is not in use; None where the system does not report it.
+        available_memory_bytes: the part that this process can still take; None where the system does not report it.
         cache_directory: the directory of converted models.
         embedded_model: the source of the default model; None if it is not installed.
     """
@@ -134,18 +135,20 @@ class Examination:
         return {**asdict(self.machine), **(asdict(self.model) if self.model is not None else nothing)}
 
 
-def examine(model: str | None, dtype: str = "auto", device: str | None = None) -> Examination:
+def examine(
+    model: str | None, dtype: str = "auto", device: str | None = None, revision: str | None = None
+) -> Examination:
     """Examines a model and the machine that it runs on.
 
     Args:
         model: the model's name; None is the embedded default.
-        dtype, device: as for `load_model`.
+        dtype, device, revision: as for `load_model`.
 
     Raises:
         ModelError: the model cannot be found or read. One that is not supported is no error: the report says why.
     """
     try:
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, device=device, revision=revision)
     except UnsupportedModelError as error:
         report = ModelReport(model or EMBEDDED_MODEL, supported=False, unsupported_because=str(error))
         return Examination(examine_machine(), report)
@@ -198,7 +201,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         floor_sec_per_token=read_bytes / read_bandwidth_bytes_per_sec,
     )
     try:
-        backend = select_backend(model)
+        backend = select_backend(model, loaded.directory)
     except UnsupportedModelError as error:
         return replace(report, supported=False, unsupported_because=str(error))
     report = replace(
@@ -307,8 +310,5 @@ def _memory() -> int | None:
 
 
 def _available_memory() -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
+    free = free_memory()
+    return free.bytes if free is not None else None

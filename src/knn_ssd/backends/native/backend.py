@@ -1,16 +1,17 @@
 """The native backend: Llama, Mistral, Qwen2, Qwen3 and kin on the CPU, a whole forward pass in one call of C code.
 
-Weights are read where the checkpoint's tensors lie; activations, keys and values are float32. By construction, a row's
-logits have the same bits in whatever block of rows it is computed. So speculative output equals plain decoding's bit
-for bit, and bfloat16 weights give what the same weights give in float32.
+Weights have the checkpoint's values, in the formats of `kernels/weights.py`; activations, keys and values are float32.
+By construction, a row's logits have the same bits in whatever block of rows it is computed. So speculative output
+equals plain decoding's bit for bit, and bfloat16 weights give what the same weights give in float32.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
-from knn_ssd.backends.native.low_bit import KINDS, LowBitCopies, TensorKeeper, matrix_of
+from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
+from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
-from knn_ssd.errors import UnsupportedModelError, UsageError
-from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle
+from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, kernels_obstacle, uses_tiles
+from knn_ssd.kernels.weights import KINDS, is_in_blocks, read_rows
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.tools.memory import release_file_pages
+from knn_ssd.weight_cache import WeightCache
+
+logger = logging.getLogger(__name__)
 
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
 _FIRST_POSITIONS = 2048  # in the rotary tables at first
 
 
@@ -52,6 +62,9 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"it was modified: {modification}"
     if config.hidden_act != "silu":
         yield f"its activation function is {config.hidden_act}"
+    if getattr(config, "is_heterogeneous", False):
+        yield "its layers are not all alike (per_layer_config)"
+    yield from _attention_obstacles(model)
     if unavailable := kernels_obstacle():
         yield unavailable
     lanes = kernels().knn_ssd_lanes()
@@ -61,6 +74,31 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"a linear layer has {odd[0]} inputs, which is not a multiple of {2 * lanes}"
     if layers[0].self_attn.head_dim % lanes:
         yield f"its head size is {layers[0].self_attn.head_dim}, which is not a multiple of {lanes}"
+
+
+def _attention_obstacles(model: PreTrainedModel) -> Iterator[str]:
+    """Values of the config with which attention is another than the kernels', or none at all."""
+    base: Any = model.base_model
+    config: Any = model.config
+    if config.num_attention_heads % config.num_key_value_heads:
+        yield f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} keys and values"
+    head_dim, rotary = base.layers[0].self_attn.head_dim, 2 * len(base.rotary_emb.inv_freq)
+    if rotary != head_dim:
+        yield f"its rotary embedding turns {rotary} of a head's {head_dim} values"
+    for layer in base.layers:
+        window = _sliding_window(layer.self_attn)
+        slides = window is not None or getattr(layer.self_attn, "layer_type", None) == "sliding_attention"
+        if slides and not window:
+            yield f"its sliding window is {window}"
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """How many keys a row of an attention module sees; None is no limit. Each family reads its config in its own way:
+    Llama ignores a `sliding_window`, Mistral has one for all layers, Qwen's modules have their own.
+    """
+    config = attention.config
+    window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
+    return None if window is None else int(window)
 
 
 def _modification(model: PreTrainedModel) -> str | None:
@@ -88,14 +126,13 @@ class NativeBackend:
 
     Args:
         model: a model on the CPU, in float32 or bfloat16; it is not changed.
+        weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
 
     Raises:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
     """
 
-    modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weight_cache: WeightCache | None = None) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
         self.structure = find_structure(model)
@@ -106,19 +143,29 @@ class NativeBackend:
         self.context_length = context_length(config)
         self.device = torch.device("cpu")
         self.kernels = kernels()
-        self._keeper = TensorKeeper()
-        self.attentions = [self._attention(layer) for layer in self.structure.layers]
-        self.mlps = [self._mlp(layer) for layer in self.structure.layers]
+        self._packed = PackedWeights(weight_cache)
+        self.attentions: list[Attention] = []
+        self.mlps: list[Mlp] = []
+        for index, layer in enumerate(self.structure.layers):
+            self.attentions.append(self._attention(index, layer))
+            self.mlps.append(self._mlp(index, layer))
+            self._release_unpacked()
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
-        self.head = matrix_of(model.get_output_embeddings(), self._keeper)  # type: ignore[no-untyped-call]
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = self._packed.matrix("head", output)
+        self._is_tied = output.weight is base.embed_tokens.weight and is_in_blocks(self.head)
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
-        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample)
+        self._packed.finish()
+        self._release_unpacked()
+        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, _ResolvedPlan] = {}
+        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, ResolvedPlan] = {}
         self._exactness: Exactness | None = None
+        token_bytes, copy_bytes = self._kv_cache(1).token_bytes
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
 
     @property
     def exactness(self) -> Exactness:
@@ -126,20 +173,36 @@ class NativeBackend:
             self._exactness = probe(self)
         return self._exactness
 
+    @functools.cached_property
+    def modes(self) -> frozenset[Mode]:
+        """All modes, but without 4-bit copies where there is no memory for them, which a warning says."""
+        self._low_bit_shortage = self._admission.low_bit_shortage() if self.exactness else None  # weights were read
+        if self._low_bit_shortage is None:
+            return frozenset(Mode)
+        logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_shortage)
+        return frozenset({Mode.KEEP, Mode.SKIP})
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._packed.keeper.bytes + (0 if self._is_tied else self.embedding.nbytes)
+
     @property
     def low_bit_bytes(self) -> int:
         return self.low.bytes
 
-    def prepare(self, plan: Plan) -> None:
-        """Makes the 4-bit copies that a plan uses."""
-        self._resolve(plan)
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
+        self._resolve(plan, progress)
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> NativeSession:
-        first = self.attentions[0]
-        cache = KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
-        return NativeSession(cache, self.hidden_size, forward or self.forward, prefix_cache)
+        cursor = Cursor(capacity, self._admission)
+        cache = self._kv_cache(cursor.reserved)
+        return NativeSession(cursor, cache, self.hidden_size, forward or self.forward, prefix_cache)
+
+    def most_tokens(self) -> int:
+        return self._admission.most_tokens(self.context_length)
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         return self.forward_batch([request])[0]
@@ -190,6 +253,8 @@ class NativeBackend:
         """The embeddings (n, D) of tokens in float32. By numpy: torch would use threads, which then spin for a while on
         the cores that the kernels' threads need.
         """
+        if self._is_tied:
+            return read_rows(self.head, list(tokens))
         if self.embedding.dtype is torch.float32:
             return torch.from_numpy(self.embedding.numpy()[tokens])
         halves = self.embedding.view(torch.int16).numpy()[tokens]  # the upper halves of float32 values
@@ -203,40 +268,47 @@ class NativeBackend:
                 self._positions = self._positions_up_to(max(count, min(2 * known, self.context_length)))
             return self._positions
 
-    def _resolve(self, plan: Plan | None) -> _ResolvedPlan:
+    def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
         key = None if plan is None else (plan.modes, plan.head)
         resolved = self._resolved.get(key)
-        return resolved or self._resolved.setdefault(key, self._make_resolved(plan))  # one for all threads
+        return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
-    def _make_resolved(self, plan: Plan | None) -> _ResolvedPlan:
+    def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> ResolvedPlan:
         if plan is None:
             plan = Plan.plain(self.num_layers)
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low and Mode.LOW not in self.modes:
+            raise MemoryLimitError(
+                self._low_bit_shortage or "", "Decode plainly, or under a plan without the mode low."
+            )
+        self.low.prepare(plan, progress or NoProgress())
         head = self.low.head() if plan.head is Mode.LOW else self.head
-        attentions = _addresses(plan.attention, self.attentions, self.low.attention)
-        return _ResolvedPlan(attentions, _addresses(plan.mlp, self.mlps, self.low.mlp), head)
+        attentions = sublayer_addresses(plan.attention, self.attentions, self.low.attention)
+        return ResolvedPlan(attentions, sublayer_addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
-        count = min(_SAMPLE_TOKENS, self.context_length)
+        count = min(SAMPLE_TOKENS, self.context_length)
         session = self.open(count)
         tokens = [i * self.vocab_size // count for i in range(count)]
         kept = (Mode.KEEP,) * self.num_layers
-        sampled = _ResolvedPlan(
-            _addresses(kept, attentions, attentions.__getitem__), _addresses(kept, mlps, mlps.__getitem__), head
+        sampled = ResolvedPlan(
+            sublayer_addresses(kept, attentions, attentions.__getitem__),
+            sublayer_addresses(kept, mlps, mlps.__getitem__),
+            head,
         )
         self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
         session.close()
 
-    def _run_rows(self, requests: Sequence[ForwardRequest], plan: _ResolvedPlan) -> list[ForwardOutput]:
+    def _run_rows(self, requests: Sequence[ForwardRequest], plan: ResolvedPlan) -> list[ForwardOutput]:
         counts = [len(request.token_ids) for request in requests]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         total = ends[-1]
         rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
         tables = self._rotary_tables(max(r.position + n for r, n in zip(requests, counts, strict=True)))
-        entries = (BatchEntry * len(requests))(*[_batch_entry(request, tables) for request in requests])
+        entries = (BatchEntry * len(requests))(*[request.cache.batch_entry(request, tables) for request in requests])
         tokens = [token for request in requests for token in request.token_ids]
         x = self._embed(tokens)  # (n, D)
         hidden, logits = torch.empty_like(x), torch.empty(len(rows), self.vocab_size)
@@ -257,13 +329,16 @@ class NativeBackend:
         split_logits = torch.split(logits, [request.num_logits for request in requests])
         return [ForwardOutput(*pair) for pair in zip(torch.split(hidden, counts), split_logits, strict=True)]
 
-    def _attention(self, layer: Any) -> Attention:
-        module, keeper = layer.self_attn, self._keeper
+    def _kv_cache(self, capacity: int) -> KVCache:
+        first = self.attentions[0]
+        return KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
+
+    def _attention(self, index: int, layer: Any) -> Attention:
+        module = layer.self_attn
         config = module.config
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
-        sliding = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         return Attention(
-            *(matrix_of(getattr(module, f"{name}_proj"), keeper) for name in "qkvo"),
+            *(self._packed.matrix(f"{index}.{name}", getattr(module, f"{name}_proj")) for name in "qkvo"),
             address(self._float(layer.input_layernorm.weight)),
             None if q_norm is None else address(self._float(q_norm.weight)),
             None if k_norm is None else address(self._float(k_norm.weight)),
@@ -273,44 +348,30 @@ class NativeBackend:
             config.num_key_value_heads,
             module.head_dim,
             module.head_dim,
-            sliding or 0,
+            _sliding_window(module) or 0,
         )
 
-    def _mlp(self, layer: Any) -> Mlp:
+    def _mlp(self, index: int, layer: Any) -> Mlp:
         return Mlp(
-            *(matrix_of(getattr(layer.mlp, f"{name}_proj"), self._keeper) for name in ("gate", "up", "down")),
+            *(
+                self._packed.matrix(f"{index}.{name}", getattr(layer.mlp, f"{name}_proj"))
+                for name in ("gate", "up", "down")
+            ),
             address(self._float(layer.post_attention_layernorm.weight)),
             float(layer.post_attention_layernorm.variance_epsilon),
         )
 
+    def _release_unpacked(self) -> None:
+        """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
+        if not uses_tiles():
+            release_file_pages([weight.data_ptr() for weight in self.model.parameters()])
+
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()
-        self._keeper.keep(result)
+        self._packed.keeper.keep(result)
         return result
 
     def _positions_up_to(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             cosines, sines = self._rotary(torch.zeros(1), torch.arange(count)[None])
         return cosines[0].contiguous(), sines[0].contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class _ResolvedPlan:
-    """The sublayers and the head under a plan, in the form that the kernels take."""
-
-    attentions: Any
-    mlps: Any
-    head: Matrix
-
-
-def _batch_entry(request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
-    cache: KVCache = request.cache
-    tensors = map(address, (*tables, *cache.tensors))
-    return BatchEntry(*tensors, cache.capacity, request.position, request.run_length, len(request.token_ids))
-
-
-def _addresses(modes: Sequence[Mode], kept: Sequence[Any], low: Callable[[int], Any]) -> Any:
-    """An array of the addresses of each layer's sublayer in its mode; null where it is skipped."""
-    sublayer = {Mode.KEEP: kept.__getitem__, Mode.LOW: low}
-    addresses = [None if mode is Mode.SKIP else ctypes.addressof(sublayer[mode](i)) for i, mode in enumerate(modes)]
-    return (ctypes.c_void_p * len(addresses))(*addresses)

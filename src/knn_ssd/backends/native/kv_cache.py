@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from knn_ssd.backends.base import ForwardRequest
+from knn_ssd.backends.growth import grown
+from knn_ssd.kernels.binding import BatchEntry, address
+
 
 class KVCache:
     """Keys and values of one session, in the order in which the kernels take them.
@@ -14,9 +18,10 @@ class KVCache:
 
     Args:
         num_layers, kv_heads, head_dim: sizes of the model.
-        capacity: the most tokens that the cache can hold.
+        capacity: the number of tokens that it has room for at first.
 
     Attributes:
+        capacity: the number of tokens that it has room for now.
         tensors: keys and values (L, kv_heads, capacity, head_dim) in float32, then in int8, then the scales of these
             (L, kv_heads, capacity) in float32.
     """
@@ -25,4 +30,31 @@ class KVCache:
         self.capacity = capacity
         vectors = (num_layers, kv_heads, capacity)
         shapes = ((*vectors, head_dim), torch.float32), ((*vectors, head_dim), torch.int8), (vectors, torch.float32)
-        self.tensors = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2))
+        self.tensors: tuple[torch.Tensor, ...] = tuple(
+            torch.empty(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2)
+        )
+
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """Memory of one token: in all tensors, and in the largest of them."""
+        parts = [part.nbytes // self.capacity for part in self.tensors]
+        return sum(parts), max(parts)
+
+    def batch_entry(self, request: ForwardRequest, tables: tuple[torch.Tensor, torch.Tensor]) -> BatchEntry:
+        """A request's rows in the form that the kernels take.
+
+        Args:
+            request: rows of the session whose cache this is.
+            tables: cosines and sines of the rotary embedding.
+        """
+        tensors = map(address, (*tables, *self.tensors))
+        return BatchEntry(*tensors, self.capacity, request.position, request.run_length, len(request.token_ids))
+
+    def grow(self, capacity: int, kept: int) -> None:
+        """Makes room for `capacity` tokens in all and keeps the first `kept`. One tensor after the other, so that only
+        one of them is there twice; so the cache is lost if there is no memory for one.
+        """
+        parts, self.tensors = list(self.tensors), ()
+        for index in range(len(parts)):
+            parts[index] = grown(parts[index], 2, capacity, kept)
+        self.tensors, self.capacity = tuple(parts), capacity

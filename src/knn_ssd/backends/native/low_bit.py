@@ -1,6 +1,6 @@
-"""Weights in the form that the kernels read: the checkpoint's own tensors, and 4-bit copies for drafting.
+"""4-bit copies of a model's weights, for drafting.
 
-A 4-bit copy has a scale and a zero in bfloat16 for each group of 64 columns: 4.5 bits a weight, 28 % of bfloat16.
+A copy has a scale and a zero in bfloat16 for each group of 64 columns: 4.5 bits a weight, 28 % of bfloat16.
 Groups of 32 are never used: checkpoints that were published in 4-bit blocks of 32 would be copied almost exactly on
 that grid, which shows nothing about other models.
 
@@ -12,52 +12,62 @@ well as text does.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from knn_ssd.kernels.binding import BFLOAT16, FLOAT32, GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels, uses_tiles
+from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
+from knn_ssd.weight_cache import WeightCache
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+logger = logging.getLogger(__name__)
+
+SAMPLE_TOKENS = 64  # to whose activations the 4-bit copies are fitted
+_VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
 _NUM_RANGES = 3  # tried for each group, each refitted by least squares
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
-_FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+_FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
 
 
-@dataclass
-class TensorKeeper:
-    """Keeps tensors alive whose addresses the kernels use."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A matrix of the checkpoint that has a 4-bit copy: its layer, and its name there."""
 
-    tensors: list[torch.Tensor] = field(default_factory=list)
+    matrix: Matrix
+    layer: int
+    name: str
 
-    def keep(self, tensor: torch.Tensor | None) -> int | None:
-        """Keeps a tensor and returns its address."""
-        if tensor is not None:
-            self.tensors.append(tensor)
-        return address(tensor)
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the levels and the scales of its copy in the weight cache."""
+        return f"{self.layer}.{self.name}.levels", f"{self.layer}.{self.name}.scales"
 
-
-def matrix_of(linear: nn.Linear, keeper: TensorKeeper) -> Matrix:
-    """The matrix of a linear layer; its weight is not copied, its bias becomes float32."""
-    weight = linear.weight.detach()
-    bias = linear.bias.detach().float().contiguous() if linear.bias is not None else None
-    rows, cols = weight.shape
-    return Matrix(keeper.keep(weight), None, keeper.keep(bias), rows, cols, KINDS[weight.dtype])
+    def is_low(self, plan: Plan) -> bool:
+        """Whether its copy runs under a plan."""
+        if self.name == "head":
+            return plan.head is Mode.LOW
+        return (plan.attention if self.name in _ATTENTION else plan.mlp)[self.layer] is Mode.LOW
 
 
 class LowBitCopies:
-    """The 4-bit copies of a model's sublayers and head, each made at first use and shared by all plans and sessions.
+    """The 4-bit copies of a model's sublayers and head, shared by all plans and sessions.
+
+    Without a weight cache each is made at first use. With one, the first use takes all of them from there, or makes all
+    of them and leaves them there for the next start.
 
     Args:
         attentions, mlps: the sublayers with the checkpoint's weights.
         head: the LM head with the checkpoint's weights.
         run: runs a sample of tokens through sublayers and a head with these weights.
+        cache: where copies are kept; None keeps none.
     """
 
     def __init__(
@@ -66,29 +76,56 @@ class LowBitCopies:
         mlps: Sequence[Mlp],
         head: Matrix,
         run: Callable[[Sequence[Attention], Sequence[Mlp], Matrix], None],
+        cache: WeightCache | None = None,
     ) -> None:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
+        self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `_Source.names`
         self._made: dict[tuple[str, int], Any] = {}
-        self._keeper = TensorKeeper()
         self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
-        """Memory of all copies made so far."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._keeper.tensors)
+        """Memory of all copies made or memory-mapped so far."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def attention(self, layer: int) -> Attention:
         """The 4-bit copy of a layer's attention sublayer."""
-        return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], layer, "qkvo"))
+        return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], layer, _ATTENTION))
 
     def mlp(self, layer: int) -> Mlp:
         """The 4-bit copy of a layer's MLP sublayer."""
-        return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], layer, ("gate", "up", "down")))
+        return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], layer, _MLP))
 
     def head(self) -> Matrix:
         """The 4-bit copy of the LM head."""
-        return self._once(("head", 0), lambda: self._quantise(self._head, self._column_importance(0, "head")))
+        return self._once(("head", 0), lambda: self._low(_Source(self._head, 0, "head")))
+
+    def prepare(self, plan: Plan, progress: Progress) -> None:
+        """Makes the copies that a plan uses. With a weight cache, takes all copies from there, or makes and stores all.
+
+        Args:
+            plan: the plan.
+            progress: receives a stage if copies are made, with a step for each matrix.
+        """
+        if not plan.uses_low:
+            return
+        with self._lock:
+            matrices = list(self._matrices())
+            kept = self._cache.load(_cache_key()) if self._cache is not None and not self._tensors else None
+            if kept is not None and _are_copies_of(matrices, kept):
+                self._tensors = kept
+            wanted = [each for each in matrices if self._cache is not None or each.is_low(plan)]
+            missing = [each for each in wanted if each.names[0] not in self._tensors]
+            if not missing:
+                return
+            progress.stage("making 4-bit copies", len(missing))
+            for each in missing:
+                self._low(each)
+                progress.advance()
+            if self._cache is not None:
+                self._cache.store(_cache_key(), self._tensors)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:
@@ -100,10 +137,23 @@ class LowBitCopies:
     def _copy(self, sublayer: _Made, layer: int, names: Sequence[str]) -> _Made:
         copy = type(sublayer).from_buffer_copy(sublayer)
         for name in names:
-            setattr(
-                copy, name, self._quantise(getattr(sublayer, name), self._column_importance(layer, _FIRST_OF[name]))
-            )
+            setattr(copy, name, self._low(_Source(getattr(sublayer, name), layer, name)))
         return copy
+
+    def _matrices(self) -> Iterator[_Source]:
+        """Every matrix that has a copy."""
+        for layer, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
+            yield from (_Source(getattr(attention, name), layer, name) for name in _ATTENTION)
+            yield from (_Source(getattr(mlp, name), layer, name) for name in _MLP)
+        yield _Source(self._head, 0, "head")
+
+    def _low(self, source: _Source) -> Matrix:
+        """The copy of a matrix, made unless it is there."""
+        levels, scales = source.names
+        if levels not in self._tensors:
+            importance = self._column_importance(source.layer, _FIRST_OF[source.name])
+            self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance)
+        return low_matrix(source.matrix, self._tensors[levels], self._tensors[scales])
 
     def _column_importance(self, layer: int, name: str) -> torch.Tensor:
         """Importance (cols,) of a matrix's columns: their mean squared input, relative to the mean of all columns.
@@ -133,13 +183,46 @@ class LowBitCopies:
         self._importance[layer, name] = torch.zeros(matrix.cols)
         return address(self._importance[layer, name])
 
-    def _quantise(self, matrix: Matrix, importance: torch.Tensor) -> Matrix:
-        groups = -(-matrix.cols // GROUP_SIZE)
-        lanes = kernels().knn_ssd_lanes()
-        rows = -(-matrix.rows // lanes) * lanes
-        data = torch.zeros(rows, groups, GROUP_SIZE // 2, dtype=torch.uint8)
-        scales = torch.zeros(rows, groups, 2, dtype=torch.bfloat16)
-        kernels().knn_ssd_quantise(
-            ctypes.byref(matrix), address(importance), _NUM_RANGES, address(data), address(scales)
-        )
-        return Matrix(self._keeper.keep(data), self._keeper.keep(scales), matrix.bias, matrix.rows, matrix.cols, INT4)
+
+def quantise(matrix: Matrix, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels (rows, groups, 32) in bytes and the scales (rows, groups, 2) of a matrix's 4-bit copy.
+
+    They are in the order in which the kernels read them, with rows filled up to a multiple of the kernels' lanes.
+
+    Args:
+        matrix: a matrix of the checkpoint.
+        importance: (cols,) weights of the columns' squared errors.
+    """
+    data, scales = (torch.zeros(shape, dtype=dtype) for shape, dtype in _forms(matrix))
+    kernels().knn_ssd_quantise(ctypes.byref(matrix), address(importance), _NUM_RANGES, address(data), address(scales))
+    return data, scales
+
+
+def low_matrix(matrix: Matrix, levels: torch.Tensor, scales: torch.Tensor) -> Matrix:
+    """The 4-bit copy of a matrix, with tensors as `quantise` makes them; the caller keeps these alive."""
+    return Matrix(address(levels), address(scales), matrix.bias, matrix.rows, matrix.cols, INT4)
+
+
+def _forms(matrix: Matrix) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """The shapes and dtypes of the levels and the scales of a matrix's copy."""
+    lanes, groups = kernels().knn_ssd_lanes(), -(-matrix.cols // GROUP_SIZE)
+    rows = -(-matrix.rows // lanes) * lanes
+    return ((rows, groups, GROUP_SIZE // 2), torch.uint8), ((rows, groups, 2), torch.bfloat16)
+
+
+def _are_copies_of(sources: Sequence[_Source], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
+    expected = {name: form for each in sources for name, form in zip(each.names, _forms(each.matrix), strict=True)}
+    are_copies = expected == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if not are_copies:
+        logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
+    return are_copies
+
+
+def _cache_key() -> str:
+    """Everything beside a model's weights that decides the bytes of its copies."""
+    unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
+    return (
+        f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
+        f"{_NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
+    )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from knn_ssd.backends.base import Forward, ForwardRequest, Prefill
-from knn_ssd.backends.cursor import CursorSession
+from knn_ssd.backends.cursor import CHUNK_TOKENS, Cursor, CursorSession
+from knn_ssd.backends.growth import grown
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.prefix_cache import CachedPrefix, PrefixCache
 from knn_ssd.plan import Plan
@@ -20,16 +21,22 @@ class NativeSession(CursorSession):
     """One request on a `NativeBackend`; see `base.Session`.
 
     Args:
-        cache: an empty KV cache.
+        cursor: at the start of the session.
+        cache: an empty KV cache with the room that the cursor has reserved.
         hidden_size: the model's D.
         forward: function that runs a forward pass.
         prefix_cache: store in which the KV cache of prompts with the same first tokens is found and left.
     """
 
     def __init__(
-        self, cache: KVCache, hidden_size: int, forward: Forward, prefix_cache: PrefixCache | None = None
+        self,
+        cursor: Cursor,
+        cache: KVCache,
+        hidden_size: int,
+        forward: Forward,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        super().__init__(cache.capacity)
+        super().__init__(cursor)
         self.cache: KVCache | None = cache
         self._forward = forward
         self._prefix_cache = prefix_cache
@@ -39,7 +46,8 @@ class NativeSession(CursorSession):
     def prefill(self, token_ids: list[int]) -> Prefill:
         assert self.length == 0, "prefill is for an empty session"
         started = time.perf_counter()
-        self._cursor.check_room(len(token_ids))
+        self._cursor.make_room(len(token_ids), ahead=CHUNK_TOKENS // 2)
+        self._grow(kept=0)
         reused = self._reuse(token_ids[:-1])
         for start in range(reused, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]
@@ -66,14 +74,25 @@ class NativeSession(CursorSession):
     def close(self) -> None:
         self._keep()
         self.cache, self._hidden = None, torch.empty(0)
+        self._cursor.close()
 
     def _run(self, token_ids: Sequence[int], plan: Plan | None, num_logits: int) -> torch.Tensor:
-        self._cursor.check_room(len(token_ids))
+        self._cursor.make_room(len(token_ids))
+        self._grow(kept=len(self._hidden))
         output = self._forward(ForwardRequest(token_ids, self.length, self.cache, plan, num_logits))
         self._token_ids[self.length :] = token_ids
         if plan is None:
             self._hidden[self.length : self.length + len(token_ids)] = output.hidden
         return output.logits
+
+    def _grow(self, kept: int) -> None:
+        """Gives the KV cache the room that the cursor has reserved, and keeps its first `kept` tokens."""
+        cache, size = self.cache, self._cursor.reserved
+        assert cache is not None, "the KV cache was freed, or could not grow"
+        if size > cache.capacity:
+            self.cache = None  # for good, if there is no memory
+            cache.grow(size, kept)
+            self.cache, self._hidden = cache, grown(self._hidden, 0, size, kept)
 
     def _reuse(self, token_ids: Sequence[int]) -> int:
         """Copies the KV cache of the longest cached prefix of these tokens; returns its length."""

@@ -19,15 +19,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
-from knn_ssd.backends.structure import Structure, context_length, find_structure
+from knn_ssd.backends.structure import Structure, context_length, declared, find_structure
 from knn_ssd.backends.transformers.kv_cache import StaticCache
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
 
 # Shared by all backends of one model: a forward pass of one must not see what another has skipped.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -53,11 +55,15 @@ class TransformersBackend:
         self.num_layers = len(self.structure.layers)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.context_length = context_length(config)
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
-        self._silent = _zero_forwards(self)
+        cache = StaticCache(self.num_layers, Cursor(2))
+        self._silent = _zero_forwards(self, cache)
+        on_cpu = self.device.type == "cpu"  # torch reports itself that an accelerator's memory is full
+        self._admission = MemoryAdmission.of(model, self.weight_bytes, cache.token_bytes) if on_cpu else None
+        self.context_length = context_length(config)
 
     @property
     def exactness(self) -> Exactness:
@@ -68,18 +74,26 @@ class TransformersBackend:
         return self._exactness
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.model.parameters())
+
+    @property
     def low_bit_bytes(self) -> int:
         """Always 0: this backend has no 4-bit copies."""
         return 0
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Does nothing: a plan needs no more than the model has."""
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
     ) -> TransformersSession:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
-        return TransformersSession(self.num_layers, capacity, forward or self.forward)
+        return TransformersSession(self.num_layers, Cursor(capacity, self._admission), forward or self.forward)
+
+    def most_tokens(self) -> int:
+        limit = self.context_length
+        return self._admission.most_tokens(limit) if self._admission is not None else limit
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         cache: StaticCache = request.cache
@@ -88,6 +102,8 @@ class TransformersBackend:
             mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
         with self.skipping(request.plan), _last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
             logits = self._run(request.token_ids, cache, request.num_logits, mask)
+        if self.device.type != "cpu":  # so that whoever times the pass times its work
+            torch.get_device_module(self.device).synchronize()
         return ForwardOutput(captured[0][0], logits)
 
     @contextmanager
@@ -113,8 +129,8 @@ class TransformersBackend:
         with torch.no_grad():
             output = self.model(
                 input_ids=torch.tensor([list(token_ids)], device=self.device),  # (1, n)
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_option: cache},
                 **{name: value for name, value in options.items() if name in self._options},
             )
         return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
@@ -122,13 +138,13 @@ class TransformersBackend:
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
         config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        chunk = getattr(config, "attention_chunk_size", None)
+        window = declared(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
+        chunk = declared(config, "attention_chunk_size")
 
         def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
             return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
 
-        if getattr(config, "layer_types", None) and (window or chunk):
+        if declared(config, "layer_types") and (window or chunk):
             return {
                 "full_attention": mask(),
                 "sliding_attention": mask(window=window),
@@ -186,10 +202,13 @@ def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
                 module.__dict__["forward"] = forward_before
 
 
-def _zero_forwards(backend: TransformersBackend) -> Any:
-    """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it."""
+def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
+    """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it.
+
+    The cache, which has room for two tokens, is written to.
+    """
     structure = backend.structure
-    shapes = _output_shapes(backend)
+    shapes = _output_shapes(backend, cache)
     attention, mlp = (
         [(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
     )
@@ -208,7 +227,7 @@ def _zero_forward(shape: int | None) -> Callable[..., Any]:
     return forward
 
 
-def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
+def _output_shapes(backend: TransformersBackend, cache: StaticCache) -> dict[nn.Module, int | None]:
     """The length of each sublayer's output tuple, None for a tensor, found in one forward pass over two tokens."""
     shapes: dict[nn.Module, int | None] = {}
     modules = backend.structure.attention + backend.structure.mlp
@@ -219,7 +238,7 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
     with ExitStack() as hooks:
         for module in modules:
             hooks.enter_context(module.register_forward_hook(note))
-        _try_forward(backend)
+        _try_forward(backend, cache)
     for index, module in enumerate(modules):
         if module not in shapes:
             raise UnsupportedModelError(
@@ -247,7 +266,7 @@ def _check_identity(
     with ExitStack() as hooks, _replaced(silent):
         for index, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(compare(index), with_kwargs=True))
-        _try_forward(backend)
+        _try_forward(backend, StaticCache(backend.num_layers, Cursor(2)))
     if changed:
         raise UnsupportedModelError(
             f"layer {changed[0]} ({type(structure.layers[changed[0]]).__name__}) of {type(backend.model).__name__} "
@@ -256,9 +275,9 @@ def _check_identity(
         )
 
 
-def _try_forward(backend: TransformersBackend) -> None:
+def _try_forward(backend: TransformersBackend, cache: StaticCache) -> None:
     try:
-        backend._run([0, 0], StaticCache(backend.num_layers, Cursor(2)), logits_to_keep=1)
+        backend._run([0, 0], cache, logits_to_keep=1)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(backend.model).__name__} did not run with a static KV cache ({type(error).__name__}: {error})"

@@ -1,4 +1,4 @@
-"""A static KV cache with one cursor, behind the cache interface of transformers' models.
+"""A KV cache with one cursor, behind the cache interface of transformers' models.
 
 It knows nothing of plans: a skipped attention never calls `update`, and the verification writes its keys and values.
 Sliding windows are left to the attention mask, so rewinding is exact in every layer.
@@ -13,10 +13,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from knn_ssd.backends.cursor import Cursor
+from knn_ssd.backends.growth import grown
 
 
 class StaticCache(Cache):
-    """Keys and values of `num_layers` layers, for as many tokens as the cursor's capacity."""
+    """Keys and values of `num_layers` layers, with room for as many tokens as the cursor has reserved."""
 
     def __init__(self, num_layers: int, cursor: Cursor) -> None:
         self.cursor = cursor
@@ -34,13 +35,18 @@ class StaticCache(Cache):
         finally:
             self.teacher_forcing = False
 
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token in all layers that have run."""
+        return sum(layer.token_bytes for layer in self.layers if isinstance(layer, _StaticLayer))
+
     def release(self) -> None:
         """Frees the memory."""
         self.layers = []
 
 
 class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, allocated at the first update."""
+    """One layer's keys and values, allocated at the first update; a layer that is skipped grows when it runs again."""
 
     is_sliding = False
 
@@ -48,9 +54,14 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token; 0 before the first update."""
+        return sum(part.nbytes // part.shape[2] for part in (self.keys, self.values) if part is not None)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = (
-            states.new_empty(*states.shape[:2], self._cache.cursor.capacity, states.shape[-1])  # (1, H, capacity, D)
+            states.new_empty(*states.shape[:2], self._cache.cursor.reserved, states.shape[-1])  # (1, H, reserved, D)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -69,6 +80,10 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 torch.cat([self.keys[:, :, :end], key_states], dim=-2),
                 torch.cat([self.values[:, :, :end], value_states], dim=-2),
             )
+        if (room := self.keys.shape[2]) < end:
+            self.keys, self.values = (
+                grown(part, 2, self._cache.cursor.reserved, room) for part in (self.keys, self.values)
+            )
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -76,8 +91,12 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self._cache.cursor.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.cursor.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        # Early versions of transformers 5 give the positions of the new tokens instead of their number.
+        count = query_length if isinstance(query_length, int) else len(query_length)
+        return self._cache.cursor.length + count, 0
 
     def get_max_length(self) -> int:
         return self._cache.cursor.capacity
+
+    get_max_cache_shape = get_max_length  # its name in early versions of transformers 5

@@ -8,7 +8,10 @@
 #include "thread_pool.h"
 
 #define PREFETCH_BYTES 2048 /* of 8-bit keys and values that are prefetched ahead */
-#define MAX_QUERIES 4       /* query heads whose outputs are summed at once */
+#define MAX_QUERIES 4       /* whose outputs are summed at once */
+#define MAX_ROWS 8          /* whose queries read keys and values together */
+#define MAX_SHARED 16       /* query heads that read keys and values together */
+#define POSITIONS 64        /* whose values stay in the L1 cache for all queries */
 
 /* Keys and values of successive positions, of one head. */
 typedef struct {
@@ -91,9 +94,18 @@ INLINE void score_keys(const float *query, const float *keys, const int64_t head
     store(scores, horizontal_sums(sums) * scale);
 }
 
-/* Scores of `count` queries for a span's keys; a query's scores are `stride` apart from the next one's. */
-INLINE void score_span(const float *queries, int64_t count, const Span *span, const int64_t head_dim, const int use_int8,
-                       float scale, float *scores, int64_t stride) {
+/* A query (head_dim,) of one row and head, its output, and the scores that become its weights. It attends to positions
+ * `begin` .. `end` - 1, counted from the first one that has a score. */
+typedef struct {
+    int64_t count;
+    const float *queries[MAX_ROWS * MAX_SHARED];
+    float *out[MAX_ROWS * MAX_SHARED], *scores[MAX_ROWS * MAX_SHARED];
+    int64_t begin[MAX_ROWS * MAX_SHARED], end[MAX_ROWS * MAX_SHARED];
+} Queries;
+
+/* Writes the scores of a span's keys from scores[…][first] on. */
+INLINE void score_span(const Queries *q, const Span *span, int64_t first, const int64_t head_dim, const int use_int8,
+                       float scale) {
     float dequantised[use_int8 ? LANES * head_dim : 1];
     for (int64_t t = 0; t < span->count; t += LANES) {
         const int64_t n_keys = min_int(span->count - t, LANES);
@@ -101,9 +113,9 @@ INLINE void score_span(const float *queries, int64_t count, const Span *span, co
         const int8_t *int8_keys = span->cache.int8_keys + t * head_dim;
         for (int64_t i = 0; use_int8 && i < LANES * head_dim; i += 64) __builtin_prefetch(int8_keys + PREFETCH_BYTES + i);
         for (int64_t i = 0; use_int8 && i < n_keys * head_dim; i += LANES) store(dequantised + i, load_int8(int8_keys + i));
-        for (int64_t q = 0; q < count; q++) {
-            float *out = scores + q * stride + t;
-            score_keys(queries + q * head_dim, keys, head_dim, n_keys, scale, out);
+        for (int64_t j = 0; j < q->count; j++) {
+            float *out = q->scores[j] + first + t;
+            score_keys(q->queries[j], keys, head_dim, n_keys, scale, out);
             for (int64_t i = 0; use_int8 && i < n_keys; i++) out[i] *= span->cache.key_scales[t + i];
         }
     }
@@ -131,90 +143,103 @@ INLINE Floats load_values(const KVCache *c, int64_t offset, const int use_int8) 
     return use_int8 ? load_int8(c->int8_values + offset) : load(c->values + offset);
 }
 
-/* out[q][i:] = the sum over all positions of weight times value, for n_vectors vectors of components from i on. */
-INLINE void weighted_sum(const Span spans[2], int64_t head_dim, const float *weights, int64_t stride, const float *inverse,
-                         int64_t i, const int n_vectors, const int n_queries, const int use_int8, float *out) {
+/* Adds to out[q][i:], for n_vectors vectors of components from i on, the products of a span's values with each query's
+ * weights. The positions are added in their order. */
+INLINE void weighted_sum(const Span *span, int64_t head_dim, float *const *weights, int64_t first, int64_t i,
+                         const int n_vectors, const int n_queries, const int use_int8, float *const *out) {
     Floats sum[MAX_QUERIES][4];
 #pragma GCC unroll 4
     for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
-        for (int j = 0; j < n_vectors; j++) sum[q][j] = (Floats){0};
-    for (int s = 0; s < 2; s++)
-        for (int64_t t = 0; t < spans[s].count; t++, weights++) {
-            Floats value[4];
-            if (use_int8) __builtin_prefetch(spans[s].cache.int8_values + t * head_dim + i + PREFETCH_BYTES);
+        for (int j = 0; j < n_vectors; j++) sum[q][j] = load(out[q] + i + j * LANES);
+    for (int64_t t = 0; t < span->count; t++) {
+        Floats value[4];
+        if (use_int8) __builtin_prefetch(span->cache.int8_values + t * head_dim + i + PREFETCH_BYTES);
 #pragma GCC unroll 4
-            for (int j = 0; j < n_vectors; j++)
-                value[j] = load_values(&spans[s].cache, t * head_dim + i + j * LANES, use_int8);
+        for (int j = 0; j < n_vectors; j++) value[j] = load_values(&span->cache, t * head_dim + i + j * LANES, use_int8);
 #pragma GCC unroll 4
-            for (int q = 0; q < n_queries; q++)
+        for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
-                for (int j = 0; j < n_vectors; j++) sum[q][j] = fmadd(splat(weights[q * stride]), value[j], sum[q][j]);
-        }
+            for (int j = 0; j < n_vectors; j++) sum[q][j] = fmadd(splat(weights[q][first + t]), value[j], sum[q][j]);
+    }
 #pragma GCC unroll 4
     for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
-        for (int j = 0; j < n_vectors; j++) store(out + q * head_dim + i + j * LANES, sum[q][j] * inverse[q]);
+        for (int j = 0; j < n_vectors; j++) store(out[q] + i + j * LANES, sum[q][j]);
 }
 
-INLINE void weighted_sums(const Span spans[2], int64_t head_dim, const float *weights, int64_t stride, const float *inverse,
-                          const int n_queries, const int use_int8, float *out) {
+INLINE void weighted_sums_of(const Span *span, int64_t head_dim, float *const *weights, int64_t first, const int n_queries,
+                             const int use_int8, float *const *out) {
     int64_t i = 0;
     for (; i + 4 * LANES <= head_dim; i += 4 * LANES)
-        weighted_sum(spans, head_dim, weights, stride, inverse, i, 4, n_queries, use_int8, out);
-    for (; i < head_dim; i += LANES)
-        weighted_sum(spans, head_dim, weights, stride, inverse, i, 1, n_queries, use_int8, out);
+        weighted_sum(span, head_dim, weights, first, i, 4, n_queries, use_int8, out);
+    for (; i < head_dim; i += LANES) weighted_sum(span, head_dim, weights, first, i, 1, n_queries, use_int8, out);
 }
 
-/* Multiplies weights with the scales of the 8-bit values that they belong to. */
-static void scale_weights(const Span spans[2], float *weights) {
-    for (int s = 0; s < 2; weights += spans[s++].count)
-        for (int64_t t = 0; t < spans[s].count; t++) weights[t] *= spans[s].cache.value_scales[t];
-}
-
-INLINE void attend_with(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, const int use_int8,
-                        float scale, float *scores, int64_t stride, float *out) {
-    int64_t total = 0;
-    for (int s = 0; s < 2; total += spans[s++].count) { /* the usual sizes are constants for the compiler */
-        if (head_dim == 64) score_span(queries, count, spans + s, 64, use_int8, scale, scores + total, stride);
-        else if (head_dim == 128) score_span(queries, count, spans + s, 128, use_int8, scale, scores + total, stride);
-        else score_span(queries, count, spans + s, head_dim, use_int8, scale, scores + total, stride);
-    }
-    for (int64_t q = 0, n_queries; q < count; q += n_queries) {
-        float inverse[MAX_QUERIES], *weights = scores + q * stride, *o = out + q * head_dim;
-        n_queries = min_int(count - q, MAX_QUERIES);
-        for (int64_t j = 0; j < n_queries; j++) {
-            inverse[j] = softmax(weights + j * stride, total);
-            if (use_int8) scale_weights(spans, weights + j * stride);
-        }
-        if (n_queries == 4) weighted_sums(spans, head_dim, weights, stride, inverse, 4, use_int8, o);
-        else if (n_queries == 3) weighted_sums(spans, head_dim, weights, stride, inverse, 3, use_int8, o);
-        else if (n_queries == 2) weighted_sums(spans, head_dim, weights, stride, inverse, 2, use_int8, o);
-        else weighted_sums(spans, head_dim, weights, stride, inverse, 1, use_int8, o);
+/* The same for any number of queries and all components. weights[q][first + t] belongs to the span's position t. */
+INLINE void weighted_sums(const Span *span, int64_t head_dim, float *const *weights, int64_t first, int64_t count,
+                          const int use_int8, float *const *out) {
+    for (int64_t q = 0, n; q < count; q += n) {
+        n = min_int(count - q, MAX_QUERIES);
+        if (n == 4) weighted_sums_of(span, head_dim, weights + q, first, 4, use_int8, out + q);
+        else if (n == 3) weighted_sums_of(span, head_dim, weights + q, first, 3, use_int8, out + q);
+        else if (n == 2) weighted_sums_of(span, head_dim, weights + q, first, 2, use_int8, out + q);
+        else weighted_sums_of(span, head_dim, weights + q, first, 1, use_int8, out + q);
     }
 }
 
-/* out (count, head_dim) of `count` queries over the keys and values of two spans, one after the other. */
-static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, int use_int8, float scale,
-                   float *scores, int64_t stride, float *out) {
-    if (use_int8) attend_with(queries, count, spans, head_dim, 1, scale, scores, stride, out);
-    else attend_with(queries, count, spans, head_dim, 0, scale, scores, stride, out);
+/* Adds the values of positions `from` .. `to` - 1 of a span, whose first position is `first`, to `count` outputs. */
+INLINE void sum_positions(const Queries *q, int64_t index, int64_t count, const Span *span, int64_t first, int64_t from,
+                          int64_t to, int64_t head_dim, const int use_int8) {
+    const Span part = {cache_from(span->cache, from - first, head_dim), to - from};
+    if (from < to) weighted_sums(&part, head_dim, q->scores + index, from, count, use_int8, q->out + index);
+}
+
+/* Adds a span's values to all outputs. What all queries attend to is read once for all of them. */
+INLINE void sum_span(const Queries *q, const Span *span, int64_t first, int64_t head_dim, const int use_int8) {
+    const int64_t last = first + span->count;
+    int64_t from = first, to = last; /* of what is common */
+    for (int64_t j = 0; j < q->count; j++) from = max_int(from, q->begin[j]), to = min_int(to, q->end[j]);
+    to = max_int(from, to);
+    for (int64_t j = 0; j < q->count; j++)
+        sum_positions(q, j, 1, span, first, max_int(q->begin[j], first), min_int(from, min_int(q->end[j], last)), head_dim, use_int8);
+    for (int64_t t = from; t < to; t += POSITIONS)
+        sum_positions(q, 0, q->count, span, first, t, min_int(t + POSITIONS, to), head_dim, use_int8);
+    for (int64_t j = 0; j < q->count; j++)
+        sum_positions(q, j, 1, span, first, max_int(q->begin[j], to), min_int(q->end[j], last), head_dim, use_int8);
+}
+
+/* Multiplies a query's weights with the scales of the 8-bit values that they belong to. */
+static void scale_weights(const Span spans[2], float *weights, int64_t begin, int64_t end) {
+    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count)
+        for (int64_t t = max_int(begin, first); t < min_int(end, first + spans[s].count); t++)
+            weights[t] *= spans[s].cache.value_scales[t - first];
+}
+
+INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const int use_int8, float scale) {
+    float inverse[MAX_ROWS * MAX_SHARED];
+    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) { /* the usual sizes are constants for the compiler */
+        if (head_dim == 64) score_span(q, spans + s, first, 64, use_int8, scale);
+        else if (head_dim == 128) score_span(q, spans + s, first, 128, use_int8, scale);
+        else score_span(q, spans + s, first, head_dim, use_int8, scale);
+    }
+    for (int64_t j = 0; j < q->count; j++) {
+        inverse[j] = softmax(q->scores[j] + q->begin[j], q->end[j] - q->begin[j]);
+        if (use_int8) scale_weights(spans, q->scores[j], q->begin[j], q->end[j]);
+        memset(q->out[j], 0, (size_t)4 * head_dim);
+    }
+    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) sum_span(q, spans + s, first, head_dim, use_int8);
+    for (int64_t j = 0; j < q->count; j++)
+        for (int64_t i = 0; i < head_dim; i += LANES) store(q->out[j] + i, load(q->out[j] + i) * inverse[j]);
+}
+
+/* The outputs of queries over the keys and values of two spans, one after the other. */
+static void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, float scale) {
+    if (use_int8) attend_with(q, spans, head_dim, 1, scale);
+    else attend_with(q, spans, head_dim, 0, scale);
 }
 
 static int uses_int8(const Attention *a) { return a->q.kind == INT4; }
-
-/* `count` query heads of one row that share the keys and values of head `kv`; `cache` is the entry's, of this layer. */
-static void attend_row(const Attention *a, const BatchEntry *e, KVCache cache, const NewRows *new, int64_t row, int64_t kv,
-                       int64_t count, const float *queries, float *scores, int64_t stride, float *out) {
-    const int64_t position = e->position + row;
-    const int64_t lowest = a->window ? max_int(position + 1 - a->window, 0) : 0;
-    const int64_t cached = e->position + (e->run_length ? row - row % e->run_length : 0);
-    const int64_t first_new = max_int(lowest, cached);
-    const int64_t new_index = kv * new->stride + first_new - e->position;
-    const Span spans[2] = {{cache_from(cache, kv * e->capacity + lowest, a->head_dim), first_new - lowest},
-                           {cache_from(new->cache, new_index, a->head_dim), position + 1 - first_new}};
-    attend(queries, count, spans, a->head_dim, uses_int8(a), (float)a->scale, scores, stride, out);
-}
 
 typedef struct {
     const Attention *attention;
@@ -264,47 +289,98 @@ static KVCache layer_cache(const Attention *a, const BatchEntry *e, int64_t laye
     return cache_from(e->cache, layer * a->kv_heads * e->capacity, a->head_dim);
 }
 
-/* How many query heads one item of work takes: all that share keys, unless too few items would be left for the threads. */
-static int64_t heads_per_item(const Attention *a, int64_t n, int64_t threads) {
-    const int64_t items = n * a->kv_heads;
-    return items < 4 * threads && items % threads ? 1 : a->heads / a->kv_heads;
+/* How the queries of a forward pass are divided into items of work. An item has the queries of some query heads, which
+ * share keys and values, of some successive rows of an entry. */
+typedef struct {
+    int64_t shared, rows; /* query heads, and rows, of an item */
+} Division;
+
+/* All query heads that share keys are in one item, unless too few items would be left for the threads. */
+static Division divide(const Attention *a, int64_t n, int64_t threads) {
+    const int64_t items = n * a->kv_heads, group = a->heads / a->kv_heads;
+    if (group > MAX_SHARED || (items < 4 * threads && items % threads)) return (Division){1, 1};
+    return (Division){group, max_int(1, min_int(MAX_ROWS, items / (4 * threads)))};
+}
+
+/* Successive rows of an entry, whose queries are in the same items. */
+typedef struct {
+    int64_t entry, row, rows, batch_row; /* `row`: the first one in the entry; `batch_row`: in the batch */
+} RowGroup;
+
+/* Divides each entry's rows into groups; returns their number. In teacher-forced scoring, each row is a group. */
+static int64_t group_rows(const BatchEntry *entries, int64_t n_entries, int64_t most, RowGroup *groups) {
+    int64_t count = 0, first = 0;
+    for (int64_t i = 0; i < n_entries; first += entries[i++].n_rows)
+        for (int64_t r = 0; r < entries[i].n_rows; r += groups[count++].rows)
+            groups[count] = (RowGroup){i, r, entries[i].run_length ? 1 : min_int(most, entries[i].n_rows - r), first + r};
+    return count;
 }
 
 typedef struct {
     const Attention *attention;
     const BatchEntry *entries;
     const NewRows *new;
-    const int64_t *entry_of, *row_of; /* of each row of the batch */
-    int64_t layer, shared, stride;    /* query heads of an item; room for one query's scores */
+    const RowGroup *groups;
+    Division division;
+    int64_t layer, stride; /* room for one query's scores */
     const float *q;
     float *scores, *out;
 } Attending;
 
-/* An item is `shared` query heads of one row, which share keys and values. */
+static int64_t lowest_position(const Attention *a, int64_t position) {
+    return a->window ? max_int(position + 1 - a->window, 0) : 0;
+}
+
+/* The queries of a group's rows from query head `head` on; the group's first row is at `position`. */
+static Queries queries_of(const Attending *c, const RowGroup *g, int64_t position, int64_t head, int thread) {
+    const Attention *a = c->attention;
+    const int64_t lowest = lowest_position(a, position);
+    float *scores = c->scores + thread * c->division.rows * c->division.shared * c->stride;
+    Queries q = {.count = 0};
+    for (int64_t r = 0; r < g->rows; r++)
+        for (int64_t h = 0; h < c->division.shared; h++, q.count++) {
+            const int64_t offset = ((g->batch_row + r) * a->heads + head + h) * a->head_dim;
+            q.queries[q.count] = c->q + offset;
+            q.out[q.count] = c->out + offset;
+            q.scores[q.count] = scores + q.count * c->stride;
+            q.begin[q.count] = lowest_position(a, position + r) - lowest;
+            q.end[q.count] = position + r + 1 - lowest;
+        }
+    return q;
+}
+
 static void attend_items(void *context, int64_t first, int64_t last, int thread) {
     const Attending *c = context;
     const Attention *a = c->attention;
+    const int64_t per_group = a->heads / c->division.shared;
     for (int64_t item = first; item < last; item++) {
-        const int64_t index = item * c->shared, head = index % a->heads, r = index / a->heads, i = c->entry_of[r];
-        const BatchEntry *e = c->entries + i;
-        attend_row(a, e, layer_cache(a, e, c->layer), c->new + i, c->row_of[r], head / (a->heads / a->kv_heads), c->shared,
-                   c->q + index * a->head_dim, c->scores + thread * c->shared * c->stride, c->stride,
-                   c->out + index * a->head_dim);
+        const RowGroup *g = c->groups + item / per_group;
+        const BatchEntry *e = c->entries + g->entry;
+        const NewRows *new = c->new + g->entry;
+        const int64_t head = item % per_group * c->division.shared, kv = head / (a->heads / a->kv_heads);
+        const int64_t position = e->position + g->row, lowest = lowest_position(a, position);
+        const int64_t first_new = max_int(lowest, e->position + (e->run_length ? g->row - g->row % e->run_length : 0));
+        const KVCache cached = cache_from(layer_cache(a, e, c->layer), kv * e->capacity + lowest, a->head_dim);
+        const KVCache added = cache_from(new->cache, kv * new->stride + first_new - e->position, a->head_dim);
+        const Span spans[2] = {{cached, first_new - lowest}, {added, position + g->rows - first_new}};
+        const Queries q = queries_of(c, g, position, head, thread);
+        attend(&q, spans, a->head_dim, uses_int8(a), (float)a->scale);
     }
 }
 
 int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, int64_t layer, float *x, int64_t n) {
     const int64_t width = a->q.cols, inner = a->heads * a->head_dim, kv_inner = a->kv_heads * a->head_dim;
-    const int64_t threads = pool_threads(), shared = heads_per_item(a, n, threads);
+    const int64_t threads = pool_threads();
+    const Division division = divide(a, n, threads);
     int64_t longest = 0;
     for (int64_t i = 0; i < n_entries; i++) longest = max_int(longest, entries[i].position + entries[i].n_rows);
     const int64_t stride = (longest + 2 * LANES) / LANES * LANES; /* room for one query's scores */
     scratch_reset();
     float *normed = scratch_take(n, width * 4), *out = scratch_take(n, width * 4), *q = scratch_take(n, inner * 4);
     float *k = scratch_take(n, kv_inner * 4), *v = scratch_take(n, kv_inner * 4), *mixed = scratch_take(n, inner * 4);
-    float *scores = scratch_take(stride, threads * shared * 4);
+    float *scores = scratch_take(stride, threads * division.shared * division.rows * 4);
     NewRows *new = scratch_take(n_entries, sizeof *new);
-    int64_t *entry_of = scratch_take(n, 8), *row_of = scratch_take(n, 8); /* of each row of x */
+    RowGroup *groups = scratch_take(n, sizeof *groups);
     for (int64_t i = 0; new && i < n_entries; i++) {
         const BatchEntry *e = entries + i;
         if (e->run_length) new[i] = (NewRows){scratch_cache(e->n_rows, a->kv_heads, a->head_dim), e->n_rows};
@@ -316,10 +392,10 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
     for (int64_t i = 0, first = 0; i < n_entries; first += entries[i++].n_rows) {
         Storing storing = {a, entries + i, new + i, q + first * inner, k + first * kv_inner, v + first * kv_inner};
         parallel_for(entries[i].n_rows, ROWS_PER_CHUNK, store_rows, &storing);
-        for (int64_t r = 0; r < entries[i].n_rows; r++) entry_of[first + r] = i, row_of[first + r] = r;
     }
-    Attending attending = {a, entries, new, entry_of, row_of, layer, shared, stride, q, scores, mixed};
-    parallel_for(n * a->heads / shared, 1, attend_items, &attending);
+    const int64_t n_groups = group_rows(entries, n_entries, division.rows, groups);
+    Attending attending = {a, entries, new, groups, division, layer, stride, q, scores, mixed};
+    parallel_for(n_groups * a->heads / division.shared, 1, attend_items, &attending);
     if (linear((const Matrix *[]){&a->o}, 1, mixed, n, (float *[]){out})) return OUT_OF_MEMORY;
     add_residual(x, out, n, width);
     return SUCCESS;

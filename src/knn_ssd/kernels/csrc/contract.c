@@ -1,10 +1,16 @@
 /* Checks of what callers pass: a few comparisons for each sublayer of a forward pass. */
 #include "contract.h"
 
+#include "blocks.h"
 #include "gemm.h"
 
+int is_valid_blocks(const Matrix *m) {
+    const int is_complete = m->kind != BFLOAT16_PACKED || (m->upper_bytes && m->escape_starts && m->escapes);
+    return m->data && is_blocks(m->kind) && is_complete && m->rows > 0 && m->cols > 0 && m->cols % UNIT_COLS == 0;
+}
+
 static int is_valid_matrix(const Matrix *m, int64_t rows, int64_t cols) {
-    const int is_known = m->kind == FLOAT32 || m->kind == BFLOAT16 || (m->kind == INT4 && m->scales);
+    const int is_known = is_valid_blocks(m) || (m->kind == BFLOAT16 && amx_enabled()) || (m->kind == INT4 && m->scales);
     return m->data && is_known && m->rows == rows && m->cols == cols && rows > 0 && cols > 0 && cols % K_STEP == 0;
 }
 
@@ -46,6 +52,6 @@ int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps,
 int is_valid_head(const Matrix *head) { return is_valid_matrix(head, head->rows, head->cols); }
 
 int is_valid_source(const Matrix *m, int64_t n_ranges) {
-    const int is_float = m->kind == FLOAT32 || m->kind == BFLOAT16;
+    const int is_float = m->kind == FLOAT32 || m->kind == BFLOAT16 || is_valid_blocks(m);
     return m->data && is_float && m->rows > 0 && m->cols > 0 && m->cols % LANES == 0 && n_ranges > 0;
 }

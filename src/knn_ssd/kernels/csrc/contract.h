@@ -11,6 +11,9 @@ int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps,
 /* Whether a matrix with its own number of rows and columns can be multiplied. */
 int is_valid_head(const Matrix *head);
 
+/* Whether rows of a matrix can be read: it is in float blocks. */
+int is_valid_blocks(const Matrix *m);
+
 /* Whether a 4-bit copy of the matrix can be made. */
 int is_valid_source(const Matrix *m, int64_t n_ranges);
 

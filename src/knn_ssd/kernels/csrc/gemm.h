@@ -5,15 +5,21 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#define K_STEP (2 * LANES) /* columns that a float kernel's inner loop takes at once; cols is a multiple of it */
-#define KC 512             /* columns whose inputs stay in the L1 cache */
+#define K_STEP (2 * LANES) /* cols is a multiple of it */
 #define MC 32              /* matrix rows that a thread takes at once */
-#define MAX_ROWS 8         /* input rows that are multiplied with a matrix row while it is in registers */
+#if LANES == 16
+#define PANEL_ROWS 8       /* input rows whose sums, with two vectors of weights, fit in the registers */
+#else
+#define PANEL_ROWS 6
+#endif
 #define GROUP_SIZE 64      /* columns that share a scale in a 4-bit matrix */
+
+/* How many of n rows a panel has; panels are about equally high. */
+INLINE int64_t panel_height(int64_t n) { return ceil_div(n, ceil_div(n, PANEL_ROWS)); }
 
 /* The inputs of a linear, in the order in which each kind of kernel reads them. */
 typedef struct {
-    float *panels;      /* float kernels: for every MAX_ROWS rows, (cols / K_STEP, rows of the panel, K_STEP) */
+    const float *panels; /* float kernels: for every `panel_height` rows, (cols, rows of the panel) */
     int8_t *int8;       /* 4-bit kernels: (n, groups, GROUP_SIZE) */
     float *int8_scales; /* (n, groups) */
     float *int8_sums;   /* (n, groups) sums of the dequantised inputs */
@@ -37,7 +43,10 @@ void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, fl
 /* y = the rows of a 4-bit matrix from `first` on, `count` of them, applied to n input rows. */
 void int4_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
 
-/* The same for a bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */
+/* The same for a matrix in float blocks. `first` is a multiple of LANES. */
+void block_gemm(const Matrix *m, int64_t first, int64_t count, const float *panels, int64_t n, float *y);
+
+/* The same for a row-major bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */
 int amx_enabled(void);
 int64_t amx_packed_rows(int64_t n); /* of `hi_lo`, of 4 * cols bytes each */
 void amx_pack_inputs(const float *x, int64_t n, int64_t cols, uint16_t *hi_lo);

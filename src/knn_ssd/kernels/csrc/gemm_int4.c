@@ -2,6 +2,7 @@
 #include "gemm.h"
 #include "quantise.h"
 
+#define MAX_ROWS 8          /* input rows that are multiplied with weights while they are in registers */
 #define PREFETCH_BYTES 4096 /* of the matrix that are prefetched ahead */
 
 void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, float *sums) {

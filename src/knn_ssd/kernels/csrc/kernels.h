@@ -3,10 +3,10 @@
  * The sublayers of a Llama-like decoder run here on the CPU, for a few rows at a time. A row's result has the same bits
  * whatever other rows are in its batch, however many threads work, and wherever a block of rows begins: every sum runs in
  * an order that depends on the row alone. So a forward pass that verifies eight draft tokens computes what eight single
- * steps would have computed. Activations, keys and values are float32; weights are read as they lie in the checkpoint,
- * float32 or bfloat16, or as 4-bit copies for drafting.
+ * steps would have computed. Activations, keys and values are float32; weights have the values of the checkpoint, float32 or
+ * bfloat16, or are 4-bit copies for drafting.
  *
- * Matrices are (rows, cols), row-major: y[i] = dot(weight row i, x) + bias[i].
+ * A matrix has (rows, cols): y[i] = dot(weight row i, x) + bias[i].
  */
 #ifndef KNN_SSD_KERNELS_H
 #define KNN_SSD_KERNELS_H
@@ -15,16 +15,27 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2 };
+/* FLOAT32 and BFLOAT16 are (rows, cols), row-major, as checkpoints have them; only the tile unit multiplies one of them, the
+ * latter. The others are in blocks of LANES rows: see `store_group` in quantise.c for INT4, and blocks.h. */
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, FLOAT32_BLOCKS = 3, BFLOAT16_BLOCKS = 4, BFLOAT16_PACKED = 5 };
 /* INVALID_SIZES: the arguments violate what contract.c checks, and the last output was not written. */
 enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1, INVALID_SIZES = 2 };
 
+/* A weight that the 4-bit codes of its packed unit cannot hold. */
 typedef struct {
-    const void *data;       /* (rows, cols); INT4: see `store_group` in quantise.c */
+    uint32_t unit;        /* of its block */
+    uint16_t index, bits; /* in the unit as BFLOAT16_BLOCKS; the bfloat16 value */
+} Escape;
+
+typedef struct {
+    const void *data;
     const uint16_t *scales; /* INT4: (ceil(rows / LANES), groups, LANES, 2) bfloat16, w = level * scale + zero */
     const float *bias;      /* (rows,) or null */
     int64_t rows, cols, kind; /* cols: a multiple of 2 * LANES */
     float *input_squares; /* (cols,) or null; a linear adds the squares of its inputs to that of its first matrix */
+    const uint8_t *upper_bytes;   /* BFLOAT16_PACKED: (16,) the upper byte of each code */
+    const int64_t *escape_starts; /* BFLOAT16_PACKED: (blocks + 1,) of each block */
+    const Escape *escapes;        /* BFLOAT16_PACKED: in the order of blocks, units and indices */
 } Matrix;
 
 typedef struct {
@@ -66,6 +77,19 @@ EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon
 /* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
  * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
 EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
+
+/* Chooses the 16 upper bytes that get codes for a BFLOAT16 matrix. */
+EXPORT int knn_ssd_upper_bytes(const Matrix *source, uint8_t *upper_bytes);
+
+/* Writes a FLOAT32 or BFLOAT16 matrix in blocks of a kind to `data`, which has room for a multiple of LANES rows. For
+ * BFLOAT16_PACKED, `counts` (blocks,) gets the number of escapes of each block, and `upper_bytes` is given. */
+EXPORT int knn_ssd_pack(const Matrix *source, int64_t kind, const uint8_t *upper_bytes, void *data, int64_t *counts);
+
+/* Lists the escapes of a BFLOAT16 matrix; those of block i go to `escapes` + starts[i]. */
+EXPORT int knn_ssd_list_escapes(const Matrix *source, const uint8_t *upper_bytes, const int64_t *starts, Escape *escapes);
+
+/* values (n, cols) = n rows of a matrix in float blocks. */
+EXPORT int knn_ssd_read_rows(const Matrix *m, const int64_t *rows, int64_t n, float *values);
 
 /* The sizes in bytes of Matrix, Attention, Mlp and BatchEntry. */
 EXPORT const int64_t *knn_ssd_struct_sizes(void);

@@ -1,6 +1,7 @@
 /* 4-bit copies of matrices. */
 #include "quantise.h"
 
+#include "blocks.h"
 #include "contract.h"
 #include "gemm.h"
 #include "thread_pool.h"
@@ -86,28 +87,42 @@ typedef struct {
     uint16_t *scales;
 } Quantisation;
 
-static void quantise_rows(void *context, int64_t first, int64_t last, int thread) {
+/* values (LANES, GROUP_SIZE) = a group of columns of a block's rows; what is beyond the last row or column stays as it is. */
+static void read_group(const Matrix *m, int64_t block, int64_t group, float *values) {
+    const int64_t start = group * GROUP_SIZE, count = min_int(m->cols - start, GROUP_SIZE);
+    float columns[GROUP_SIZE * LANES];
+    if (is_blocks(m->kind)) read_units(m, block, start / UNIT_COLS, count / UNIT_COLS, columns);
+    for (int64_t lane = 0; lane < min_int(LANES, m->rows - block * LANES); lane++)
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t index = (block * LANES + lane) * m->cols + start + k;
+            values[lane * GROUP_SIZE + k] = is_blocks(m->kind)    ? columns[k * LANES + lane]
+                                            : m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[index])
+                                                                  : ((const float *)m->data)[index];
+        }
+}
+
+static void quantise_blocks(void *context, int64_t first, int64_t last, int thread) {
     const Quantisation *c = context;
     const Matrix *m = c->m;
-    const int64_t cols = m->cols, groups = num_groups(m);
+    const int64_t groups = num_groups(m);
     (void)thread;
-    for (int64_t i = first; i < last; i++)
+    for (int64_t block = first; block < last; block++)
         for (int64_t g = 0; g < groups; g++) {
-            float w[GROUP_SIZE] = {0};
-            uint8_t levels[GROUP_SIZE];
-            uint16_t scale[2] = {0, 0};
-            const int64_t start = g * GROUP_SIZE, count = min_int(cols - start, GROUP_SIZE);
-            for (int64_t k = 0; k < count; k++)
-                w[k] = m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[i * cols + start + k])
-                                           : ((const float *)m->data)[i * cols + start + k];
-            quantise_group(w, c->importance + start, count, c->n_ranges, levels, scale);
-            store_group(levels, scale, i, g, groups, c->data, c->scales);
+            float values[LANES * GROUP_SIZE] = {0};
+            read_group(m, block, g, values);
+            for (int64_t row = block * LANES; row < min_int((block + 1) * LANES, m->rows); row++) {
+                uint8_t levels[GROUP_SIZE];
+                uint16_t scale[2] = {0, 0};
+                const int64_t start = g * GROUP_SIZE, count = min_int(m->cols - start, GROUP_SIZE);
+                quantise_group(values + row % LANES * GROUP_SIZE, c->importance + start, count, c->n_ranges, levels, scale);
+                store_group(levels, scale, row, g, groups, c->data, c->scales);
+            }
         }
 }
 
 int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
     if (!is_valid_source(m, n_ranges)) return INVALID_SIZES;
     Quantisation quantisation = {m, importance, n_ranges, data, scales};
-    parallel_for(m->rows, 8, quantise_rows, &quantisation);
+    parallel_for(ceil_div(m->rows, LANES), 1, quantise_blocks, &quantisation);
     return SUCCESS;
 }

@@ -1,0 +1,71 @@
+#include "blocks.h"
+
+#include "contract.h"
+#include "thread_pool.h"
+
+Escapes escapes_from(const Matrix *m, int64_t block, int64_t unit) {
+    if (m->kind != BFLOAT16_PACKED) return (Escapes){0};
+    Escapes result = {m->escapes + m->escape_starts[block], m->escapes + m->escape_starts[block + 1]};
+    while (result.next < result.end && result.next->unit < unit) result.next++;
+    return result;
+}
+
+void unpack_unit(const uint8_t *packed, Uints table, int64_t unit, Escapes *escapes, uint16_t *values) {
+    Uints pairs[4];
+    unpack_pairs(packed, table, pairs);
+    memcpy(values, pairs, sizeof pairs);
+    for (; escapes->next < escapes->end && escapes->next->unit == unit; escapes->next++)
+        values[escapes->next->index] = escapes->next->bits;
+}
+
+/* Writes a unit of pairs as columns of float32. */
+static void widen_pairs(const uint16_t *pairs, float *values) {
+    for (int i = 0; i < UNIT_COLS / 2; i++) {
+        const Uints both = load_uints(pairs + 2 * LANES * i);
+        store(values + 2 * LANES * i, (Floats)(both << 16));
+        store(values + 2 * LANES * i + LANES, (Floats)(both & 0xffff0000u));
+    }
+}
+
+void read_units(const Matrix *m, int64_t block, int64_t first, int64_t count, float *values) {
+    const uint8_t *unit = unit_of(m, block, first);
+    Escapes escapes = escapes_from(m, block, first);
+    const Uints table = m->kind == BFLOAT16_PACKED ? load_table(m->upper_bytes) : (Uints){0};
+    for (int64_t i = 0; i < count; i++, unit += unit_bytes(m->kind), values += UNIT) {
+        uint16_t pairs[UNIT];
+        if (m->kind == FLOAT32_BLOCKS) memcpy(values, unit, sizeof(float) * UNIT);
+        else if (m->kind == BFLOAT16_BLOCKS) memcpy(pairs, unit, sizeof pairs);
+        else unpack_unit(unit, table, first + i, &escapes, pairs);
+        if (m->kind != FLOAT32_BLOCKS) widen_pairs(pairs, values);
+    }
+}
+
+/* Reads a row: a prefix of one unit at a time. */
+static void read_row(const Matrix *m, int64_t row, float *values) {
+    for (int64_t unit = 0; unit < num_units(m); unit++) {
+        float columns[UNIT];
+        read_units(m, row / LANES, unit, 1, columns);
+        for (int c = 0; c < UNIT_COLS; c++) values[unit * UNIT_COLS + c] = columns[c * LANES + row % LANES];
+    }
+}
+
+typedef struct {
+    const Matrix *m;
+    const int64_t *rows;
+    float *values;
+} Reading;
+
+static void read_some(void *context, int64_t first, int64_t last, int thread) {
+    const Reading *r = context;
+    (void)thread;
+    for (int64_t i = first; i < last; i++) read_row(r->m, r->rows[i], r->values + i * r->m->cols);
+}
+
+int knn_ssd_read_rows(const Matrix *m, const int64_t *rows, int64_t n, float *values) {
+    if (!is_valid_blocks(m)) return INVALID_SIZES;
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i] < 0 || rows[i] >= m->rows) return INVALID_SIZES;
+    Reading reading = {m, rows, values};
+    parallel_for(n, n > 8 ? 4 : n, read_some, &reading);
+    return SUCCESS;
+}

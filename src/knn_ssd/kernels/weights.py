@@ -1,0 +1,198 @@
+"""Weight matrices in the formats that the kernels multiply.
+
+Where the processor has a tile unit, bfloat16 weights are read where the checkpoint's tensors lie. Everywhere else, a
+matrix is stored anew, in blocks of as many rows as a vector has lanes; csrc/blocks.h describes the formats. A bfloat16
+matrix is packed without loss into 12 bits a weight, plus 8 bytes for each of the few weights whose upper byte has no
+code. (On GPUs, DFloat11, arXiv 2504.11651, packs bfloat16 without loss as well.) The values that are multiplied, and
+so the bits of every result, are those of the checkpoint's weights in any format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from knn_ssd.kernels.binding import (
+    BFLOAT16,
+    BFLOAT16_BLOCKS,
+    BFLOAT16_PACKED,
+    FLOAT32,
+    FLOAT32_BLOCKS,
+    Matrix,
+    address,
+    kernels,
+    uses_tiles,
+)
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_ESCAPE_BYTES = 8
+_MAX_ESCAPES = 1 / 128  # of the weights; with more, a matrix stays in 16 bits
+
+
+@dataclass
+class TensorKeeper:
+    """Keeps tensors alive whose addresses the kernels use."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all kept tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def keep(self, tensor: torch.Tensor | None) -> int | None:
+        """Keeps a tensor and returns its address."""
+        if tensor is not None:
+            self.tensors.append(tensor)
+        return address(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A float matrix in blocks; see csrc/blocks.h.
+
+    Attributes:
+        kind: `FLOAT32_BLOCKS`, `BFLOAT16_BLOCKS` or `BFLOAT16_PACKED`.
+        rows, cols: its size.
+        data: its units.
+        upper_bytes, escape_starts, escapes: what else a packed matrix needs, else None.
+    """
+
+    kind: int
+    rows: int
+    cols: int
+    data: torch.Tensor
+    upper_bytes: torch.Tensor | None = None
+    escape_starts: torch.Tensor | None = None
+    escapes: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Blocks | None:
+        """The blocks of a weight from tensors by the names of the attributes; None if they have other shapes or dtypes.
+
+        Args:
+            weight: (rows, cols), in float32 or bfloat16.
+            tensors: what `tensors` returned for an equal weight.
+        """
+        (rows, cols), data = weight.shape, tensors["data"]
+        kind = {torch.float32: FLOAT32_BLOCKS, torch.bfloat16: BFLOAT16_BLOCKS, torch.uint8: BFLOAT16_PACKED}[
+            data.dtype
+        ]
+        blocks, width = -(-rows // _lanes()), cols * 3 // 2 if kind == BFLOAT16_PACKED else cols
+        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _lanes(), width)}
+        if kind == BFLOAT16_PACKED:
+            escapes = int(tensors["escape_starts"][-1]) if "escape_starts" in tensors else 0
+            expected |= {"upper_bytes": (16,), "escape_starts": (blocks + 1,)}
+            expected["escapes"] = (max(escapes, 1), _ESCAPE_BYTES)
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+            return None
+        return cls(kind, rows, cols, **tensors)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of the attributes."""
+        named = {name: getattr(self, name) for name in ("data", "upper_bytes", "escape_starts", "escapes")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def num_escapes(self) -> int:
+        """How many weights have no code."""
+        return 0 if self.escape_starts is None else int(self.escape_starts[-1])
+
+    def matrix(self, keeper: TensorKeeper) -> Matrix:
+        """The matrix for the kernels; the keeper keeps its tensors."""
+        parts = map(keeper.keep, (self.upper_bytes, self.escape_starts, self.escapes))
+        return Matrix(keeper.keep(self.data), None, None, self.rows, self.cols, self.kind, None, *parts)
+
+
+def is_read_in_place(weight: torch.Tensor) -> bool:
+    """Whether the kernels multiply a weight where it lies, in the tile unit."""
+    return weight.dtype is torch.bfloat16 and uses_tiles()
+
+
+def make_matrix(
+    weight: torch.Tensor, bias: torch.Tensor | None, keeper: TensorKeeper, blocks: Blocks | None = None
+) -> Matrix:
+    """A matrix that the kernels can multiply.
+
+    Args:
+        weight: (rows, cols), contiguous, float32 or bfloat16; cols is a multiple of twice the number of lanes.
+        bias: (rows,) or None; it becomes float32.
+        keeper: keeps what the matrix refers to.
+        blocks: the weight in blocks if they were made before.
+    """
+    weight = weight.detach()
+    if is_read_in_place(weight):
+        made = Matrix(keeper.keep(weight), None, None, *weight.shape, BFLOAT16)
+    else:
+        made = (blocks or best_blocks(weight)).matrix(keeper)
+    made.bias = keeper.keep(None if bias is None else bias.detach().float().contiguous())
+    return made
+
+
+def best_blocks(weight: torch.Tensor) -> Blocks:
+    """A weight in the blocks that take the fewest bytes; see `make_matrix`."""
+    if weight.dtype is torch.float32:
+        return pack(weight, FLOAT32_BLOCKS)
+    packed = pack(weight, BFLOAT16_PACKED)
+    return pack(weight, BFLOAT16_BLOCKS) if packed.num_escapes > _MAX_ESCAPES * weight.numel() else packed
+
+
+def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None) -> Blocks:
+    """Stores a matrix in blocks.
+
+    Args:
+        weight: as in `make_matrix`.
+        kind: see `Blocks`; it has the dtype of the weight.
+        library: the kernels that will multiply it; those of this process if it is None.
+
+    Raises:
+        ValueError: the kernels have no such format for this matrix.
+    """
+    library, weight = library or kernels(), weight.detach()
+    rows, cols = weight.shape
+    lanes = library.knn_ssd_lanes()
+    blocks = -(-rows // lanes)
+    source = ctypes.byref(Matrix(address(weight), None, None, rows, cols, KINDS[weight.dtype]))
+    is_packed = kind == BFLOAT16_PACKED
+    shape = blocks * lanes, cols * 3 // 2 if is_packed else cols
+    data = torch.empty(shape, dtype=torch.uint8 if is_packed else weight.dtype)
+    upper_bytes, counts = torch.empty(16, dtype=torch.uint8), torch.empty(blocks, dtype=torch.int64)
+    if is_packed:
+        library.knn_ssd_upper_bytes(source, address(upper_bytes))
+    library.knn_ssd_pack(source, kind, address(upper_bytes), address(data), address(counts))
+    if not is_packed:
+        return Blocks(kind, rows, cols, data)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    escapes = torch.empty(max(int(starts[-1]), 1), _ESCAPE_BYTES, dtype=torch.uint8)  # an empty one has no address
+    library.knn_ssd_list_escapes(source, address(upper_bytes), address(starts), address(escapes))
+    return Blocks(kind, rows, cols, data, upper_bytes, starts, escapes)
+
+
+def _lanes() -> int:
+    lanes: int = kernels().knn_ssd_lanes()
+    return lanes
+
+
+def is_in_blocks(matrix: Matrix) -> bool:
+    """Whether a float matrix is stored in blocks, so that `read_rows` can read it."""
+    return matrix.kind in (FLOAT32_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED)
+
+
+def read_rows(matrix: Matrix, rows: list[int]) -> torch.Tensor:
+    """Rows (n, cols) of a matrix in blocks, in float32.
+
+    Args:
+        matrix: a result of `make_matrix` without a tile unit.
+        rows: indices of the rows.
+
+    Raises:
+        ValueError: a row is beyond the last one, or the matrix is not in blocks.
+    """
+    values = torch.empty(len(rows), matrix.cols)
+    indices = (ctypes.c_int64 * len(rows))(*rows)
+    kernels().knn_ssd_read_rows(ctypes.byref(matrix), indices, len(rows), address(values))
+    return values

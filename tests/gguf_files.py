@@ -1,0 +1,111 @@
+"""Small GGUF files of tiny models, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel
+
+from knn_ssd import testing
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def tiny_model() -> PreTrainedModel:
+    """Its sizes are those that `write_gguf` states; blocks of a quantised file need rows of 32."""
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    return testing.tiny_model(**sizes, vocab_size=260, tie_word_embeddings=True)
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """A byte-level vocabulary of 260 tokens, and its one merge (two line ends)."""
+    return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"], ["Ċ Ċ"]
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The row order llama.cpp wants for its rotary embedding."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        if name.startswith("model.layers."):
+            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            heads = {"attn_q": 4, "attn_k": 2}.get(names[part])
+            tensors[f"blk.{layer}.{names[part]}.weight"] = permuted(value, heads) if heads else value
+        else:
+            tensors["token_embd.weight" if "embed" in name else "output_norm.weight"] = value
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    architecture: str = "llama",
+    splitting: str | None = "smollm",
+    more: Callable[[GGUFWriter], None] = lambda _: None,
+    left_out: str | None = None,
+    only: Collection[str] | None = None,
+) -> Path:
+    """Writes a file of the tiny model, or another with its sizes.
+
+    Args:
+        path: the file.
+        model: None is the tiny model.
+        kind: the type of all matrices.
+        architecture: what the file says it is.
+        splitting: the name of the pre-tokenizer; None writes no vocabulary.
+        more: adds metadata or tensors.
+        left_out: a tensor that is not written.
+        only: the tensors that are written; None is all.
+    """
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(260)
+    if splitting is not None:
+        add_vocabulary(writer, splitting)
+    more(writer)
+    for name, value in gguf_tensors(model or tiny_model()).items():
+        if name == left_out or (only is not None and name not in only):
+            continue
+        blocks = kind if value.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(value, blocks), raw_dtype=blocks)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:
+    tokens, merges = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitting)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_merges(merges * 2)  # early versions of transformers 5 cannot read a list of one
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)

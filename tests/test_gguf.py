@@ -1,0 +1,281 @@
+"""What a GGUF file states reaches the model, or the file is refused: at the first run and at every later one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_files import add_vocabulary, tiny_model, write_gguf
+from huggingface_hub import constants
+from transformers import PreTrainedModel
+
+from knn_ssd import testing
+from knn_ssd.errors import ModelError, UnsupportedModelError
+from knn_ssd.loading.resolve import load_model
+
+IDS = torch.arange(3, 83)[None]
+YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
+
+
+def scaled(**parameters: Any) -> PreTrainedModel:
+    """The tiny model with a position scaling, as transformers has it."""
+    config = tiny_model().config
+    config.rope_parameters = {"rope_theta": 10000.0, **parameters}
+    model = type(tiny_model())(config).eval()
+    model.load_state_dict(tiny_model().state_dict())
+    return model
+
+
+def says_the_same(file: Path, expected: PreTrainedModel) -> None:
+    """At the first run and at the second, which finds the converted model."""
+    for _ in range(2):
+        logits = load_model(file, dtype="float32").model(IDS).logits
+        torch.testing.assert_close(logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def refused(file: Path, *words: str) -> None:
+    """At the first run and at the second."""
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError) as caught:
+            load_model(file)
+        assert all(word in caught.value.message for word in (str(file), *words)), caught.value.message
+        assert caught.value.hint is not None
+
+
+def metadata(**values: Any) -> Callable[[GGUFWriter], None]:
+    """Metadata of the architecture llama; `__` is a dot."""
+
+    def more(writer: GGUFWriter) -> None:
+        for name, value in values.items():
+            key = f"llama.{name.replace('__', '.')}"
+            if isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_float32(key, value)
+
+    return more
+
+
+def with_tensor(name: str, values: np.ndarray) -> Callable[[GGUFWriter], None]:
+    return lambda writer: writer.add_tensor(name, values.astype(np.float32))
+
+
+def test_rope_factors_are_applied(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes them for Llama 3.1 and later."""
+    expected = scaled(**LLAMA3)
+    plain = 1 / 10000.0 ** (np.arange(0, 8, 2) / 8)
+    factors = plain / expected.model.rotary_emb.inv_freq.numpy()
+    assert factors.max() > 2
+    file = write_gguf(tmp_path / "tiny.gguf", more=with_tensor("rope_freqs.weight", factors))
+    says_the_same(file, expected)
+    assert (load_model(file).model(IDS).logits - tiny_model()(IDS).logits).abs().max() > 0.1
+
+
+def test_rope_factors_of_one_change_nothing(tmp_path: Path) -> None:
+    says_the_same(write_gguf(tmp_path / "t.gguf", more=with_tensor("rope_freqs.weight", np.ones(4))), tiny_model())
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_position_scaling_is_applied(tmp_path: Path, kind: str) -> None:
+    length = {} if kind == "linear" else {"rope__scaling__original_context_length": 32}
+    more = metadata(rope__scaling__type=kind, rope__scaling__factor=4.0, **length)
+    own = {} if kind == "linear" else {"original_max_position_embeddings": 32}
+    says_the_same(write_gguf(tmp_path / "t.gguf", more=more), scaled(rope_type=kind, factor=4.0, **own))
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"rope__scaling__type": "yarn"}, "yarn"),
+        ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, "longrope"),
+        (
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0, "rope__scaling__attn_factor": 2.0},
+            "attn_factor",
+        ),
+        ({"attention__scale": 0.5}, "attention.scale"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"attention__causal": False}, "causal"),
+        ({"attention__key_length": 8, "attention__value_length": 16}, "head"),
+        ({"attention__key_length": 16}, "head"),
+    ],
+)
+def test_metadata_without_a_place_in_the_model_is_refused(tmp_path: Path, values: dict[str, Any], word: str) -> None:
+    refused(write_gguf(tmp_path / "t.gguf", more=metadata(**values)), word)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.1.ffn_gate_inp.weight", "rope_factors_long.weight"])
+def test_a_tensor_without_a_place_in_the_model_is_refused(tmp_path: Path, name: str) -> None:
+    refused(write_gguf(tmp_path / "t.gguf", more=with_tensor(name, np.ones(32))), name)
+
+
+def test_scaling_metadata_that_scales_nothing_is_accepted(tmp_path: Path) -> None:
+    says_the_same(write_gguf(tmp_path / "t.gguf", more=metadata(rope__scaling__type="none")), tiny_model())
+
+
+# Other architectures
+
+
+def write_other(path: Path, family: str, architecture: str, **sizes: Any) -> PreTrainedModel:
+    """A file of a family whose tensors have gguf's own names for its weights, and the model in it."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    model = testing.tiny_model(family, num_hidden_layers=2, intermediate_size=64, vocab_size=260, **sizes)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_key_length(model.config.head_dim if hasattr(model.config, "head_dim") else 8)
+    add_vocabulary(writer, "smollm")
+    names = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), 2)
+    for name, weight in model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("qwen2", {"head_dim": None}), ("qwen3", {"head_dim": 8})])
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen_with_its_biases_and_norms(tmp_path: Path, family: str, sizes: dict[str, Any], tied: bool) -> None:
+    expected = write_other(tmp_path / "t.gguf", family, family, tie_word_embeddings=tied, **sizes)
+    says_the_same(tmp_path / "t.gguf", expected)
+
+
+def test_what_transformers_would_leave_out_of_an_architecture_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Phi-3 goes by transformers' reader."""
+
+    def more(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_qkv.bias", np.ones(64, dtype=np.float32))
+
+    file = tmp_path / "t.gguf"
+    write_phi3(file, lambda _: None)
+    assert load_model(file).model.config.model_type == "phi3"
+    write_phi3(file, more)
+    refused(file, "64 of")
+
+
+def write_phi3(path: Path, more: Callable[[GGUFWriter], None]) -> None:
+    model = testing.tiny_model("phi3", num_hidden_layers=2, intermediate_size=64, vocab_size=32064, head_dim=None)
+    writer = GGUFWriter(path, "phi3")
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(32064)  # transformers' default for the padding token is 32000
+    names = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    more(writer)
+    for name, weight in model.named_parameters():
+        if name.startswith("model.layers."):
+            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            theirs = f"blk.{layer}.{names[part]}.weight"
+        else:
+            theirs = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(
+                name, "output.weight"
+            )
+        writer.add_tensor(theirs, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Split files
+
+
+def split(directory: Path, count: int = 3, **options: Any) -> list[Path]:
+    """The parts of a split file, as `llama-gguf-split` writes them: metadata in the first, tensors in all."""
+    whole = write_gguf(directory / "whole.gguf", **options)
+    parts = [directory / f"tiny-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(whole).tensors
+    share = math.ceil(len(tensors) / count)
+    for number, part in enumerate(parts):
+        own = tensors[number * share : (number + 1) * share]
+        if number == 0:
+            write_gguf(part, only=[tensor.name for tensor in own], **options)
+            continue
+        writer = GGUFWriter(part, "llama")
+        writer.add_uint16("split.no", number)
+        for tensor in own:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    whole.unlink()
+    return parts
+
+
+@pytest.mark.parametrize("named", [0, 2])
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0])
+def test_the_parts_of_a_split_file_are_joined(tmp_path: Path, named: int, kind: GGMLQuantizationType) -> None:
+    (tmp_path / "whole").mkdir()
+    expected = load_model(write_gguf(tmp_path / "whole" / "tiny.gguf", kind=kind), dtype="float32").model
+    loaded = load_model(split(tmp_path, kind=kind)[named], dtype="float32")
+    assert torch.equal(loaded.model(IDS).logits, expected(IDS).logits)
+    assert loaded.tokenizer is not None
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    parts = split(tmp_path)
+    parts[1].unlink()
+    with pytest.raises(ModelError, match=r"tiny-00002-of-00003\.gguf is not beside it") as caught:
+        load_model(parts[0])
+    assert "all parts" in str(caught.value.hint)
+
+
+def test_a_changed_part_is_converted_again(tmp_path: Path) -> None:
+    parts = split(tmp_path)
+    first = load_model(parts[0]).directory
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    (tmp_path / "other").mkdir()
+    for part in split(tmp_path / "other", model=other)[1:]:
+        shutil.copy(part, tmp_path / part.name)
+    assert load_model(parts[0]).directory != first
