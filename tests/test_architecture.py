@@ -28,7 +28,7 @@ ROWS = (
     ("engine",),
     ("request_factory",),
     ("request", "request_options"),
-    ("outputs", "owner", "batching", "speculation.drafter_factory"),
+    ("outputs", "owner", "scoring", "batching", "speculation.drafter_factory"),
     ("speculation.decode", "speculation.controller"),
     ("speculation.lookup", "speculation.retrieval", "speculation.self_draft", "speculation.acceptance"),
     ("speculation.drafter", "speculation.suffix_automaton"),
@@ -43,7 +43,7 @@ ROWS = (
     ("weight_cache",),
     ("speculation.cost_model", "kernels", "loading.fingerprint"),
     ("loading.files", "speculation"),
-    ("plan", "io", "progress", "tools.memory"),
+    ("plan", "io", "progress", "stop_strings", "tools.memory"),
     ("checks", "cgroups"),
     ("errors",),
 )

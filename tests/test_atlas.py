@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -274,6 +275,80 @@ def test_whatever_the_manifest_says_it_is_an_atlas_or_an_atlas_error(folder: Pat
 def test_a_value_of_the_wrong_kind_is_damage(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit(folder, change)
     with pytest.raises(AtlasError, match=r"damaged|fit together"):
+        Atlas.load(folder)
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "layers beyond memory": lambda m: [
+        m["fingerprint"].update(num_layers=10**12),
+        m["fallback"]["plan"].update(num_layers=10**12),
+        *(each["plan"].update(num_layers=10**12) for each in m["domains"].values()),
+    ],
+    "a plan for layers beyond memory": lambda m: m["fallback"]["plan"].update(num_layers=10**12),
+    "no layers": lambda m: m["fallback"]["plan"].update(num_layers=0),
+    "layers as a text": lambda m: m["fallback"]["plan"].update(num_layers="4"),
+    "verification for nothing": lambda m: m["cost"].update(verify_sec=[0]),
+    "a verification before it began": lambda m: m["cost"].update(verify_sec=[0.1, -0.1]),
+    "steps for nothing": lambda m: m["cost"].update(step_sec=0),
+    "steps of no time that counts": lambda m: m["cost"].update(step_sec=1e-300),
+    "steps that never end": lambda m: m["cost"].update(step_sec=1e300),
+    "savings beyond measure": lambda m: m["cost"].update(mlp_sec=-1e300),
+    "an acceptance rate in words": lambda m: m["domains"]["math"]["evidence"].update(agreement="high"),
+    "an acceptance rate above 1": lambda m: m["fallback"]["evidence"].update(agreement=17),
+    "judged in words": lambda m: m["domains"]["math"]["evidence"].update(judging={"speedup_over_plain": "fast"}),
+    "judged by a list": lambda m: m["domains"]["math"]["evidence"].update(judging=[1]),
+    "lookup in words": lambda m: m["fallback"]["plan"]["policy"].update(lookup="false"),
+    "a truth as a number": lambda m: m["fallback"]["plan"]["policy"].update(max_draft=True),
+    "a confidence in words": lambda m: m["fallback"]["plan"]["policy"].update(threshold="0.5"),
+    "half a character as a domain": lambda m: [
+        m["domains"].update({"\ud800": m["domains"].pop("math")}),
+        m.update(anchor_domains=[{"math": "\ud800"}.get(each, each) for each in m["anchor_domains"]]),
+    ],
+    "a radius beyond floats": lambda m: m["domains"]["math"].update(radius=10**400),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_value_is_damage(folder: Path, name: str) -> None:
+    edit(folder, HOSTILE[name])
+    with pytest.raises(AtlasError, match=r"damaged|fit together"):
+        Atlas.load(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"schema": 1, "evidence": ' + '{"a":' * 100_000, "9" * 10_000])
+def test_a_manifest_beyond_all_depth_is_damage(folder: Path, content: str) -> None:
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(AtlasError, match="is not JSON"):
+        Atlas.load(folder)
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900])
+def test_deep_evidence_is_an_atlas_or_an_atlas_error(folder: Path, depth: int) -> None:
+    text = (folder / MANIFEST).read_text("utf-8")
+    nested = '{"a":' * depth + "1" + "}" * depth
+    (folder / MANIFEST).write_text(text.replace('"trials": 40', f'"trials": {nested}'), "utf-8")
+    with suppress(AtlasError):
+        Atlas.load(folder)
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        np.full((3, 3), np.nan, np.float32),
+        np.full((3, 3), np.inf, np.float32),
+        np.full((3, 3), 3e38, np.float32),
+        np.ones((3, 3), np.int64),
+        np.ones((3, 3, 1), np.float32),
+        np.ones(3, np.float32),
+    ],
+)
+def test_anchors_that_are_no_vectors_are_refused(folder: Path, tmp_path: Path, anchors: Any) -> None:
+    from safetensors.numpy import save
+
+    content = save({"anchors": anchors})
+    (folder / ANCHORS).write_bytes(content)
+    edit(folder, lambda m: m.update(anchors_sha256=hashlib.sha256(content).hexdigest(), vector_domains=[]))
+    with pytest.raises(AtlasError, match="anchors are not rows of finite numbers"):
         Atlas.load(folder)
 
 

@@ -147,14 +147,40 @@ def test_a_prepared_engine_makes_nothing_more_at_the_first_request() -> None:
     assert engine.backend.low_bit_bytes == made
 
 
-def test_a_failed_forward_pass_ends_only_the_requests_that_shared_it(engine: Engine) -> None:
+def test_a_shared_forward_pass_that_fails_is_run_again_for_each_request_alone(engine: Engine) -> None:
+    requests: list[tuple[list[int], dict[str, Any]]] = [(tokens(9, i), {"max_new_tokens": 30}) for i in range(6)]
+    alone = [engine.generate(prompt, **options).token_ids for prompt, options in requests]
     counting = Counting(engine.backend)  # type: ignore[arg-type]
     scheduler = Scheduler(engine, Limits(running=3))
     try:
         counting.fails = True
-        results = answers(scheduler, [(tokens(9, i), {"max_new_tokens": 30, "plain": True}) for i in range(6)])
-        assert sum(isinstance(result, MemoryError) for result in results) in (2, 3)
-        assert sum(isinstance(result, Generation) for result in results) in (3, 4)
+        results = answers(scheduler, requests)
+        assert not counting.fails
+        assert [result.token_ids for result in results if isinstance(result, Generation)] == alone
+    finally:
+        scheduler.close(0)
+
+
+def test_a_forward_pass_that_fails_ends_only_the_request_at_fault(engine: Engine) -> None:
+    fatal = 77  # any pass with this token fails
+    requests = [(tokens(9, i), {"max_new_tokens": 30, "plain": True}) for i in range(6)]
+    requests[2] = ([*tokens(9), fatal], requests[2][1])
+    requests = [([each if each != fatal or i == 2 else 5 for each in ids], o) for i, (ids, o) in enumerate(requests)]
+    run, tried = engine.backend.forward_batch, []  # type: ignore[attr-defined]
+
+    def fails(passes: list[ForwardRequest]) -> list[ForwardOutput]:
+        tried.append(len(passes))
+        if any(fatal in each.token_ids and each.is_prefill for each in passes):
+            raise MemoryError("no room")
+        result: list[ForwardOutput] = run(passes)
+        return result
+
+    scheduler = Scheduler(engine, Limits(running=6))
+    try:
+        engine.backend.forward_batch = fails  # type: ignore[attr-defined]
+        results = answers(scheduler, requests)
+        assert [isinstance(result, MemoryError) for result in results] == [i == 2 for i in range(6)]
+        assert max(tried) > 1
     finally:
         scheduler.close(0)
 

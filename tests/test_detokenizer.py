@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from knn_ssd.stop_strings import StopMatcher
 from knn_ssd.testing import tiny_tokenizer
 from knn_ssd.tokenization import Detokenizer
 
@@ -66,6 +67,32 @@ def streamed(stream: Detokenizer, token_ids: list[int]) -> list[str]:
 
 def whole(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def stopped_naively(text: str, stops: list[str]) -> str | None:
+    """The text before the stop string that is complete first; None if none is."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return None
+
+
+@settings(max_examples=300)
+@given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=8), max_size=3))
+def test_stop_strings_are_found_as_by_trying_every_place(text: str, stops: list[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    stream = Detokenizer(tokenizer, stops)
+    pieces, wanted = streamed(stream, tokenizer(text)["input_ids"]), stopped_naively(text, stops)
+    assert "".join(pieces) == (text if wanted is None else wanted)
+    assert stream.stopped == (wanted is not None)
+
+
+def test_a_stop_string_is_found_again_after_it_was_complete() -> None:
+    matcher = StopMatcher("aba")
+    assert [matcher.push(text) for text in ("xab", "a", "ba", "b", "x", "abab", "a")] == [
+        None, -2, -1, None, None, 0, -2
+    ]  # fmt: skip
 
 
 # --- Pieces

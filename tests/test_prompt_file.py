@@ -352,7 +352,10 @@ def test_a_batch_is_resumed(generate: Run, batch: Path, tmp_path: Path) -> None:
         (line("", CHAT), "has no 'custom_id'"),
         (line("x", {**CHAT, "temperature": 9}), "'body.temperature': Input should be less than or equal to 2"),
         (line("x", {**CHAT, "tastiness": 9}), "'body.tastiness' is not supported"),
-        (line("x", {**CHAT, "n": 2}), "a request of a batch has one answer, which is not streamed, got n=2"),
+        (
+            line("x", {**CHAT, "n": 2}),
+            "a request of a batch has one answer, neither streamed nor with an echo, got n=2",
+        ),
         (line("x", {**CHAT, "stream": True}), "got stream=true"),
         (line("x", {}), "'body.model': Field required"),
         ('{"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": 5}\n', "'body"),

@@ -126,12 +126,13 @@ def test_parts_of_text_and_a_developer_are_understood(served: Served) -> None:
 @pytest.mark.parametrize(
     ("change", "param", "sentence"),
     [
-        ({"logit_bias": {"5": 1}}, "logit_bias", "'logit_bias' is not supported"),
-        ({"presence_penalty": 1}, "presence_penalty", "'presence_penalty' is not supported"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"100000": 1}}, None, "logit_bias has the token id 100000"),
+        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs' to be true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"knn_ssd": {"plane": True}}, "knn_ssd.plane", "'knn_ssd.plane' is not supported"),
-        ({"tools": []}, "tools", "'tools' is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": 99}, "n", "less than or equal to 16"),

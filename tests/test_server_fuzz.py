@@ -45,6 +45,7 @@ OPERATIONS = [
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "GET /v1/models",
+    "GET /v1/models/{model}",
     "GET /atlas",
     "GET /health",
     "GET /ready",

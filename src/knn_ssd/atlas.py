@@ -79,6 +79,9 @@ class Atlas:
     vector_domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, array in (("anchors", self.anchors), ("vectors", self.vectors)):
+            _require(array is None or (array.ndim == 2 and array.dtype.kind == "f" and bool((abs(array) < 1e30).all())),
+                     f"the {name} are not rows of finite numbers")  # fmt: skip
         num_anchors, width = self.anchors.shape
         num_vectors = 0 if self.vectors is None else len(self.vectors)
         _require(
@@ -91,6 +94,8 @@ class Atlas:
                  f"{self.fingerprint.hidden_size}")  # fmt: skip
         unknown = sorted(set(self.anchor_domains) ^ set(self.domains))
         _require(not unknown, f"anchors and plans do not name the same domains: {', '.join(unknown)}")
+        halves = [name for name in self.domains if name != name.encode("utf-8", "ignore").decode()]
+        _require(not halves, f"a domain's name is not Unicode text: {halves!r}")
         plans = [domain.plan for domain in self.domains.values()] + [self.fallback]
         wrong = [plan.num_layers for plan in plans if plan.num_layers != self.fingerprint.num_layers]
         _require(not wrong, f"a plan for {wrong and wrong[0]} layers, and the model has {self.fingerprint.num_layers}")
@@ -152,13 +157,13 @@ class Atlas:
                 anchor_domains=content.anchor_domains,
                 domains={name: entry.domain() for name, entry in content.domains.items()},
                 fallback=Plan.from_json(content.fallback.plan),
-                fallback_evidence=content.fallback.evidence,
+                fallback_evidence=content.fallback.evidence.as_given(),
                 cost=content.cost,
                 evidence=content.evidence,
                 vectors=arrays.get("vectors"),
                 vector_domains=content.vector_domains,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise AtlasError(f"'{path / MANIFEST}' is damaged: {what}", _RESTORE) from error
 
@@ -186,18 +191,32 @@ class Atlas:
 
 
 def _validate(manifest: dict[str, Any]) -> Any:
-    """Checks the type of every value in a manifest. Pydantic is imported here because only reading needs it."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    """Checks the type of every value in a manifest that is read later, and leaves other evidence as it is.
+
+    Pydantic is imported here because only reading needs it.
+    """
+    from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
     from pydantic.dataclasses import dataclass as validated
+
+    class Judging(BaseModel, extra="allow"):
+        speedup_over_plain: float | None = None
+        speedup_over_general: float | None = None
+
+    class Evidence(BaseModel, extra="allow"):
+        agreement: float | None = Field(None, ge=0, le=1)
+        judging: Judging | None = None
+
+        def as_given(self) -> dict[str, Any]:
+            return self.model_dump(exclude_unset=True)
 
     @validated(config=ConfigDict(allow_inf_nan=False))
     class Entry:
         plan: dict[str, Any]
-        evidence: dict[str, Any]
+        evidence: Evidence
         radius: float = 2.0
 
         def domain(self) -> DomainEntry:
-            return DomainEntry(Plan.from_json(self.plan), self.radius, self.evidence)
+            return DomainEntry(Plan.from_json(self.plan), self.radius, self.evidence.as_given())
 
     @validated(config=ConfigDict(allow_inf_nan=False))
     class Content:
@@ -226,7 +245,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise AtlasError(f"'{path}' is not an atlas: it has no {MANIFEST}", "Give the folder that calibrate wrote.")
     try:
         manifest = json.loads(manifest_path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AtlasError(f"'{manifest_path}' is not JSON: {error}", _RESTORE) from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int):

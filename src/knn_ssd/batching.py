@@ -164,14 +164,21 @@ class ContinuousBatcher:
         outputs: Sequence[ForwardOutput | Exception]
         try:
             outputs = self._sharing.forward_batch(requests)
-        except Exception as error:
-            outputs = [error] * len(requests)
+        except Exception as error:  # ends only the requests at fault
+            outputs = [error] if len(requests) == 1 else [self._run_alone(request) for request in requests]
+        else:
+            self._record_cost(requests, rows, time.perf_counter() - started)
         seconds = time.perf_counter() - started
-        if not isinstance(outputs[0], Exception):
-            self._record_cost(requests, rows, seconds)
         for (task, request), output in zip(chosen, outputs, strict=True):
             task.busy_sec += seconds * len(request.token_ids) / rows
             self._resume(task, output)
+
+    def _run_alone(self, request: ForwardRequest) -> ForwardOutput | Exception:
+        """The output of a request whose batch failed, or its own error: it writes the same cache rows once more."""
+        try:
+            return self._backend.forward(request)
+        except Exception as error:
+            return error
 
     def _record_cost(self, requests: Sequence[ForwardRequest], rows: int, seconds: float) -> None:
         """Corrects the cost model by a pass of one kind; a mixed pass says nothing of either kind's cost."""

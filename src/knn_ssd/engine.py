@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     )
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+    from knn_ssd.tokenization import TemplateOptions
+
 CONCURRENCY = 8  # requests that share forward passes by default
 
 
@@ -172,25 +174,16 @@ class Engine:
         for plan in self._plans.plans:
             self.backend.prepare(plan, progress)
 
-    def encode(self, prompt: PromptLike, chat: bool = True, *, name: str = "") -> list[int]:
-        """The token ids of a prompt: a user's message, a conversation, or token ids as they are.
-
-        Args:
-            prompt: the prompt.
-            chat: put text through the tokenizer's chat template if it has one.
-            name: the prompt's name in error messages.
-
-        Raises:
-            PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
-        """
-        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, name=name)
-        unknown = self._outside_vocabulary(token_ids)
-        if unknown:
+    def encode(
+        self, prompt: PromptLike, chat: bool = True, template: TemplateOptions | None = None, *, name: str = ""
+    ) -> list[int]:
+        """The token ids of a prompt; see `tokenization.encode`. Ids that the model lacks are a `PromptError`."""
+        token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, name=name, template=template)
+        size = self.backend.vocab_size
+        if unknown := [token for token in token_ids if not 0 <= token < size]:
             the_prompt = f"prompt '{name}'" if name else "the prompt"
-            raise PromptError(
-                f"{the_prompt} has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}",
-                "Use the tokenizer that belongs to the model.",
-            )
+            message = f"{the_prompt} has the token id {unknown[0]}, and the model's vocabulary is {size}"
+            raise PromptError(message, "Use the tokenizer that belongs to the model.")
         return token_ids
 
     def generate(self, prompt: PromptLike, **options: Any) -> Generation:

@@ -12,6 +12,8 @@ from typing import Any
 
 from knn_ssd.errors import UsageError
 
+_MOST_LAYERS = 10_000  # far more than any model has; a damaged file may ask for as many as memory cannot hold
+
 
 class Mode(StrEnum):
     """What a sublayer does while drafting. Verification always runs the full model."""
@@ -40,10 +42,12 @@ class Policy:
     lookup: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_draft, int) or self.max_draft < 0:
+        if type(self.max_draft) is not int or self.max_draft < 0:
             raise UsageError(f"max_draft must be 0 or more, got {self.max_draft}")
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"threshold must be in [0, 1], got {self.threshold}")
+        if not isinstance(self.lookup, bool):
+            raise UsageError(f"lookup must be true or false, got {self.lookup!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,8 @@ def _layers_in(modes: tuple[Mode, ...], wanted: Mode) -> tuple[int, ...]:
 
 
 def _modes(num_layers: int, name: str, given: dict[Mode, Iterable[int]]) -> tuple[Mode, ...]:
+    if type(num_layers) is not int or not 1 <= num_layers <= _MOST_LAYERS:
+        raise UsageError(f"a plan is for 1 to {_MOST_LAYERS} layers, got {num_layers!r}")
     modes = [Mode.KEEP] * num_layers
     for mode, layers in given.items():
         for layer in layers:

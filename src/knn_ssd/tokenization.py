@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, cast
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, Any, cast
 
 from knn_ssd.checks import is_whole
 from knn_ssd.errors import PromptError
+from knn_ssd.stop_strings import StopMatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 PromptLike = str | Messages | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How the chat template is applied to a conversation.
+
+    Args:
+        add_generation_prompt: end with what begins an answer of the assistant.
+        continue_final_message: leave the last message open, so that the output continues it; no generation prompt is
+            added then.
+        variables: further variables that the template reads, by name.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatIds(list[int]):
@@ -35,6 +51,7 @@ def encode(
     chat: bool = True,
     *,
     name: str = "",
+    template: TemplateOptions | None = None,
 ) -> list[int]:
     """Token ids of a prompt: a user's message, a conversation of role/content messages, or token ids as they are.
 
@@ -46,9 +63,11 @@ def encode(
         context_length: the model's context length; there must be room for at least one more token.
         chat: whether to apply the chat template to text, if the tokenizer has one.
         name: the prompt's name in error messages.
+        template: how the chat template is applied.
 
     Raises:
-        PromptError: an empty prompt, one that fills the context, or text without a tokenizer.
+        PromptError: an empty prompt, one that fills the context, one that the chat template refuses, or text without a
+            tokenizer.
     """
     the_prompt = f"prompt '{name}'" if name else "the prompt"
     if hasattr(prompt, "tolist"):  # a tensor or an array
@@ -59,7 +78,7 @@ def encode(
         kind = ChatIds if isinstance(prompt, ChatIds) else list
         token_ids = kind(int(item) for item in cast("Sequence[int]", prompt))
     else:
-        token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt)
+        token_ids = _encode_text(tokenizer, cast("str | Messages", prompt), chat, the_prompt, template)
     if not token_ids:
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
     if len(token_ids) >= context_length:
@@ -87,7 +106,11 @@ def _is_list(item: object) -> bool:
 
 
 def _encode_text(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str | Messages, chat: bool, the_prompt: str
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | Messages,
+    chat: bool,
+    the_prompt: str,
+    template: TemplateOptions | None,
 ) -> list[int]:
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise PromptError(f"{the_prompt} is empty", "Give at least one word.")
@@ -104,13 +127,29 @@ def _encode_text(
         missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
         if missing:
             raise PromptError(f"message {place} of {the_prompt} has no '{missing[0]}' text, got {message}")
+    text = _apply_template(tokenizer, messages, the_prompt, template or TemplateOptions())
+    return ChatIds(_token_ids(tokenizer, text, the_prompt, add_special_tokens=False))
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], the_prompt: str, options: TemplateOptions
+) -> str:
+    reserved = sorted(inspect.signature(tokenizer.apply_chat_template).parameters.keys() & options.variables.keys())
+    if reserved:
+        raise PromptError(f"'{reserved[0]}' cannot be a variable of the chat template", "Leave it out.")
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=options.add_generation_prompt and not options.continue_final_message,
+            continue_final_message=options.continue_final_message,
+            tokenize=False,
+            **options.variables,
+        )
+    except Exception as error:  # a template is a program of the model's author, which may raise anything
         raise PromptError(
-            f"the model's chat template refuses {the_prompt}: {error}", "Leave out what it does not take."
+            f"the chat template cannot be applied to {the_prompt}: {error or type(error).__name__}"
         ) from error
-    return ChatIds(_token_ids(tokenizer, str(text), the_prompt, add_special_tokens=False))
+    return str(text)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, the_prompt: str, **options: bool) -> list[int]:
@@ -190,7 +229,7 @@ class Detokenizer:
             if stop
             else set()
         )
-        self._stop = tuple(stop)
+        self._stop = tuple(map(StopMatcher, stop))
         self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._window = 0  # decoding starts here: far enough back that the last text has its left context
@@ -242,15 +281,26 @@ class Detokenizer:
     def _append(self, fresh: str) -> None:
         before = len(self._text)
         self._text += fresh
-        found = (self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop)
-        ends = [at for at in found if at >= 0]
+        ends = [before + end for matcher in self._stop if (end := matcher.push(fresh)) is not None]
         if ends and len(self._token_ids) > self._min_tokens:
             self._text = self._text[: min(ends)]
             self.stopped = True
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        return max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
+        return max((matcher.matched for matcher in self._stop), default=0)
+
+
+def echoed(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> list[str]:
+    """The pieces of text that the tokens of a prompt stand for; special tokens are left out."""
+    if tokenizer is None:
+        return [""] * len(token_ids)
+    detokenizer, pieces = Detokenizer(tokenizer), []
+    for token in token_ids:
+        detokenizer.push(token)
+        pieces.append(detokenizer.take())
+    pieces[-1] += detokenizer.finish()
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ class BatchLine:
 
     @property
     def prompt(self) -> PromptLike:
-        return self.request.prompt_like
+        """Its prompt."""
+        return self.request.prompts[0]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,9 +81,12 @@ def _parse(line: str, where: str) -> BatchLine:
         request = (ChatRequest if url == _CHAT else CompletionRequest).model_validate(data.get("body"))
     except ValidationError as error:
         raise PromptError(f"{where}: {_problem(error)}", "Correct or remove the request.") from error
-    if request.n != 1 or request.stream:
-        given = f"n={request.n}" if request.n != 1 else "stream=true"
-        raise PromptError(f"{where}: a request of a batch has one answer, which is not streamed, got {given}")
+    if request.n != 1 or request.stream or len(request.prompts) > 1 or request.echoes:
+        several = f"n={request.n}" if request.n != 1 else f"{len(request.prompts)} prompts"
+        given = "stream=true" if request.stream else "echo=true" if request.echoes else several
+        raise PromptError(
+            f"{where}: a request of a batch has one answer, which is neither streamed nor echoed, got {given}"
+        )
     return BatchLine(custom_id, url == _CHAT, request)
 
 
@@ -108,7 +112,8 @@ def result_json(
         generation: the output.
         tokenizer: spells the tokens of log-probabilities.
     """
-    from knn_ssd.server.schemas import FINISH_REASONS, usage
+    from knn_ssd.server.replies import usage
+    from knn_ssd.server.schemas import FINISH_REASONS
 
     message = {"role": "assistant", "content": generation.text}
     content: dict[str, Any] = {"message": message} if line.is_chat else {"text": generation.text}
@@ -120,7 +125,7 @@ def result_json(
         "created": int(time.time()),
         "model": line.request.model,
         "choices": [choice],
-        "usage": usage(prompt_tokens, [generation]),
+        "usage": usage(prompt_tokens, len(generation.token_ids), [generation]),
     }
     response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
     return {"id": f"{_ID}{key}", "custom_id": line.custom_id, "response": response, "error": None}

@@ -94,7 +94,8 @@ def _prompt_task(
 
 def _request_task(engine: Engine, model: str, request: openai_batch.BatchLine, args: argparse.Namespace) -> Task:
     chosen = {**request.options, "domain": args.domain, "plain": args.plain or request.options["plain"]}
-    token_ids = engine.encode(request.prompt, bool(chosen.pop("chat", True)), name=request.custom_id)
+    is_chat, template = bool(chosen.pop("chat", True)), request.request.template
+    token_ids = engine.encode(request.prompt, is_chat, template, name=request.custom_id)
     key = _key(model, request.custom_id, token_ids, chosen)
 
     def to_json(generation: Generation) -> dict[str, Any]:

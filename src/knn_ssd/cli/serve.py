@@ -33,7 +33,15 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("server")
     option(group, "--host", "H", "address to listen on", default="127.0.0.1")
     option(group, "--port", "P", "port to listen on; 0 takes any free one", whole_number(0, 65535), 8000)
-    option(group, "--name", "NAME", "name of the model for clients", options.filled)
+    text = "name of the model for clients, beside that of --model (default: the last part of --model)"
+    option(group, "--name", "NAME", text, options.filled)
+    text = "chat template (Jinja) to use instead of the model's own"
+    option(group, "--chat-template", "FILE", text, options.filled)
+    text = (
+        "origin of a web page that browsers let use the server, such as https://example.org; * is any; may be given "
+        "several times (default: none but the server's own page)"
+    )
+    option(group, "--cors", "ORIGIN", text, options.filled, action="append")
     text = "maximum number of running requests, which are decoded with continuous batching"
     option(group, "--running", "N", text, whole_number(1), 8)
     text = "maximum number of waiting requests; further ones are refused with status 429"
@@ -84,16 +92,21 @@ def run(args: argparse.Namespace) -> int:
         from knn_ssd.server.owners import read_keys
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs '{error.name}'", "Install it with `pip install knn-ssd[serve]`.") from error
+    from knn_ssd.loading.resolve import EMBEDDED_MODEL
     from knn_ssd.server.scheduler import Limits
 
     keys = read_keys(os.environ.get(_KEY, ""))
+    template = None if args.chat_template is None else _read_template(Path(args.chat_template))
     atlas = options.read_atlas(args)
     with listen(args.host, args.port) as socket:
         host, port = socket.getsockname()[:2]
         keeping = _Keeping.chosen(args, keys, ipaddress.ip_address(host).is_loopback)
         engine = options.load_engine(args, atlas)
+        if template is not None:
+            _use_template(engine, template)
         options.prepare(engine)
-        name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
+        model = args.model or EMBEDDED_MODEL
+        name = args.name or Path(model).name
         owners = keeping.owners(engine, keys)
         settings = ServeSettings(
             model=name,
@@ -101,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             limits=Limits(args.running, args.waiting, args.deadline),
             max_body_bytes=args.max_body,
             drain_sec=args.drain,
+            aliases=(model, Path(model).name),
+            origins=tuple(args.cors or ()),
         )
         app = make_app(engine, settings)
         output.note(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
@@ -111,6 +126,33 @@ def run(args: argparse.Namespace) -> int:
             uvicorn.Server(config).run(sockets=[socket])
         owners.close()
     return 0
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"the chat template '{path}' cannot be read: {reason}") from error
+
+
+def _use_template(engine: Engine, template: str) -> None:
+    """Replaces the tokenizer's chat template.
+
+    Raises:
+        UsageError: there is no tokenizer, or the template is not valid Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    if engine.tokenizer is None:
+        raise UsageError("--chat-template needs a tokenizer, and the model came without one")
+    engine.tokenizer.chat_template = template
+    try:
+        engine.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UsageError(f"the chat template is not valid, at line {error.lineno}: {error.message}") from error
+    except Exception as error:  # a template may raise anything; perhaps it needs more than one message
+        output.note(f"note: the chat template cannot be applied to a lone message of a user: {error}")
 
 
 @dataclass(frozen=True, slots=True)

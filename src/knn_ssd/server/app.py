@@ -1,35 +1,36 @@
-"""The HTTP application: its paths, errors in OpenAI's format, API keys and the limits."""
+"""The HTTP application: its paths and what is shared among them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from knn_ssd.engine import Engine
-from knn_ssd.errors import KnnSsdError, MemoryInUseError, MemoryLimitError, PromptError, UsageError
 from knn_ssd.owner import Owner
-from knn_ssd.server.completions import ClientDisconnectedError, CompletionHandler
-from knn_ssd.server.limits import CLIENT_GONE, BodyLimit, error_body, internal_error_message
+from knn_ssd.server.access import CLIENT_GONE, BodyLimit, keyed_route
+from knn_ssd.server.choices import ChoiceWriter
+from knn_ssd.server.completions import CompletionHandler
 from knn_ssd.server.logprobs import Logprobs
 from knn_ssd.server.metrics import Metrics
 from knn_ssd.server.owners import Owners
 from knn_ssd.server.page import add_page
-from knn_ssd.server.responses import PromptTexts, prefill_headers
-from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, Limits, Scheduler
-from knn_ssd.server.schemas import REFUSALS, STREAMED, ChatRequest, CompletionRequest
+from knn_ssd.server.problems import StatusError, add_errors
+from knn_ssd.server.replies import REFUSALS, STREAMED
+from knn_ssd.server.responses import PromptTexts, response_headers
+from knn_ssd.server.scheduler import Limits, Scheduler
+from knn_ssd.server.schemas import ChatRequest, CompletionRequest
+from knn_ssd.server.streams import ClientDisconnectedError, EventStream, unless_gone
 
-_INVALID = "invalid_request_error"
-_STATUS = {PromptError: 400, UsageError: 400, BusyError: 429, ClosingError: 503, DeadlineError: 504}
-_STATUS |= {MemoryInUseError: 503, MemoryLimitError: 400}  # the first counts that an error is an instance of
-_RETRY_SEC = 1
+_REPORTED = [f"x-knn-ssd-{name}" for name in ("exactness", "plan", "neighbours", "route")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class ServeSettings:
         max_body_bytes: the longest request body.
         body_sec: seconds within which a body must arrive.
         drain_sec: seconds that running requests have to finish when the server is shut down.
+        aliases: other names that the model has for clients.
+        origins: the origins of web pages that browsers let use the server (CORS); `*` is any.
     """
 
     model: str
@@ -51,6 +54,14 @@ class ServeSettings:
     max_body_bytes: int = 4 * 2**20
     body_sec: float = 30.0
     drain_sec: float = 30.0
+    aliases: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    def check_model(self, name: str) -> None:
+        """Raises a `StatusError` for a model that is not served."""
+        if name != self.model and name not in self.aliases:
+            message = f"the model '{name}' is not served; '{self.model}' is"
+            raise StatusError(404, message, param="model", code="model_not_found")
 
 
 def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
@@ -65,62 +76,98 @@ def make_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
     app = FastAPI(title="knn-ssd", lifespan=lifespan)
     app.state.scheduler = scheduler
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_sec=settings.body_sec)
-    _add_errors(app)
-    _add_middleware(app, settings, metrics)
-    _add_completions(app, settings, scheduler, metrics)
-    _add_status(app, settings, scheduler, metrics)
+    add_errors(app)
+    api = _api(settings, scheduler, metrics)
+    app.include_router(api)
+    _add_status(app, scheduler, metrics)
     add_page(app, engine.atlas)
+    routes = [route for route in (*api.routes, *app.routes) if isinstance(route, Route)]
+    app.add_middleware(CountResponses, metrics=metrics, paths={route.endpoint: route.path for route in routes})
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_REPORTED,
+        )
     return app
 
 
-def _add_completions(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+def _api(settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> APIRouter:
+    """The paths that need an API key, if there are keys."""
+    limit = BodyLimit(settings.max_body_bytes, settings.body_sec)
+    api = APIRouter(prefix="/v1", route_class=keyed_route(settings.owners, limit))
     tokenizer = scheduler.engine.tokenizer
     logprobs, prompt_texts = Logprobs(tokenizer), PromptTexts(tokenizer)
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
-        if request.model != settings.model:
-            message = f"the model '{request.model}' is not served; '{settings.model}' is"
-            return JSONResponse(error_body(message, _INVALID, "model", "model_not_found"), 404)
+        settings.check_model(request.model)
         owner = Owner() if request.store is False else http.state.owner
-        handler = CompletionHandler(request, owner, scheduler, metrics, logprobs, prompt_texts)
-        headers = {"x-knn-ssd-exactness": scheduler.engine.exactness.value, **prefill_headers(await handler.start())}
-        if request.stream:
-            return StreamingResponse(handler.stream_response(), media_type="text/event-stream", headers=headers)
+        writer = ChoiceWriter(request, logprobs)
+        handler = CompletionHandler(request, owner, scheduler, metrics, writer, prompt_texts)
         try:
-            return JSONResponse(await handler.full_response(http), headers=headers)
+            body = await unless_gone(
+                http.receive, handler.start_stream() if request.stream else handler.full_response()
+            )
+            headers = response_headers(scheduler.engine.exactness, handler.prefill)
+            if request.stream:
+                return EventStream(handler.stream(), handler.cancel, headers)
+            return JSONResponse(body, headers=headers)
         except ClientDisconnectedError:
+            handler.cancel()
             return Response(status_code=CLIENT_GONE)
+        except BaseException:
+            handler.cancel()
+            raise
 
-    @app.post("/v1/chat/completions", responses={**STREAMED, **REFUSALS})
+    @api.post("/chat/completions", responses={**STREAMED, **REFUSALS})
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Generates the next message of a conversation."""
         return await respond(request, http)
 
-    @app.post("/v1/completions", responses={**STREAMED, **REFUSALS})
+    @api.post("/completions", responses={**STREAMED, **REFUSALS})
     async def completions(request: CompletionRequest, http: Request) -> Response:
-        """Continues a text."""
+        """Continues texts, each by itself."""
         return await respond(request, http)
 
+    _add_models(api, settings)
+    return api
 
-def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics) -> None:
+
+def _add_models(api: APIRouter, settings: ServeSettings) -> None:
     started = int(time.time())
+    refusals = {status: REFUSALS[status] for status in (401, 404, "4XX")}
 
-    @app.get("/v1/models", responses={status: REFUSALS[status] for status in (401, "4XX")})
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "knn-ssd"}
+
+    @api.get("/models", responses=refusals)
     async def models() -> dict[str, Any]:
         """Lists the one model that is served."""
-        own = {"id": settings.model, "object": "model", "created": started, "owned_by": "knn-ssd"}
-        return {"object": "list", "data": [own]}
+        return {"object": "list", "data": [described(settings.model)]}
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Reports that the process is running."""
-        return {"status": "ok"}
+    @api.get("/models/{model:path}", responses=refusals)
+    async def model(model: str) -> dict[str, Any]:
+        """Describes the model that is served, by any of its names."""
+        settings.check_model(model)
+        return described(model)
 
-    @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
+
+def _add_status(app: FastAPI, scheduler: Scheduler, metrics: Metrics) -> None:
+    @app.get("/health", responses={503: {"description": "The thread that owns the model has failed."}})
+    async def health() -> Response:
+        """Reports that the process is running, and that the thread that owns the model is."""
+        if scheduler.failure is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed", "error": type(scheduler.failure).__name__}, 503)
+
+    @app.get("/ready", responses={503: {"description": "The server is shutting down, or has failed."}})
     async def ready() -> Response:
         """Reports whether requests are accepted."""
-        return JSONResponse({"status": "ready" if scheduler.alive else "closing"}, 200 if scheduler.alive else 503)
+        if scheduler.alive:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "closing" if scheduler.failure is None else "failed"}, 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> Response:
@@ -128,51 +175,37 @@ def _add_status(app: FastAPI, settings: ServeSettings, scheduler: Scheduler, met
         return PlainTextResponse(metrics.text())
 
 
-def _add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
-    @app.middleware("http")
-    async def check_key_and_count(http: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        path = http.url.path
-        if path.startswith("/v1/"):
-            http.state.owner = settings.owners.find(http.headers.get("authorization", "").removeprefix("Bearer "))
-            if http.state.owner is None:
-                body = error_body("the API key is missing or wrong", "authentication_error", None, "invalid_api_key")
-                return JSONResponse(body, 401)
-        response = await proceed(http)
-        known = any(getattr(route, "path", None) == path for route in app.routes)
-        metrics.responses.labels(path if known else "other", str(response.status_code)).inc()
-        return response
+class CountResponses:
+    """Middleware that counts responses by the path of their route and their status.
 
+    Args:
+        app: the application.
+        metrics: where they are counted.
+        paths: the path of each route's endpoint, which clients cannot make up.
+    """
 
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(KnnSsdError)
-    async def known_error(_http: Request, error: KnnSsdError) -> Response:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-        kind = _INVALID if status == 400 else "rate_limit_error" if status == 429 else "server_error"
-        headers = {"retry-after": str(_RETRY_SEC)} if status in (429, 503) else None
-        return JSONResponse(error_body(str(error), kind), status, headers)
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Mapping[Any, str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_http: Request, error: RequestValidationError) -> Response:
-        param = code = None
-        problems = [([str(part) for part in each["loc"] if part != "body"], each) for each in error.errors()]
-        place, first = problems[0]
-        if first["type"] == "json_invalid":
-            message = f"the body is not JSON, at character {place[0]}: {first['ctx']['error']}"
-        elif first["type"] in ("model_attributes_type", "missing") and not place:
-            message = "the body must be a JSON object, and the header content-type: application/json"
-        elif first["type"] == "extra_forbidden":
-            param, code = ".".join(place), "unsupported_parameter"
-            message = f"'{param}' is not supported"
-        else:
-            param = next(iter(place), None)
-            reasons = dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1])
-            message = ": ".join(filter(None, (param, "; or ".join(reasons))))
-        return JSONResponse(error_body(message, _INVALID, param, code), 400)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_http: Request, error: HTTPException) -> Response:
-        return JSONResponse(error_body(str(error.detail), _INVALID), error.status_code, error.headers)
+        async def counted(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self._count(scope, message["status"])
+            await send(message)
 
-    @app.exception_handler(Exception)
-    async def unknown_error(_http: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(internal_error_message(error), "server_error"), 500)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not started and scope["type"] == "http":
+                self._count(scope, 500)  # which is what the client gets
+            raise
+
+    def _count(self, scope: Scope, status: int) -> None:
+        path = self._paths.get(scope.get("endpoint"), "other")
+        self._metrics.responses.labels(path, str(status)).inc()

@@ -1,275 +1,251 @@
-"""Turns a request into a full response or a stream of server-sent events, through n jobs of the scheduler."""
+"""Turns a request into a full response or a stream of server-sent events, through jobs of the scheduler."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import math
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.requests import Request
-
-from knn_ssd.errors import KnnSsdError
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.owner import Owner
-from knn_ssd.routing.answers import Neighbour
-from knn_ssd.server.limits import error_body, internal_error_message
-from knn_ssd.server.logprobs import Logprobs
+from knn_ssd.server.choices import Choice, ChoiceWriter, EncodedPrompt
 from knn_ssd.server.metrics import Metrics
+from knn_ssd.server.problems import error_body, error_message
+from knn_ssd.server.replies import usage
 from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
-from knn_ssd.server.scheduler import Event, Job, PrefillDone, Scheduler
-from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest, usage
+from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
+from knn_ssd.server.schemas import ChatRequest, CompletionRequest
+from knn_ssd.server.streams import DONE, PING, PING_SEC, event
+from knn_ssd.tokenization import PromptLike, echoed
 
-DONE = "data: [DONE]\n\n"
-
-
-class ClientDisconnectedError(Exception):
-    """The client disconnected before its response was complete."""
+HEADERS_SEC = 1.0  # in which a stream's headers wait for the first prefill, which some of them report
 
 
 @dataclass(slots=True)
 class CompletionHandler:
-    """Produces the n choices of one request.
+    """Produces the choices of one request: n for each of its prompts.
 
     Args:
         request: the request.
         owner: what the request may use of earlier ones, and where it is kept for later ones.
-        scheduler: runs its n jobs.
+        scheduler: runs its jobs.
         metrics: counts the finished ones.
-        logprobs: writes their log-probabilities.
+        writer: writes its choices.
         prompt_texts: writes the prompts of neighbours.
 
     Attributes:
-        id: the response's id.
-        created: the response's Unix time.
+        choices: the choices, in order.
         prefill: what the first job reported after its prefill; its neighbours are those that the response names.
-        results: the finished choices by index.
     """
 
     request: ChatRequest | CompletionRequest
     owner: Owner
     scheduler: Scheduler
     metrics: Metrics
-    logprobs: Logprobs
+    writer: ChoiceWriter
     prompt_texts: PromptTexts
-    id: str = ""
-    created: int = 0
+    choices: list[Choice] = field(default_factory=list)
     prefill: PrefillDone | None = None
-    results: dict[int, Generation] = field(default_factory=dict)
-    _jobs: list[Job] = field(default_factory=list)
     _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-    _neighbours: dict[int, tuple[Neighbour, ...]] = field(default_factory=dict)  # of each choice
-    _chunks: dict[int, list[Chunk]] = field(default_factory=dict)  # kept for logprobs and rounds
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice's text sent so far
-    _first_fields: dict[str, Any] = field(default_factory=dict)  # sent with the first event
+    _early: list[tuple[Choice, Event]] = field(default_factory=list)  # reported before the headers were sent
+    _num_done: int = 0  # choices of which nothing more comes
+    _first_fields: dict[str, Any] = field(default_factory=dict)  # sent with the next event
 
-    async def start(self) -> PrefillDone:
-        """Submits the jobs and waits for the first one's prefill, before which a request can still be refused.
+    def cancel(self) -> None:
+        """Ends the jobs that are still running."""
+        for choice in self.choices:
+            self.scheduler.cancel(choice.job)
+
+    async def full_response(self) -> dict[str, Any]:
+        """The response of a request without `stream`.
+
+        Raises:
+            KnnSsdError: the prompt cannot be used, no more requests are accepted, or the deadline has passed.
+        """
+        await self._start()
+        async for choice, each in self._reported():
+            if isinstance(each, Chunk) and self._is_detailed:
+                choice.chunks.append(each)
+        choices = [self.writer.whole(choice) for choice in self.choices]
+        fields = {"knn_ssd": {**self._first_fields, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
+        return {**self.writer.head(streamed=False), "choices": choices, "usage": self._usage(), **fields}
+
+    async def start_stream(self) -> None:
+        """Starts a request with `stream`, and waits a moment for its first prefill, before which it can be refused.
 
         Raises:
             KnnSsdError: the prompt cannot be used, or no more requests are accepted.
         """
-        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        options = {**self.request.options(), "owner": self.owner}
-        loop = asyncio.get_running_loop()
-        # Not on the model's thread: a prompt of megabytes takes seconds to encode, and must not delay other requests.
-        encode = self.scheduler.engine.encode
-        token_ids = await asyncio.to_thread(encode, self.request.prompt_like, options.get("chat", True))
+        await self._start()
+        first = await self._next(HEADERS_SEC)
+        if first is not None:
+            self._early.append(first)
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """The response as server-sent events; an error after the headers is an event too."""
         try:
-            for index in range(self.request.n):
-                seeded = {**options, "seed": self.request.seed_of(index)}
-                callback = _queue_callback(loop, self._events, index)
-                self._jobs.append(self.scheduler.submit(token_ids, seeded, callback))
-            self.prefill = await self._first()
-            if self.request.knn_ssd.rounds:
-                self._first_fields = prefill_fields(self.prefill, self.prompt_texts)
+            if isinstance(self.request, ChatRequest) or (
+                self.request.echoes and self.request.num_prompt_logprobs is None
+            ):
+                for choice in self.choices:
+                    yield self._event(self.writer.beginning(choice))
+            async for choice, each in self._reported():
+                piece = PING if each is None else self._piece(choice, each)
+                if piece is not None:
+                    yield piece
+        except Exception as error:
+            yield event(error_body(error_message(error), "server_error"))
+            return
+        if self.request.stream_options.include_usage:
+            yield event({**self.writer.head(streamed=True), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    async def _start(self) -> None:
+        """Takes places in the queue, and submits the jobs once the prompts are tokenised.
+
+        That is done on another thread than the model's: a prompt of megabytes takes seconds, and must not delay other
+        requests.
+        """
+        prompts, n = self.request.prompts, self.request.n
+        loop = asyncio.get_running_loop()
+        callbacks = [_queue_callback(loop, self._events, index) for index in range(len(prompts) * n)]
+        self.choices = [Choice(index, job) for index, job in enumerate(self.scheduler.reserve(callbacks))]
+        try:
+            async with self._in_time():
+                encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
+            options = {**self.request.options(), "owner": self.owner}
+            for choice in self.choices:
+                choice.prompt = encoded[choice.index // n]
+                seeded = {**options, "seed": self.request.seed_of(choice.index % n)}
+                num_logprobs = self.request.num_prompt_logprobs
+                self.scheduler.start(choice.job, choice.prompt.token_ids, seeded, num_logprobs)
         except BaseException:
             self.cancel()
             raise
-        return self.prefill
 
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self.request, ChatRequest)
+    def _encode(self, prompt: PromptLike) -> EncodedPrompt:
+        engine = self.scheduler.engine
+        token_ids = engine.encode(prompt, isinstance(self.request, ChatRequest), self.request.template)
+        if not self.request.echoes:
+            return EncodedPrompt(token_ids)
+        pieces = echoed(engine.tokenizer, token_ids)
+        return EncodedPrompt(token_ids, prompt if isinstance(prompt, str) else "".join(pieces), pieces)
 
-    def cancel(self) -> None:
-        """Ends the jobs that are still running."""
-        for job in self._jobs:
-            self.scheduler.cancel(job)
-
-    async def events(self) -> AsyncIterator[tuple[int, Chunk | Generation]]:
-        """The chunks and finished choices as they come, each with its index.
+    async def _reported(self) -> AsyncIterator[tuple[Choice, Event | None]]:
+        """What the jobs report as it comes, with the choice that it belongs to; None where nothing came for a while.
 
         Raises:
-            Exception: an error that ended one of the jobs.
+            Exception: an error that ended one of the jobs; the others are ended as well.
         """
         try:
-            while len(self.results) < self.request.n:
-                index, event = await self._events.get()
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, Generation):
-                    self.results[index] = event
-                    self.metrics.finished(event)
-                if isinstance(event, PrefillDone):
-                    self._neighbours[index] = event.neighbours
-                else:
-                    yield index, event
+            for choice, early in self._early:
+                yield choice, early
+            while self._num_done < len(self.choices):
+                yield await self._next(PING_SEC) or (self.choices[0], None)
         finally:
             self.cancel()
 
-    async def full_response(self, http: Request) -> dict[str, Any]:
-        """The response of a request without `stream`.
+    async def _next(self, patience_sec: float) -> tuple[Choice, Event] | None:
+        """What is reported next, once it was noted; None if nothing comes for so long."""
+        if self._events.empty():
+            async with self._in_time():
+                try:
+                    async with asyncio.timeout(patience_sec):
+                        index, reported = await self._events.get()
+                except TimeoutError:
+                    return None
+        else:
+            index, reported = self._events.get_nowait()
+        if isinstance(reported, Exception):
+            raise reported
+        self._note(self.choices[index], reported)
+        return self.choices[index], reported
 
-        Raises:
-            ClientDisconnectedError: the client disconnected meanwhile.
-        """
-        collecting = asyncio.ensure_future(self._collect())
-        leaving = asyncio.ensure_future(_disconnect(http))
-        try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise ClientDisconnectedError
-            await collecting
-        finally:
-            for task in (collecting, leaving):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
-            self.cancel()
-        results = [self.results[index] for index in range(self.request.n)]
-        choices = [
-            self._choice(index, result.text, self._logprobs_of(index, *self._chunks.get(index, [])), result)
-            for index, result in enumerate(results)
-        ]
-        fields = {"knn_ssd": {**self._first_fields, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **fields}
+    def _note(self, choice: Choice, reported: Event) -> None:
+        if isinstance(reported, PromptScored):
+            choice.scored = reported
+            choice.is_done = self.request.max_tokens == 0
+            self._num_done += choice.is_done
+        elif isinstance(reported, PrefillDone):
+            choice.neighbours = reported.neighbours
+            self.metrics.started(reported)
+            if self.prefill is None:
+                self.prefill = reported
+                if self.request.knn_ssd.rounds:
+                    self._first_fields = prefill_fields(reported, self.prompt_texts)
+        elif isinstance(reported, Chunk):
+            choice.num_tokens += len(reported.round.tokens)
+        elif isinstance(reported, Generation):
+            choice.result, choice.is_done = reported, True
+            self._num_done += 1
+            self.metrics.finished(reported)
 
-    async def stream_response(self) -> AsyncIterator[str]:
-        """The response as server-sent events; an error after the first of them is an event too."""
-        with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
-        extra: dict[str, Any] = {"usage": None} if with_usage else {}
-        if self.is_chat:
-            for index in range(self.request.n):
-                yield self._event([_delta(index, {"role": "assistant", "content": ""}, None)], extra)
-        try:
-            async for index, event in self.events():
-                if isinstance(event, Generation):
-                    yield self._event([self._piece(index, None, None, event)], extra)
-                elif event.text or self._is_detailed:
-                    fields = self._round_fields(index, event) if self.request.knn_ssd.rounds else None
-                    logprobs = self._logprobs_of(index, event)
-                    yield self._event([self._piece(index, event.text, logprobs)], extra, fields)
-        except Exception as error:
-            message = str(error) if isinstance(error, KnnSsdError) else internal_error_message(error)
-            yield f"data: {json.dumps(error_body(message, 'server_error'), ensure_ascii=False)}\n\n"
-            return
-        if with_usage:
-            yield self._event([], {"usage": self._usage()})
-        yield DONE
+    def _piece(self, choice: Choice, reported: Event) -> str | None:
+        """The event of a stream for what was reported; None where it brings nothing."""
+        if isinstance(reported, PromptScored):
+            return self._event(self.writer.beginning(choice))
+        if isinstance(reported, Chunk) and (reported.text or self._is_detailed):
+            fields = self._round_fields(choice, reported) if self.request.knn_ssd.rounds else None
+            return self._event(self.writer.chunk(choice, reported), fields)
+        return self._event(self.writer.end(choice)) if isinstance(reported, Generation) else None
 
     @property
     def _is_detailed(self) -> bool:
         """Whether rounds without text are sent, too: for their tokens or their log-probabilities."""
         return self.request.knn_ssd.rounds or self.request.num_logprobs is not None
 
-    async def _collect(self) -> None:
-        async for index, event in self.events():
-            if isinstance(event, Chunk) and self._is_detailed:
-                self._chunks.setdefault(index, []).append(event)
-
     def _rounds(self) -> list[dict[str, Any]]:
         return [
-            {"index": index, **self._round_fields(index, chunk)}
-            for index in range(self.request.n)
-            for chunk in self._chunks[index]
+            {"index": choice.index, **self._round_fields(choice, chunk)}
+            for choice in self.choices
+            for chunk in choice.chunks
         ]
 
-    def _round_fields(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    def _round_fields(self, choice: Choice, chunk: Chunk) -> dict[str, Any]:
         """The fields of a round, with its neighbour's place among those that the response names."""
         assert self.prefill is not None
         place, named = chunk.round.neighbour, [each.answer.id for each in self.prefill.neighbours]
-        found = None if place is None else self._neighbours[index][place].answer.id
+        found = None if place is None else choice.neighbours[place].answer.id
         return round_fields(chunk, named.index(found) if found in named else None)
 
-    def _logprobs_of(self, index: int, *chunks: Chunk) -> dict[str, Any] | None:
-        if self.request.num_logprobs is None:
-            return None
-        if self.is_chat:
-            return self.logprobs.chat(chunks)
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + sum(len(chunk.text) for chunk in chunks)
-        return self.logprobs.completion(chunks, offset)
-
-    async def _first(self) -> PrefillDone:
-        """The first `PrefillDone`. Events of other jobs that come before it are put back into the queue."""
-        kept = []
-        while True:
-            index, event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, PrefillDone):
-                self._neighbours[index] = event.neighbours
-                break
-            kept.append((index, event))
-        for each in kept:
-            self._events.put_nowait(each)
-        return event
-
     def _usage(self) -> dict[str, Any]:
-        assert self.prefill is not None
-        return usage(self.prefill.prompt_tokens, list(self.results.values()))
+        prompts = self.choices[:: self.request.n]
+        results = [choice.result for choice in self.choices if choice.result is not None]
+        generated = sum(choice.num_tokens for choice in self.choices)
+        return usage(sum(len(choice.prompt.token_ids) for choice in prompts), generated, results)
 
-    def _head(self, streamed: bool) -> dict[str, Any]:
-        kind = "text_completion" if not self.is_chat else "chat.completion" + ".chunk" * streamed
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
-
-    def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any], fields: dict[str, Any] | None = None) -> str:
-        data = {**self._head(streamed=True), "choices": choices, **extra}
+    def _event(self, piece: dict[str, Any], fields: dict[str, Any] | None = None) -> str:
+        options = self.request.stream_options
+        data: dict[str, Any] = {**self.writer.head(streamed=True), "choices": [piece]}
+        if options.continuous_usage_stats:
+            data["usage"] = self._usage()
+        elif options.include_usage:
+            data["usage"] = None
         if self._first_fields or fields:
             data["knn_ssd"] = {**self._first_fields, **(fields or {})}
             self._first_fields = {}
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return event(data)
 
-    def _piece(
-        self, index: int, text: str | None, logprobs: dict[str, Any] | None, result: Generation | None = None
-    ) -> dict[str, Any]:
-        if not self.is_chat:
-            return self._choice(index, text or "", logprobs, result)
-        return _delta(index, {} if text is None else {"content": text}, logprobs, result)
-
-    def _choice(
-        self, index: int, text: str, logprobs: dict[str, Any] | None, result: Generation | None
-    ) -> dict[str, Any]:
-        content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        )
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _reason(result)}
-
-
-def _delta(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, result: Generation | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _reason(result)}
-
-
-def _reason(result: Generation | None) -> str | None:
-    return None if result is None else FINISH_REASONS[result.finish_reason]
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Ends what is awaited at the request's deadline, whatever the model's thread is busy with."""
+        due = self.choices[0].job.due
+        try:
+            async with asyncio.timeout(None if due == math.inf else max(due - time.monotonic(), 0.0)) as limit:
+                yield
+        except TimeoutError:
+            if limit.expired():
+                raise self.scheduler.limits.passed() from None
+            raise
 
 
 def _queue_callback(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int) -> Any:
-    def callback(event: Event) -> None:
+    def callback(reported: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop was closed: the event is not needed
-            loop.call_soon_threadsafe(events.put_nowait, (index, event))
+            loop.call_soon_threadsafe(events.put_nowait, (index, reported))
 
     return callback
-
-
-async def _disconnect(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

@@ -7,7 +7,9 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from knn_ssd.outputs import Generation
-from knn_ssd.server.scheduler import Scheduler
+from knn_ssd.server.scheduler import PrefillDone, Scheduler
+
+_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # seconds
 
 
 class Metrics:
@@ -26,10 +28,16 @@ class Metrics:
         self._accepted = counter("knn_ssd_accepted_tokens", "Drafted tokens that were accepted.", ("drafter",))
         routes = "Finished requests by the domain that they were routed to."
         self._routes = counter("knn_ssd_routes", routes, ("domain",))
-        self._prefill = Histogram("knn_ssd_prefill_seconds", "Prefill of a request.", registry=registry)
-        self._decode = Histogram("knn_ssd_decode_seconds", "Decoding of a request.", registry=registry)
+        histogram = partial(Histogram, registry=registry, buckets=_BUCKETS)
+        self._queue = histogram("knn_ssd_queue_seconds", "From the arrival of a request until it ran.")
+        self._prefill = histogram("knn_ssd_prefill_seconds", "Prefill of a request.")
+        self._decode = histogram("knn_ssd_decode_seconds", "Decoding of a request.")
         for name, read in (("running", lambda: scheduler.running), ("waiting", lambda: scheduler.waiting)):
             Gauge(f"knn_ssd_{name}_requests", f"Number of {name} requests.", registry=registry).set_function(read)
+
+    def started(self, prefill: PrefillDone) -> None:
+        """Counts a request that was prefilled."""
+        self._queue.observe(prefill.queued_sec)
 
     def finished(self, result: Generation) -> None:
         """Counts a finished request."""

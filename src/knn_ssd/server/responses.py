@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+from knn_ssd.backends.base import Exactness
 from knn_ssd.outputs import Chunk
 from knn_ssd.server.scheduler import PrefillDone
 from knn_ssd.tokenization import encode
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 80  # characters of an earlier prompt
 _TOKENS_SHOWN = 4 * _SHOWN  # enough for them, where a character is up to four tokens
+_HEADER_CHARACTERS = 200  # of a text in a header
+_PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class PromptTexts:
@@ -52,12 +56,21 @@ class PromptTexts:
         return before[last:], after
 
 
-def prefill_headers(prefill: PrefillDone) -> dict[str, str]:
-    """The headers that are known after the prefill."""
-    headers = {"x-knn-ssd-plan": prefill.plan.describe(), "x-knn-ssd-neighbours": str(len(prefill.neighbours))}
+def response_headers(exactness: Exactness, prefill: PrefillDone | None) -> dict[str, str]:
+    """The headers of a response: the exactness, and what is known after the prefill if it is done."""
+    headers = {"x-knn-ssd-exactness": exactness.value}
+    if prefill is None:
+        return headers
+    headers |= {"x-knn-ssd-plan": prefill.plan.describe(), "x-knn-ssd-neighbours": str(len(prefill.neighbours))}
     if prefill.route is not None:
-        headers["x-knn-ssd-route"] = prefill.route.plan_name
+        headers["x-knn-ssd-route"] = header_value(prefill.route.plan_name)
     return headers
+
+
+def header_value(text: str) -> str:
+    """A text as the value of a header: what is not printable ASCII, and %, is percent-encoded as UTF-8."""
+    value = quote(text[:_HEADER_CHARACTERS], safe=_PRINTABLE, errors="replace")
+    return value if value == value.strip() else value.replace(" ", "%20")
 
 
 def prefill_fields(prefill: PrefillDone, texts: PromptTexts) -> dict[str, Any]:

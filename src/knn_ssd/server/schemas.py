@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from knn_ssd.outputs import Generation
+from knn_ssd.server.fields import FixedFields, InertFields, SamplingFields
+from knn_ssd.server.messages import Message, Strict
 from knn_ssd.speculation.decode import FinishReason
-from knn_ssd.tokenization import PromptLike
+from knn_ssd.tokenization import PromptLike, TemplateOptions
 
-MOST_CHOICES = 16
+MOST_CHOICES = 16  # of one prompt
+MOST_TOTAL_CHOICES = 256  # of all prompts of a request
+MOST_STOP_CHARACTERS = 100_000  # of all stop strings of a request
 _SHORT_COMPLETION = 16  # tokens, the default of OpenAI's own /v1/completions
+_REST = -1  # tokens: as many as the context has room for
 
 FINISH_REASONS = {
     FinishReason.EOS: "stop",
@@ -22,76 +26,74 @@ FINISH_REASONS = {
 }
 
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=1)] | Literal[-1]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown_name(cls, data: Any) -> Any:
-        """Drops all unknown names except the first, which is reported; reporting thousands would take seconds."""
-        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
-            return data
-        unknown = next(name for name in data if name not in cls.model_fields)
-        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
-
-
-class TextPart(_Strict):
-    """A text part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """The message as chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream contains besides its text."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Any = None
 
 
-class DraftingOptions(_Strict):
+class DraftingOptions(Strict):
     """Extensions of this server: whether to decode plainly, and whether to report every round."""
 
     plain: bool = False
     rounds: bool = False
 
 
-class _Request(_Strict):
+class _Request(InertFields, FixedFields, SamplingFields):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    stream_options: StreamOptions = StreamOptions()
     store: bool | None = None
     knn_ssd: DraftingOptions = DraftingOptions()
+
+    @field_validator("stop")
+    @classmethod
+    def _of_bounded_length(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if sum(map(len, [stop] if isinstance(stop, str) else stop or [])) > MOST_STOP_CHARACTERS:
+            message = f"all stop strings together may have at most {MOST_STOP_CHARACTERS} characters"
+            raise PydanticCustomError("too_long", message)
+        return stop
 
     def sampling(self) -> dict[str, Any]:
         """The sampling options of `Engine.stream`."""
         stop = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
-        return {"temperature": self.temperature, "top_p": self.top_p, "stop": stop, "plain": self.knn_ssd.plain}
+        own = {"temperature": self.temperature, "top_p": self.top_p, "stop": stop, "plain": self.knn_ssd.plain}
+        return {**own, **self.engine_options(), "logprobs": self.num_logprobs}
 
     def seed_of(self, choice: int) -> int | None:
-        """The seed of one of the n choices; each has its own."""
+        """The seed of one of the choices; each has its own."""
         return None if self.seed is None else (self.seed + choice) % 2**63
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report with each log-probability; None reports neither."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    @property
+    def template(self) -> TemplateOptions | None:
+        """How the chat template is applied."""
+        return None
 
 
 class ChatRequest(_Request):
@@ -102,100 +104,84 @@ class ChatRequest(_Request):
     max_completion_tokens: Tokens | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("top_logprobs")
     @classmethod
     def _only_with_logprobs(cls, most: int | None, info: ValidationInfo) -> int | None:
-        if most is not None and not info.data.get("logprobs"):
+        if most and not info.data.get("logprobs"):
             raise PydanticCustomError("needs_logprobs", "needs 'logprobs' to be true")
         return most
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to report with each log-probability; None reports neither."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property
-    def prompt_like(self) -> PromptLike:
-        return [message.plain() for message in self.messages]
+    def prompts(self) -> list[PromptLike]:
+        """The one conversation."""
+        return [[message.plain() for message in self.messages]]
+
+    @property
+    def template(self) -> TemplateOptions:
+        return TemplateOptions(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
     def options(self) -> dict[str, Any]:
         """The options of `Engine.stream`."""
-        limit = self.max_completion_tokens or self.max_tokens
-        return {**self.sampling(), "max_new_tokens": limit, "logprobs": self.num_logprobs}
+        return {**self.sampling(), "max_new_tokens": _limit(self.max_completion_tokens or self.max_tokens)}
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, fail_fast=True)]
-    max_tokens: Tokens = _SHORT_COMPLETION
+    prompt: Annotated[
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_TOTAL_CHOICES, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_TOTAL_CHOICES, fail_fast=True)],
+        Field(description="A text or token ids, or a list of them with a choice each."),
+    ]
+    max_tokens: Annotated[int, Field(ge=0)] | Literal[-1] = _SHORT_COMPLETION
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("needs_echo", "max_tokens must be greater than or equal to 1 without 'echo'")
+        if len(self.prompts) * self.n > MOST_TOTAL_CHOICES:
+            message = f"a request may have at most {MOST_TOTAL_CHOICES} choices of all its prompts"
+            raise PydanticCustomError("too_many", message)
+        if len(self.prompts) > 1 and self.knn_ssd.rounds:
+            raise PydanticCustomError("one_prompt", "'knn_ssd.rounds' needs a single prompt")
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
-        """The same as in `ChatRequest`."""
         return self.logprobs
 
     @property
-    def prompt_like(self) -> PromptLike:
-        return self.prompt
+    def num_prompt_logprobs(self) -> int | None:
+        return (self.logprobs or 0) if self.echo and (self.logprobs is not None or self.max_tokens == 0) else None
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
+    def prompts(self) -> list[PromptLike]:
+        """The prompts; each has n choices."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [cast("PromptLike", self.prompt)]
+        return list(cast("list[PromptLike]", self.prompt))
 
     def options(self) -> dict[str, Any]:
         """The options of `Engine.stream`."""
-        return {**self.sampling(), "max_new_tokens": self.max_tokens, "chat": False, "logprobs": self.logprobs}
+        return {**self.sampling(), "max_new_tokens": _limit(self.max_tokens), "chat": False}
 
 
-class Problem(BaseModel):
-    """An error: its message, its type, and the parameter that it is about."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every error response."""
-
-    error: Problem
-
-
-_REFUSALS: dict[int | str, str] = {
-    400: "The request cannot be used: an option that is unknown or out of range, a prompt or output that is too long.",
-    401: "The API key is missing or wrong.",
-    404: "The model is not served.",
-    408: "The body did not arrive in time.",
-    413: "The body is too long.",
-    429: "Too many requests are waiting; Retry-After says when to try again.",
-    500: "An error inside the server.",
-    503: "The server is shutting down, or others' requests take the memory; Retry-After says when to try again.",
-    504: "The request passed its deadline.",
-    "4XX": "Any other error of the client.",
-}
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning} for status, meaning in _REFUSALS.items()
-}
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The response; with `stream`, its chunks as server-sent events that end with `[DONE]`.",
-        "content": {"text/event-stream": {}},
-    }
-}
-
-
-def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, Any]:
-    """Token counts over all choices. Drafted tokens are reported as the API's predicted tokens."""
-    completion = sum(len(result.token_ids) for result in results)
-    accepted = sum(result.stats.accepted for result in results)
-    drafted = sum(result.stats.drafted for result in results)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": max((result.stats.reused for result in results), default=0)},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": drafted - accepted,
-        },
-    }
+def _limit(tokens: int | None) -> int | None:
+    """The `max_new_tokens` of the engine, where None is the rest of the context."""
+    return None if tokens == _REST else tokens

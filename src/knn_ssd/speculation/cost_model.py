@@ -18,6 +18,7 @@ _EMA_UP, _EMA_DOWN = 0.02, 0.15  # how fast the number of drafting requests is b
 _FIRST_PLAIN, _PLAIN_EVERY = 8, 64  # passes without a plain step before one is asked for; doubles up to the second
 _MAX_ROWS = 32  # longer blocks are corrected as blocks of this many rows
 _NEIGHBOUR_SHARE = 0.95  # share of a correction that a block one row longer or shorter takes over
+_LEAST_SEC, _MOST_SEC = 1e-9, 1e6  # of a forward pass in a profile; beyond them, ratios of costs overflow
 _MAX_ERROR = 2.0  # one observation counts as off by no more than this factor, except the first
 
 
@@ -34,7 +35,7 @@ class CostProfile:
             the backend has none.
 
     Raises:
-        UsageError: no verification was measured.
+        UsageError: no verification was measured, or a value is out of its range.
     """
 
     step_sec: float
@@ -48,6 +49,12 @@ class CostProfile:
     def __post_init__(self) -> None:
         if not self.verify_sec:
             raise UsageError("a cost profile needs the seconds of at least one verification, got none")
+        for seconds in (self.step_sec, *self.verify_sec):
+            if not _LEAST_SEC <= seconds <= _MOST_SEC:
+                raise UsageError(f"a forward pass takes {_LEAST_SEC:g} to {_MOST_SEC:g} seconds, got {seconds}")
+        for saved in (self.attention_sec, self.mlp_sec, self.low_attention_sec, self.low_mlp_sec, self.low_head_sec):
+            if not -_MOST_SEC <= saved <= _MOST_SEC:
+                raise UsageError(f"a sublayer saves at most {_MOST_SEC:g} seconds, got {saved}")
 
     def draft_step_sec(self, plan: Plan) -> float:
         """Seconds to draft one token under a plan."""

@@ -242,13 +242,17 @@ def _emit(
 
 def _scored(current: Round, logits: torch.Tensor, most: int | None) -> Round:
     """The round with its tokens' log-probabilities, from logits (m, V) whose first n rows belong to its n tokens."""
-    if most is None:
-        return current
-    logprobs = logits[: len(current.tokens)].float().log_softmax(dim=-1)
-    values, tokens = logprobs.topk(min(most, logprobs.shape[-1]))  # (n, most)
-    tops = zip(tokens.tolist(), values.tolist(), strict=True)
-    scored = (
+    return current if most is None else replace(current, logprobs=token_logprobs(current.tokens, logits, most))
+
+
+def token_logprobs(tokens: Sequence[int], logits: torch.Tensor, most: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of n tokens, from logits (m, V) whose first n rows belong to them, with the `most` likeliest
+    tokens at each position.
+    """
+    logprobs = logits[: len(tokens)].float().log_softmax(dim=-1)
+    values, likeliest = logprobs.topk(min(most, logprobs.shape[-1]))  # (n, most)
+    tops = zip(likeliest.tolist(), values.tolist(), strict=True)
+    return tuple(
         TokenLogprobs(token, float(row[token]), tuple(zip(*top, strict=True)))
-        for token, row, top in zip(current.tokens, logprobs, tops, strict=True)
+        for token, row, top in zip(tokens, logprobs, tops, strict=True)
     )
-    return replace(current, logprobs=tuple(scored))
