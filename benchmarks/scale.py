@@ -32,7 +32,6 @@ from knn_ssd import Engine, Plan
 from knn_ssd.backends.base import Backend, Prefill
 from knn_ssd.kernels.binding import num_threads
 from knn_ssd.loading.resolve import load_model
-from knn_ssd.tools.doctor import read_bytes_per_token
 from knn_ssd.tools.memory import peak_bytes
 
 ROWS = (1, 2, 5, 9, 17)
@@ -54,8 +53,9 @@ class Start:
         copy_sec: making the 4-bit copies.
         first_token_sec: a prompt of 16 tokens and one token.
         loaded_peak_bytes, peak_bytes: peak resident memory before and after the 4-bit copies.
-        weight_bytes, low_bit_bytes: memory of the weights, and of their 4-bit copies.
-        read_bytes: what a decode step reads of the weights.
+        checkpoint_bytes, weight_bytes: size of the weights in bfloat16, and as the kernels read them.
+        low_bit_bytes: memory of their 4-bit copies.
+        read_bytes: what a decode step reads of the weights: all but the embedding.
         threads: how many compute.
         seconds: medians of what was measured; empty for the second start.
     """
@@ -66,6 +66,7 @@ class Start:
     first_token_sec: float
     loaded_peak_bytes: int
     peak_bytes: int
+    checkpoint_bytes: int
     weight_bytes: int
     low_bit_bytes: int
     read_bytes: int
@@ -126,7 +127,8 @@ def start(folder: Path, repeats: int) -> Start:
     copied = time.perf_counter()
     engine.generate(list(range(5, 21)), max_new_tokens=1)
     ended = time.perf_counter()
-    memory, read_bytes = engine.memory, read_bytes_per_token(model)
+    memory, embedding = engine.memory, model.get_input_embeddings().weight
+    read_bytes = memory.weights - embedding.nbytes
     return Start(
         loaded - began,
         probed - loaded,
@@ -134,6 +136,7 @@ def start(folder: Path, repeats: int) -> Start:
         ended - copied,
         loaded_peak,
         memory.peak or 0,
+        sum(weight.nbytes for weight in model.parameters()),
         memory.weights,
         memory.low_bit,
         read_bytes,
@@ -191,7 +194,8 @@ def rows_of(first: Start, second: Start) -> list[tuple[str, str, str]]:
         return name, f"{getattr(first, name):.2f} s", f"second start: {getattr(second, name):.2f} s"
 
     return [
-        ("weights", gigabytes(first.weight_bytes), f"4-bit copies: {gigabytes(first.low_bit_bytes)}"),
+        ("weights", gigabytes(first.weight_bytes), f"in bfloat16: {gigabytes(first.checkpoint_bytes)}"),
+        ("memory of 4-bit copies", gigabytes(first.low_bit_bytes), share(first.low_bit_bytes, first.weight_bytes)),
         *(
             (what, *both(name)[1:])
             for what, name in (
@@ -215,6 +219,10 @@ def rows_of(first: Start, second: Start) -> list[tuple[str, str, str]]:
         ),
         (PREFILL, f"{seconds[PREFILL]:.2f} s", f"{PROMPT_TOKENS / seconds[PREFILL]:.1f} tokens/s"),
     ]
+
+
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.2f} of the weights"
 
 
 def gigabytes(num_bytes: int) -> str:

@@ -29,7 +29,7 @@ from knn_ssd.kernels import binding
 from knn_ssd.loading import pretrained
 from knn_ssd.loading.resolve import load_model
 from knn_ssd.server.app import ServeSettings
-from knn_ssd.server.scheduler import Limits
+from knn_ssd.server.scheduler import Event, Limits, PrefillDone
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tools.memory import FreeMemory, free_memory, resident_bytes, size
@@ -171,6 +171,16 @@ def test_memory_that_others_hold_is_in_use_until_they_end(engine: Engine) -> Non
     engine.generate(tokens(20), max_new_tokens=400)
 
 
+def test_a_closed_session_holds_no_memory(engine: Engine) -> None:
+    limit_to(engine, 600)
+    session: Any = engine.backend.open(420)
+    session.prefill(tokens(400))
+    with pytest.raises(MemoryInUseError):
+        engine.backend.open(420)
+    session.close()
+    engine.backend.open(420)
+
+
 def test_long_outputs_run_side_by_side_where_they_may_stay_short(engine: Engine) -> None:
     """Each might take all memory, and is not held up for that."""
     limit_to(engine, 3000)
@@ -293,6 +303,27 @@ def test_a_request_waits_in_the_queue_for_memory_that_others_hold(served: Served
         thread.join(60)
     assert [texts[place] for place in range(3)] == expected
     assert order == [0, 2, 1]  # the last one is the shortest, and fits beside the second
+
+
+def test_a_request_that_was_put_back_keeps_its_place(served: Served) -> None:
+    """Two wait while one runs; the first of them does not fit beside it, and the second would."""
+    limit_to(served.engine, 180)
+    scheduler, order = served.scheduler, list[int]()
+
+    def submit(place: int, count: int) -> None:
+        def note(event: Event) -> None:
+            if isinstance(event, PrefillDone):
+                order.append(place)
+
+        scheduler.submit(tokens(5), {"max_new_tokens": count}, note)
+
+    submit(0, 120)
+    wait_for(served, running=1, waiting=0)
+    with scheduler._changed:
+        submit(1, 119)
+        submit(2, 20)
+    wait_for(served, running=0, waiting=0)
+    assert order == [0, 1, 2]
 
 
 def test_memory_held_outside_of_the_queue_is_503_with_retry_after(served: Served) -> None:
