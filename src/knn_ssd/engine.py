@@ -171,7 +171,7 @@ class Engine:
             self.backend.prepare(plan, progress)
 
     def encode(self, prompt: PromptLike, chat: bool = True, template: TemplateOptions | None = None) -> list[int]:
-        """The token ids of a prompt; see `tokenization.encode`. Ids that the model does not have are a `PromptError`."""
+        """The token ids of a prompt; see `tokenization.encode`. Ids that the model lacks are a `PromptError`."""
         token_ids = encode(self.tokenizer, prompt, self.backend.context_length, chat, template=template)
         size = self.backend.vocab_size
         if unknown := [token for token in token_ids if not 0 <= token < size]:
