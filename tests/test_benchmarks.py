@@ -106,6 +106,19 @@ def test_agreement_is_printed_by_share_of_skipped_sublayers(run: Run, tiny: tupl
     assert float(found[0][1]) >= float(found[1][1])
 
 
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_agreement_is_printed_by_rounding(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    wide = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
+    wide.save_pretrained(tmp_path)
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path)
+    options = ["--prompts", tiny[1], "--limit", "2", "--max-new-tokens", "8", "--fitting", "2", "--ranges"]
+    head, *found = rows(run("rounding.py", "--model", str(tmp_path), *options, "--by-domain"))
+    assert head == ["rounding", "seconds", "agreement", "divergence", "letters", "signs"]
+    assert [row[0] for row in found][-3:] == ["fitted to all domains", "fitted to letters", "fitted to signs"]
+    assert len(found) == 1 + 5 + 3
+    assert all(0 <= float(row[2]) <= 1 and float(row[3]) >= 0 for row in found)
+
+
 def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(
     run: Run, tiny: tuple[str, str], tmp_path: Path
 ) -> None:

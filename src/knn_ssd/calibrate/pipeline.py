@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from knn_ssd.atlas import Atlas, DomainEntry
+from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.select import select_backend
 from knn_ssd.calibrate.anchors import fit_anchors
-from knn_ssd.calibrate.continuations import Observation, observe
+from knn_ssd.calibrate.continuations import Observation, fitting_texts, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.judging import judge
@@ -130,6 +131,7 @@ class _Calibration:
         prompts = self._encode()
         self.journal.begin(self.identity, resume)
         observations = self._observe(prompts)
+        self._fit_low_bit(observations)
         runs = self._search_runs(observations, self._measure_cost())
         runs.run(self.loaded, self.fingerprint.dtype, self.progress, resume=resume)
         held_out = held_out_by_search(observations, self.settings, self.backend.context_length, self.eos_token_ids)
@@ -166,6 +168,13 @@ class _Calibration:
             observations.append(observation)
             self.progress.advance(domain)
         return observations
+
+    def _fit_low_bit(self, observations: Sequence[Observation]) -> None:
+        """Fits the 4-bit copies to the continuations that the searches see, where later starts find the copies."""
+        backend = self.backend
+        if isinstance(backend, NativeBackend) and backend.keeps_low_bit and self.settings.uses_low_bit(backend):
+            searched = observations_by_search(observations, self.settings)
+            backend.fit_low_bit(fitting_texts([searched[domain] for domain in self.grouped]), self.progress)
 
     def _measure_cost(self) -> CostProfile:
         cost = self.journal.read_cost()

@@ -22,6 +22,7 @@ from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
+from knn_ssd.backends.native.error_feedback import FittingText, fitted_copies
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
@@ -115,6 +116,21 @@ class NativeBackend:
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
         self._resolve(plan, progress)
+
+    @property
+    def keeps_low_bit(self) -> bool:
+        """Whether 4-bit copies are kept for later starts."""
+        return self.low.is_kept
+
+    def fit_low_bit(self, texts: Sequence[FittingText], progress: Progress) -> None:
+        """Replaces the 4-bit copies by ones fitted to text, for this backend and for later starts. Takes minutes.
+
+        Args:
+            texts: text of the model's own. No session may be open.
+            progress: receives a stage.
+        """
+        self.low.replace(fitted_copies(self.model, texts, progress))
+        self._resolved.clear()
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None

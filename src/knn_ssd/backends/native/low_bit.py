@@ -34,7 +34,12 @@ _NUM_RANGES = 3  # tried for each group, each refitted by least squares
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
-_FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
+FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
+
+
+def names_of_copy(layer: int, name: str) -> tuple[str, str]:
+    """The names of the levels and the scales of a matrix's copy; the LM head is `head` in layer 0."""
+    return f"{layer}.{name}.levels", f"{layer}.{name}.scales"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,8 @@ class _Source:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The names of the levels and the scales of its copy in the weight cache."""
-        return f"{self.layer}.{self.name}.levels", f"{self.layer}.{self.name}.scales"
+        """The names of its copy's levels and scales."""
+        return names_of_copy(self.layer, self.name)
 
     def is_low(self, plan: Plan) -> bool:
         """Whether its copy runs under a plan."""
@@ -81,9 +86,14 @@ class LowBitCopies:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
         self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
-        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `_Source.names`
+        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `names_of_copy`
         self._made: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a weight cache."""
+        return self._cache is not None
 
     @property
     def bytes(self) -> int:
@@ -113,9 +123,8 @@ class LowBitCopies:
             return
         with self._lock:
             matrices = list(self._matrices())
-            kept = self._cache.load(_cache_key()) if self._cache is not None and not self._tensors else None
-            if kept is not None and _are_copies_of(matrices, kept):
-                self._tensors = kept
+            if self._cache is not None and not self._tensors:
+                self._tensors = self._kept(self._cache, matrices)
             wanted = [each for each in matrices if self._cache is not None or each.is_low(plan)]
             missing = [each for each in wanted if each.names[0] not in self._tensors]
             if not missing:
@@ -126,6 +135,26 @@ class LowBitCopies:
                 progress.advance()
             if self._cache is not None:
                 self._cache.store(_cache_key(), self._tensors)
+
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replaces all copies by better ones, and keeps these for later starts.
+
+        Args:
+            tensors: levels and scales of every matrix, by `names_of_copy`.
+        """
+        with self._lock:
+            self._tensors = dict(tensors)
+            self._made.clear()
+            if self._cache is not None:
+                self._cache.store(_fitted_cache_key(), self._tensors)
+
+    def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
+        """The best kept copies; empty if there are none."""
+        for key in (_fitted_cache_key(), _cache_key()):
+            kept = cache.load(key)
+            if kept is not None and _are_copies_of(matrices, kept):
+                return kept
+        return {}
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:
@@ -151,7 +180,7 @@ class LowBitCopies:
         """The copy of a matrix, made unless it is there."""
         levels, scales = source.names
         if levels not in self._tensors:
-            importance = self._column_importance(source.layer, _FIRST_OF[source.name])
+            importance = self._column_importance(source.layer, FIRST_OF[source.name])
             self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance)
         return low_matrix(source.matrix, self._tensors[levels], self._tensors[scales])
 
@@ -226,3 +255,8 @@ def _cache_key() -> str:
         f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
         f"{_NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
     )
+
+
+def _fitted_cache_key() -> str:
+    """The key of copies fitted to text by `error_feedback`. The text is no part of it: the latest fit is used."""
+    return f"4-bit copies fitted to text, version 1, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}"
