@@ -442,6 +442,10 @@ static void contract(uint64_t seed) {
     const Matrix source = float_matrix(2, 60, FLOAT32);
     CHECK(knn_ssd_quantise(&source, logits, 1, NULL, NULL) == INVALID_SIZES);
     CHECK(knn_ssd_lm_head(&source, m.norm, 1e-5, x, 1, (int64_t[]){0}, 1, x, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&source, x, 1, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&m.head, x, -1, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&m.head, x, 0, NULL) == SUCCESS);
+    CHECK(knn_ssd_linear(&m.head, x, 1, logits) == SUCCESS);
     for (int64_t wrong = -1; wrong < 2; wrong += 2)
         CHECK(knn_ssd_lm_head(&m.head, m.norm, 1e-5, x, 1, &wrong, 1, x, logits) == INVALID_SIZES);
     CHECK(knn_ssd_lm_head(&m.head, m.norm, 1e-5, x, 1, (int64_t[]){0}, 1, x, logits) == SUCCESS);

@@ -87,6 +87,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_check_status, POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
+    "knn_ssd_linear": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p),
     "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
     "knn_ssd_struct_sizes": (POINTER(c_int64),),
     "knn_ssd_lanes": (c_int64,),

@@ -25,6 +25,7 @@ from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.structure import Structure, context_length, find_structure
 from knn_ssd.backends.transformers.kv_cache import StaticCache
+from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
@@ -57,23 +58,24 @@ class TransformersBackend:
         self.device: torch.device = next(model.parameters()).device
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._exactness: Exactness | None = None
+        self._activation_dtype: torch.dtype = model.dtype
         self._silent = _zero_forwards(self)
 
     @property
     def exactness(self) -> Exactness:
         """What was found on the loaded weights; never `bitwise` in 16 bits, where rounding hides most differences."""
         if self._exactness is None:
-            half = self.model.dtype.itemsize < torch.float32.itemsize
+            half = self._activation_dtype.itemsize < torch.float32.itemsize
             self._exactness = Exactness.NUMERICAL if half else probe(self)
         return self._exactness
 
     @property
     def low_bit_bytes(self) -> int:
-        """Always 0: this backend has no 4-bit copies."""
+        """Memory of the 4-bit copies: 0 without the kernels."""
         return 0
 
     def prepare(self, plan: Plan) -> None:
-        """Does nothing: a plan needs no more than the model has."""
+        """Makes the 4-bit copies that a plan uses; without the kernels, there are none."""
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
@@ -92,8 +94,8 @@ class TransformersBackend:
 
     @contextmanager
     def skipping(self, plan: Plan | None) -> Iterator[None]:
-        """Skips the plan's sublayers for the length of a `with` block."""
-        with self.lock, _replaced(self._skipped_forwards(plan)):
+        """Runs the model under a plan for the length of a `with` block."""
+        with self.lock, replaced(self._replacements(plan)):
             yield
 
     def _run(
@@ -126,7 +128,7 @@ class TransformersBackend:
         chunk = getattr(config, "attention_chunk_size", None)
 
         def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-            return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
+            return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self._activation_dtype)
 
         if getattr(config, "layer_types", None) and (window or chunk):
             return {
@@ -136,15 +138,19 @@ class TransformersBackend:
             }
         return mask(window=window)
 
-    def _skipped_forwards(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _replacements(self, plan: Plan | None) -> list[Replacement]:
+        """What is replaced in the model for a forward pass under a plan."""
         if plan is None:
             return []
-        if plan.num_layers != self.num_layers:
-            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
-        if plan.uses_low:
-            raise UsageError("this backend has no 4-bit weights, and the plan asks for the mode low")
+        self._check_plan(plan)
         attention, mlp = self._silent
         return [attention[i] for i in plan.skipped_attention] + [mlp[i] for i in plan.skipped_mlp]
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.num_layers != self.num_layers:
+            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low and Mode.LOW not in self.modes:
+            raise UsageError("this backend has no 4-bit weights, and the plan asks for the mode low")
 
 
 def _scoring_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
@@ -170,28 +176,12 @@ def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         yield captured
 
 
-@contextmanager
-def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replaces each module's `forward` for the length of a `with` block; then what the instance had is restored."""
-    before = [module.__dict__.get("forward") for module, _ in forwards]
-    try:
-        for module, forward in forwards:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for (module, _), forward_before in zip(forwards, before, strict=True):
-            if forward_before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward_before
-
-
 def _zero_forwards(backend: TransformersBackend) -> Any:
     """For each sublayer, a `forward` whose output is zero in the right shape; checked by running the model with it."""
     structure = backend.structure
     shapes = _output_shapes(backend)
     attention, mlp = (
-        [(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
+        [forward_of(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
     )
     _check_identity(backend, structure, attention + mlp)
     return attention, mlp
@@ -229,9 +219,7 @@ def _output_shapes(backend: TransformersBackend) -> dict[nn.Module, int | None]:
     return shapes
 
 
-def _check_identity(
-    backend: TransformersBackend, structure: Structure, silent: list[tuple[nn.Module, Callable[..., Any]]]
-) -> None:
+def _check_identity(backend: TransformersBackend, structure: Structure, silent: list[Replacement]) -> None:
     """Checks that each layer returns its input unchanged while both its sublayers are skipped."""
     changed: list[int] = []
 
@@ -244,7 +232,7 @@ def _check_identity(
 
         return hook
 
-    with ExitStack() as hooks, _replaced(silent):
+    with ExitStack() as hooks, replaced(silent):
         for index, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(compare(index), with_kwargs=True))
         _try_forward(backend)

@@ -63,6 +63,9 @@ EXPORT int knn_ssd_forward(const Attention *const *attentions, const Mlp *const 
 EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
                            const int64_t *selected, int64_t n_selected, float *hidden, float *logits);
 
+/* y (n, rows) = the matrix applied to x (n, cols), for a linear layer of a model that runs outside this library. */
+EXPORT int knn_ssd_linear(const Matrix *m, const float *x, int64_t n, float *y);
+
 /* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
  * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
 EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
