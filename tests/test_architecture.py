@@ -38,7 +38,7 @@ ROWS = (
     ("backends.native.backend", "backends.transformers.kernel_backend"),
     ("backends.transformers.backend",),
     ("backends.native", "backends.transformers"),
-    ("backends.exactness", "backends.structure"),
+    ("backends.exactness", "backends.structure", "backends.native.kv_cache"),
     ("backends.cursor",),
     ("backends",),
     ("speculation.cost_model", "kernels", "loading.fingerprint"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from helpers import (
     endless,
     prompts,
     skip_everything,
-    tiny_engine,
+    skip_something,
     transformers_output,
 )
 from hypothesis import example, given, settings
@@ -22,14 +24,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from knn_ssd.backends.base import Exactness, ForwardRequest
 from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
-from knn_ssd.backends.transformers.kernel_backend import KernelLinearBackend
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
 from knn_ssd.backends.transformers.linears import find_linears
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.engine import Engine
-from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels import binding
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.testing import FAMILIES, tiny_model
@@ -37,11 +40,28 @@ from knn_ssd.testing import FAMILIES, tiny_model
 pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
 MIXTURES = ("mixtral", "qwen2_moe")
+ROUND_EMBEDDINGS = ("gemma2", "gemma3_text")  # scaled in the model's dtype, before they become float32
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 DTYPES = (torch.float32, torch.bfloat16)
 LONG = [3 + 7 * i % 120 for i in range(40)]
 ALL_LOW = Plan.low(NUM_LAYERS, Policy(max_draft=4, threshold=0.0))
 every_dense_family = pytest.mark.parametrize("family", DENSE)
+every_bitwise_family = pytest.mark.parametrize("family", [family for family in DENSE if family != "falcon"])
+
+
+@cache
+def backend_of(family: str, dtype: torch.dtype) -> KernelLinearBackend:
+    """The transformers backend with as much of the kernels as it can, also for families of the native backend."""
+    model = endless(tiny_model(family, dtype=dtype))
+    try:
+        return KernelBackend(model)
+    except KernelsRefusedError:
+        return KernelLinearBackend(model)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randrange(3, 128) for _ in range(count)]
 
 
 # --- One linear layer
@@ -148,6 +168,206 @@ def test_an_activation_gives_a_row_the_same_bits_in_any_block(activation: str, w
         assert torch.equal(replacement.value(x[:, i : i + 1])[0, 0], together[0, i])
 
 
+# --- Attention
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    groups=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    blocks=st.integers(1, 3),
+    softcap=st.sampled_from([0.0, 0.5, 5.0]),
+    has_sinks=st.booleans(),
+    window=st.integers(1, 50),
+)
+def test_attention_is_that_of_the_formula_and_gives_a_row_the_same_bits_in_any_block(
+    seed: int, groups: int, kv_heads: int, blocks: int, softcap: float, has_sinks: bool, window: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    size, heads, capacity = blocks * binding.kernels().knn_ssd_lanes(), groups * kv_heads, 40
+    position, n = int(torch.randint(0, 25, (), generator=random)), int(torch.randint(1, 15, (), generator=random))
+    queries = torch.randn(n, heads, size, generator=random)
+    keys, values = (torch.randn(kv_heads, capacity, size, generator=random) for _ in range(2))
+    keys[:, position + n :] = values[:, position + n :] = torch.nan
+    sinks = torch.randn(heads, generator=random) if has_sinks else None
+    attention = binding.OuterAttention(0.3, softcap, binding.address(sinks), heads, kv_heads, size)
+    cache = binding.OuterCache(binding.address(keys), binding.address(values), None, None, capacity, position, 0)
+    visible = [(0, max(0, position + r + 1 - window), position + r + 1, position + r + 1) for r in range(n)]
+
+    def run(rows: slice) -> torch.Tensor:
+        own, seen = queries[rows].clone(), (binding.VisibleKeys * n)(*[binding.VisibleKeys(*v) for v in visible[rows]])
+        outputs = torch.full_like(own, torch.nan)
+        binding.kernels().knn_ssd_attend(
+            *(ctypes.byref(attention), ctypes.byref(cache), 1, seen, len(own)),
+            *(binding.address(own), binding.address(outputs)),
+        )
+        return outputs
+
+    together = run(slice(None))
+    for r, (_, first, _, end) in enumerate(visible):
+        assert torch.equal(run(slice(r, r + 1))[0], together[r])
+        for head in range(heads):
+            scores = keys[head // groups, first:end].double() @ queries[r, head].double() * 0.3
+            scores = scores if not softcap else (scores / softcap).tanh() * softcap
+            weights = torch.cat([scores, sinks[head, None].double() if has_sinks else scores[:0]]).softmax(0)
+            expected = weights[: end - first] @ values[head // groups, first:end].double()
+            torch.testing.assert_close(together[r, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"head_dim": 12}, (0, 0, 3, 3)),
+        ({"heads": 3}, (0, 0, 3, 3)),
+        ({"kv_heads": 0}, (0, 0, 3, 3)),
+        ({}, (1, 0, 3, 3)),
+        ({}, (-1, 0, 3, 3)),
+        ({}, (0, -1, 3, 3)),
+        ({}, (0, 2, 2, 2)),
+        ({}, (0, 0, 9, 9)),
+        ({}, (0, 0, 3, 4)),
+    ],
+)
+def test_attention_that_would_corrupt_memory_is_refused(change: dict[str, int], rows: tuple[int, ...]) -> None:
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, **change}
+    tensor = torch.zeros(4, 8, 16)
+    pointer = binding.address(tensor)
+    attention = binding.OuterAttention(1.0, 0.0, None, *sizes.values())
+    cache = binding.OuterCache(pointer, pointer, None, None, 8, 0, 0)
+    with pytest.raises(ValueError, match="knn_ssd_attend was called with sizes that would corrupt memory"):
+        binding.kernels().knn_ssd_attend(
+            *(ctypes.byref(attention), ctypes.byref(cache), 1, ctypes.byref(binding.VisibleKeys(*rows)), 1),
+            *(pointer, pointer),
+        )
+
+
+# --- Rows do not depend on other rows
+
+
+@every_bitwise_family
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_is_bitwise_that_of_plain_decoding(family: str, dtype: torch.dtype) -> None:
+    backend = backend_of(family, dtype)
+    assert type(backend) is KernelBackend
+    assert backend.exactness is Exactness.BITWISE
+
+
+@every_bitwise_family
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), plan=st.one_of(st.none(), any_plans()))
+def test_a_row_has_the_same_bits_in_a_block_as_alone(family: str, dtype: torch.dtype, seed: int, plan: Plan) -> None:
+    chooser = random.Random(seed)
+    backend = backend_of(family, dtype)
+    session = backend.open(80)
+    session.prefill(tokens(chooser.randint(1, 60), seed))
+    start, block = session.length, tokens(chooser.randint(2, 18), seed + 1)
+    together = session.forward(block, plan)
+    session.rewind(start)
+    for i, token in enumerate(block):
+        assert torch.equal(session.forward([token], plan)[0], together[i])
+        session.commit(1)
+
+
+@every_bitwise_family
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10_000))
+def test_sessions_that_share_a_pass_get_the_bits_that_each_gets_alone(
+    family: str, dtype: torch.dtype, seed: int
+) -> None:
+    chooser = random.Random(seed)
+    backend = backend_of(family, dtype)
+    shapes = [
+        (chooser.randint(1, 60), chooser.randint(1, 12), chooser.choice([None, None, ALL_LOW, skip_something()]))
+        for _ in range(chooser.randint(1, 5))
+    ]
+    scored = chooser.random() < 0.3  # teacher-forced scoring in the same pass
+
+    def requests() -> list[ForwardRequest]:
+        opened = [backend.open(80) for _ in shapes]
+        for index, (session, (prompt, _, _)) in enumerate(zip(opened, shapes, strict=True)):
+            session.prefill(tokens(prompt, seed + index))
+            session.forward(tokens(shapes[index][1], seed + 50 + index))  # teacher-forced scoring reads these keys
+        return [
+            ForwardRequest(
+                tokens(count, seed + 50 + i), session.length, session.cache, plan, count, 3 if scored and i else 0
+            )
+            for i, (session, (_, count, plan)) in enumerate(zip(opened, shapes, strict=True))
+        ]
+
+    alone = [backend.forward(one) for one in requests()]
+    for output, own in zip(backend.forward_batch(requests()), alone, strict=True):
+        assert torch.equal(output.hidden, own.hidden)
+        assert torch.equal(output.logits, own.logits)
+
+
+@every_bitwise_family
+@settings(max_examples=4)
+@given(seed=st.integers(0, 10_000))
+def test_a_prompt_that_begins_as_an_earlier_one_is_the_same_bits(family: str, seed: int) -> None:
+    chooser = random.Random(seed)
+    backend, store, text = backend_of(family, torch.bfloat16), PrefixCache(2**30), tokens(150, seed)
+    earlier = backend.open(150, store)
+    earlier.prefill(text[: chooser.randint(20, 100)])
+    kept = earlier.length
+    earlier.close()
+    own = text[: chooser.randint(20, 140)]
+    one, other = backend.open(150, store), backend.open(150)
+    reused, whole = one.prefill(own), other.prefill(own)
+    assert reused.reused == min(kept, len(own) - 1)
+    for name in ("logits", "mean", "last"):
+        assert torch.equal(getattr(reused, name), getattr(whole, name))
+    for plan in (ALL_LOW, None):
+        assert torch.equal(one.forward(tokens(5, seed), plan), other.forward(tokens(5, seed), plan))
+
+
+@every_bitwise_family
+@pytest.mark.parametrize("plan", [ALL_LOW, skip_something()])
+@pytest.mark.parametrize("run_length", [1, 4, 50])
+def test_teacher_forced_scoring_gives_the_bits_of_drafting_in_runs(family: str, plan: Plan, run_length: int) -> None:
+    backend, start = backend_of(family, torch.float32), 14
+    drafting, scoring = backend.open(60), backend.open(60)
+    for session in (drafting, scoring):
+        session.prefill(LONG[:start])
+    expected = []
+    for begin in range(start, len(LONG), run_length):
+        run = LONG[begin : begin + run_length]
+        for token in run:
+            expected.append(drafting.forward([token], plan)[0])
+            drafting.commit(1)
+        drafting.rewind(begin)
+        drafting.forward(run)
+        drafting.commit(len(run))
+    full = scoring.forward(LONG[start:])
+    before = [part.clone() for part in scoring.cache.tensors]
+    assert torch.equal(scoring.teacher_forced_logits(LONG[start:], plan, run_length), torch.stack(expected))
+    assert all(
+        torch.equal(part[:, :, : len(LONG)], old[:, :, : len(LONG)])
+        for part, old in zip(scoring.cache.tensors, before, strict=True)
+    )
+    assert torch.equal(scoring.forward(LONG[start:]), full)
+
+
+def test_attention_that_asks_for_what_the_kernels_do_not_know_stays_torchs() -> None:
+    model = endless(tiny_model("olmo2"))
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, temperature=2.0, **kwargs)
+    with pytest.raises(KernelsRefusedError, match="its attention has temperature, which the kernels do not know"):
+        KernelBackend(model)
+    backend = select_backend(model)
+    assert type(backend) is KernelLinearBackend
+    generation = Engine(model, backend=backend).generate(PROMPT, plan=ALL_LOW, max_new_tokens=20)
+    assert list(generation.token_ids) == transformers_output(model, PROMPT, 20)
+
+
+def test_attention_outside_of_transformers_interface_stays_torchs() -> None:
+    with pytest.raises(KernelsRefusedError, match="does not run through transformers' attention interface"):
+        KernelBackend(tiny_model("falcon"))
+    assert backend_of("falcon", torch.float32).exactness is Exactness.NUMERICAL
+
+
 # --- Lossless
 
 
@@ -159,14 +379,38 @@ def test_an_activation_gives_a_row_the_same_bits_in_any_block(activation: str, w
 def test_greedy_output_is_that_of_transformers_for_drafts_of_every_mode(
     family: str, plan: Plan, prompt: list[int], max_new_tokens: int
 ) -> None:
-    engine = kernel_engine(family)
-    generation = engine.generate(prompt, plan=plan, max_new_tokens=max_new_tokens)
-    assert list(generation.token_ids) == transformers_output(engine.model, prompt, max_new_tokens)
+    backend = backend_of(family, torch.float32)
+    generation = Engine(backend.model, backend=backend).generate(prompt, plan=plan, max_new_tokens=max_new_tokens)
+    assert list(generation.token_ids) == transformers_output(backend.model, prompt, max_new_tokens)
+
+
+@every_dense_family
+@settings(max_examples=4)
+@given(plan=any_plans(), prompt=prompts())
+@example(plan=ALL_LOW, prompt=LONG)
+def test_in_bfloat16_output_is_that_of_plain_decoding(family: str, plan: Plan, prompt: list[int]) -> None:
+    backend = backend_of(family, torch.bfloat16)
+    engine = Engine(backend.model, backend=backend)
+    drafted, plain = (
+        engine.generate(prompt, max_new_tokens=16, logprobs=1, **options)
+        for options in ({"plan": plan}, {"plain": True})
+    )
+    assert drafted.token_ids == plain.token_ids
+    if backend.exactness is Exactness.BITWISE:
+        assert drafted.logprobs == plain.logprobs
+
+
+@pytest.mark.parametrize("family", [family for family in DENSE if family not in ROUND_EMBEDDINGS])
+def test_bfloat16_weights_give_what_they_give_in_float32(family: str) -> None:
+    rounded = tiny_model(family, dtype=torch.bfloat16)
+    expected = transformers_output(tiny_model(family, dtype=torch.bfloat16).float(), PROMPT, 8)
+    generation = Engine(rounded, backend=backend_of(family, torch.bfloat16)).generate(PROMPT, max_new_tokens=8)
+    assert list(generation.token_ids) == expected
 
 
 @every_dense_family
 def test_4_bit_drafts_agree_with_the_model_far_more_often_than_by_chance(family: str) -> None:
-    backend = kernel_engine(family).backend
+    backend = backend_of(family, torch.float32)
     session = backend.open(60)
     session.prefill(PROMPT)
     full, low = (session.forward(LONG, plan) for plan in (None, ALL_LOW))
@@ -186,7 +430,7 @@ def test_the_model_is_left_as_it_is(dtype: torch.dtype) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         expected = model(torch.tensor([LONG])).logits
-    Engine(model, backend=KernelLinearBackend(model)).generate(PROMPT, plan=ALL_LOW, max_new_tokens=8)
+    Engine(model, backend=KernelBackend(model)).generate(PROMPT, plan=ALL_LOW, max_new_tokens=8)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(weight.dtype is dtype for weight in model.parameters())
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -199,23 +443,17 @@ def test_the_model_is_left_as_it_is(dtype: torch.dtype) -> None:
 
 def test_the_native_backend_is_taken_first_and_the_kernels_wherever_they_can_be() -> None:
     assert type(select_backend(tiny_model("qwen3", hidden_size=96, head_dim=32))) is NativeBackend
-    assert isinstance(select_backend(tiny_model("olmo2")), KernelLinearBackend)
+    assert type(select_backend(tiny_model("olmo2"))) is KernelBackend
+    assert type(select_backend(tiny_model("falcon"))) is KernelLinearBackend
     assert type(select_backend(tiny_model("mixtral"))) is TransformersBackend
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_of_experts_is_refused_with_what_was_found(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"outside linear layers .*mlp.experts.*as in a mixture of experts"):
+    with pytest.raises(KernelsRefusedError, match=r"outside linear layers .*mlp.experts.*as in a mixture of experts"):
         KernelLinearBackend(tiny_model(family))
 
 
 def test_weights_in_another_dtype_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="weights in float16"):
+    with pytest.raises(KernelsRefusedError, match="weights in float16"):
         KernelLinearBackend(tiny_model("olmo2", dtype=torch.float16))
-
-
-def kernel_engine(family: str) -> Engine:
-    engine = tiny_engine(family)
-    if not isinstance(engine.backend, NativeBackend):
-        return engine
-    return Engine(engine.model, backend=KernelLinearBackend(engine.model))

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.backend import NativeBackend, native_obstacle
 from knn_ssd.backends.transformers.backend import TransformersBackend
-from knn_ssd.backends.transformers.kernel_backend import KernelLinearBackend
-from knn_ssd.errors import UnsupportedModelError
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +23,15 @@ def select_backend(model: PreTrainedModel) -> Backend:
     obstacle = native_obstacle(model)
     if obstacle is None:
         return NativeBackend(model)
-    backend = TransformersBackend(model)  # refuses what cannot draft for itself
-    try:
-        return KernelLinearBackend(model)
-    except UnsupportedModelError as error:
-        logger.warning(
-            "%s runs on the transformers backend, slower and without 4-bit drafts: %s", type(model).__name__, error
-        )
-    return backend
+    reasons = [obstacle]
+    for kind in (KernelBackend, KernelLinearBackend):
+        try:
+            return kind(model)
+        except KernelsRefusedError as error:
+            reasons.append(str(error))
+    logger.warning(
+        "%s runs on the transformers backend, slower and without 4-bit drafts: %s",
+        type(model).__name__,
+        "; ".join(dict.fromkeys(reasons)),
+    )
+    return TransformersBackend(model)

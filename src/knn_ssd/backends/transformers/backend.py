@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest, Session
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
@@ -77,9 +78,7 @@ class TransformersBackend:
     def prepare(self, plan: Plan) -> None:
         """Makes the 4-bit copies that a plan uses; without the kernels, there are none."""
 
-    def open(
-        self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
-    ) -> TransformersSession:
+    def open(self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None) -> Session:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
         return TransformersSession(self.num_layers, capacity, forward or self.forward)
 
@@ -88,7 +87,7 @@ class TransformersBackend:
         mask = None
         if request.run_length:
             mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
-        with self.skipping(request.plan), _last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
+        with self.skipping(request.plan), last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
             logits = self._run(request.token_ids, cache, request.num_logits, mask)
         return ForwardOutput(captured[0][0], logits)
 
@@ -106,9 +105,21 @@ class TransformersBackend:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Logits (n, V) of tokens at the cache's cursor, or only those of the last `logits_to_keep` rows."""
-        start, count = cache.cursor.length, len(token_ids)
+        start = cache.cursor.length
+        positions = range(start, start + len(token_ids))
+        return self._call(token_ids, positions, cache, logits_to_keep, mask)[-logits_to_keep:]
+
+    def _call(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        cache: Cache,
+        logits_to_keep: int | torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (…, V) of one forward pass: of the rows to keep, or of all where the model cannot choose."""
         options: dict[str, Any] = {
-            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
+            "position_ids": torch.tensor([list(positions)], device=self.device),  # (1, n)
             "attention_mask": mask,
             "logits_to_keep": logits_to_keep,
         }
@@ -119,7 +130,7 @@ class TransformersBackend:
                 use_cache=True,
                 **{name: value for name, value in options.items() if name in self._options},
             )
-        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
+        return output.logits[0]  # type: ignore[no-any-return]
 
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
@@ -169,7 +180,7 @@ def _scoring_mask(length: int, count: int, run_length: int, window: int | None, 
 
 
 @contextmanager
-def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+def last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states (1, n, D) after the final norm of each forward pass in a `with` block."""
     captured: list[torch.Tensor] = []
     with model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0])):

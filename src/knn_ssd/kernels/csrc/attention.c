@@ -10,12 +10,6 @@
 #define PREFETCH_BYTES 2048 /* of 8-bit keys and values that are prefetched ahead */
 #define MAX_QUERIES 4       /* query heads whose outputs are summed at once */
 
-/* Keys and values of successive positions, of one head. */
-typedef struct {
-    KVCache cache;
-    int64_t count;
-} Span;
-
 /* The keys and values that the rows of a forward pass bring with them: the next positions of the KV cache, or scratch. */
 typedef struct {
     KVCache cache;  /* of the first head, from the first row on */
@@ -109,22 +103,31 @@ INLINE void score_span(const float *queries, int64_t count, const Span *span, co
     }
 }
 
-/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum. */
-static float softmax(float *scores, int64_t total) {
+/* Bounds scores (total,), and what is beyond them in their last vector. */
+static void cap_scores(float *scores, int64_t total, float softcap) {
+    for (int64_t t = 0; t < total; t += LANES) {
+        const Floats power = exponential(load(scores + t) * (2.0f / softcap));
+        store(scores + t, (power - 1.0f) / (power + 1.0f) * softcap); /* tanh(score / softcap) * softcap */
+    }
+}
+
+/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum,
+ * which the sink, a score without a value, is a part of. */
+static float softmax(float *scores, int64_t total, float sink) {
     for (int64_t t = total; t % LANES; t++) scores[t] = -INFINITY;
     Floats maxima = splat(-INFINITY), sums = {0};
     for (int64_t t = 0; t < total; t += LANES) {
         const Floats s = load(scores + t);
         maxima = select_lanes(s > maxima, s, maxima);
     }
-    const float max = horizontal_max(maxima);
+    const float largest = horizontal_max(maxima), max = sink > largest ? sink : largest;
     for (int64_t t = 0; t < total; t += LANES) {
         store(scores + t, exponential(load(scores + t) - max));
         for (int i = 0; i < LANES && t + i >= total - LANES; i++)
             if (t + i >= total) scores[t + i] = 0;
         sums += load(scores + t);
     }
-    return 1.0f / horizontal_sum(sums);
+    return 1.0f / (horizontal_sum(sums) + (sink > -INFINITY ? exponential(splat(sink - max))[0] : 0));
 }
 
 INLINE Floats load_values(const KVCache *c, int64_t offset, const int use_int8) {
@@ -173,7 +176,8 @@ static void scale_weights(const Span spans[2], float *weights) {
 }
 
 INLINE void attend_with(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, const int use_int8,
-                        float scale, float *scores, int64_t stride, float *out) {
+                        const Scoring *scoring, float *scores, int64_t stride, float *out) {
+    const float scale = scoring->scale;
     int64_t total = 0;
     for (int s = 0; s < 2; total += spans[s++].count) { /* the usual sizes are constants for the compiler */
         if (head_dim == 64) score_span(queries, count, spans + s, 64, use_int8, scale, scores + total, stride);
@@ -184,7 +188,8 @@ INLINE void attend_with(const float *queries, int64_t count, const Span spans[2]
         float inverse[MAX_QUERIES], *weights = scores + q * stride, *o = out + q * head_dim;
         n_queries = min_int(count - q, MAX_QUERIES);
         for (int64_t j = 0; j < n_queries; j++) {
-            inverse[j] = softmax(weights + j * stride, total);
+            if (scoring->softcap > 0) cap_scores(weights + j * stride, total, scoring->softcap);
+            inverse[j] = softmax(weights + j * stride, total, scoring->sinks ? scoring->sinks[q + j] : -INFINITY);
             if (use_int8) scale_weights(spans, weights + j * stride);
         }
         if (n_queries == 4) weighted_sums(spans, head_dim, weights, stride, inverse, 4, use_int8, o);
@@ -194,11 +199,10 @@ INLINE void attend_with(const float *queries, int64_t count, const Span spans[2]
     }
 }
 
-/* out (count, head_dim) of `count` queries over the keys and values of two spans, one after the other. */
-static void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, int use_int8, float scale,
-                   float *scores, int64_t stride, float *out) {
-    if (use_int8) attend_with(queries, count, spans, head_dim, 1, scale, scores, stride, out);
-    else attend_with(queries, count, spans, head_dim, 0, scale, scores, stride, out);
+void attend(const float *queries, int64_t count, const Span spans[2], int64_t head_dim, int use_int8,
+            const Scoring *scoring, float *scores, int64_t stride, float *out) {
+    if (use_int8) attend_with(queries, count, spans, head_dim, 1, scoring, scores, stride, out);
+    else attend_with(queries, count, spans, head_dim, 0, scoring, scores, stride, out);
 }
 
 static int uses_int8(const Attention *a) { return a->q.kind == INT4; }
@@ -213,7 +217,8 @@ static void attend_row(const Attention *a, const BatchEntry *e, KVCache cache, c
     const int64_t new_index = kv * new->stride + first_new - e->position;
     const Span spans[2] = {{cache_from(cache, kv * e->capacity + lowest, a->head_dim), first_new - lowest},
                            {cache_from(new->cache, new_index, a->head_dim), position + 1 - first_new}};
-    attend(queries, count, spans, a->head_dim, uses_int8(a), (float)a->scale, scores, stride, out);
+    const Scoring scoring = {(float)a->scale, 0, NULL};
+    attend(queries, count, spans, a->head_dim, uses_int8(a), &scoring, scores, stride, out);
 }
 
 typedef struct {
