@@ -42,6 +42,7 @@ pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="
 MIXTURES = ("mixtral", "qwen2_moe")
 ROUND_EMBEDDINGS = ("gemma2", "gemma3_text")  # scaled in the model's dtype, before they become float32
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
+MIXED = ["sliding_attention", "full_attention"] * 2
 DTYPES = (torch.float32, torch.bfloat16)
 LONG = [3 + 7 * i % 120 for i in range(40)]
 ALL_LOW = Plan.low(NUM_LAYERS, Policy(max_draft=4, threshold=0.0))
@@ -446,6 +447,35 @@ def test_the_native_backend_is_taken_first_and_the_kernels_wherever_they_can_be(
     assert type(select_backend(tiny_model("olmo2"))) is KernelBackend
     assert type(select_backend(tiny_model("falcon"))) is KernelLinearBackend
     assert type(select_backend(tiny_model("mixtral"))) is TransformersBackend
+
+
+def test_only_a_model_that_does_not_get_everything_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    select_backend(tiny_model("gemma3_text"))
+    assert not caplog.records
+    for family, lacks in (("falcon", "drafts may change its output by rounding"), ("mixtral", "no 4-bit drafts")):
+        select_backend(tiny_model(family))
+        assert lacks in caplog.records[-1].getMessage()
+        assert f"the architecture {family} is not among" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    **{key: {} for key in ("apertus", "arcee", "bitnet", "ernie4_5", "gemma", "glm", "helium", "hunyuan_v1_dense")},
+    **{key: {} for key in ("ministral3", "nemotron", "olmo", "seed_oss")},
+    **{key: {"head_dim": None} for key in ("cohere", "gpt_bigcode", "persimmon", "phi")},
+    **{key: {"sliding_window": 16, "layer_types": MIXED} for key in ("exaone4", "ministral")},
+    "starcoder2": {"sliding_window": 16, "head_dim": None},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_dense_families_get_the_same(family: str) -> None:
+    model = endless(tiny_model(family, **OTHERS[family]))
+    backend = select_backend(model)
+    assert type(backend) is KernelBackend
+    assert backend.exactness is Exactness.BITWISE
+    generation = Engine(model, backend=backend).generate(LONG, plan=ALL_LOW, max_new_tokens=12)
+    assert list(generation.token_ids) == transformers_output(model, LONG, 12)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -14,8 +14,15 @@ from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLi
 logger = logging.getLogger(__name__)
 
 
+# What users of the transformers backend should know, by what of the model the kernels run.
+_LACKS = {
+    "linear layers": "drafts may change its output by rounding",
+    "nothing": "it is slower and has no 4-bit drafts",
+}
+
+
 def select_backend(model: PreTrainedModel) -> Backend:
-    """The backend that executes a model. One that cannot use the kernels is reported by a warning that says why.
+    """The backend that executes a model. One that cannot use all of the kernels is reported by a warning that says why.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
@@ -23,15 +30,20 @@ def select_backend(model: PreTrainedModel) -> Backend:
     obstacle = native_obstacle(model)
     if obstacle is None:
         return NativeBackend(model)
-    reasons = [obstacle]
+    backend = _transformers_backend(model)
+    if lacks := _LACKS.get(backend.kernels_run):
+        refused = backend.refused or ""
+        reasons = refused if obstacle in refused else f"{obstacle}; {refused}"
+        logger.warning("%s runs on the transformers backend, where %s: %s", type(model).__name__, lacks, reasons)
+    return backend
+
+
+def _transformers_backend(model: PreTrainedModel) -> TransformersBackend:
+    """The transformers backend, with as much of the kernels as the model can use."""
+    refused = None
     for kind in (KernelBackend, KernelLinearBackend):
         try:
-            return kind(model)
+            return kind(model, refused)
         except KernelsRefusedError as error:
-            reasons.append(str(error))
-    logger.warning(
-        "%s runs on the transformers backend, slower and without 4-bit drafts: %s",
-        type(model).__name__,
-        "; ".join(dict.fromkeys(reasons)),
-    )
-    return TransformersBackend(model)
+            refused = str(error)
+    return TransformersBackend(model, refused)

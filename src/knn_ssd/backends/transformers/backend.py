@@ -40,14 +40,20 @@ class TransformersBackend:
 
     Args:
         model: a causal language model; it is put into eval mode and otherwise left as it is.
+        refused: why the kernels do not run more of it, for reports.
+
+    Attributes:
+        kernels_run: what of a model the kernels run.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
     """
 
     modes = frozenset({Mode.KEEP, Mode.SKIP})
+    kernels_run = "nothing"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+        self.refused = refused
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.structure = find_structure(model)
         self.lock = _LOCKS.setdefault(model, threading.RLock())

@@ -59,6 +59,7 @@ class KernelLinearBackend(TransformersBackend):
 
     Args:
         model: a causal language model on the CPU, in float32 or bfloat16; it is left as it is.
+        refused: as for `TransformersBackend`.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says why.
@@ -66,9 +67,10 @@ class KernelLinearBackend(TransformersBackend):
     """
 
     modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
+    kernels_run = "linear layers"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+        super().__init__(model, refused)
         if reason := linear_obstacle(model):
             raise KernelsRefusedError(f"its linear layers stay torch's: {reason}")
         expected = self._trial_logits()
@@ -126,16 +128,18 @@ class KernelBackend(KernelLinearBackend):
     Sessions can share forward passes; see `base.Backend` and `base.SharesPasses`.
 
     Args:
-        model: as for `KernelLinearBackend`.
+        model, refused: as for `KernelLinearBackend`.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says why.
         KernelsRefusedError: the kernels cannot run its linear layers or its attention; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    kernels_run = "linear layers and attention"
+
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
         self._attention: list[Replacement] = []  # torch's until its results are known
-        super().__init__(model)
+        super().__init__(model, refused)
         if "position_ids" not in self._options:
             raise KernelsRefusedError("its attention stays torch's: the model takes no position_ids")
         cache = self._trial_cache()
