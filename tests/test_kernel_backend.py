@@ -34,6 +34,7 @@ from knn_ssd.backends.transformers.linears import find_linears
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.engine import Engine
 from knn_ssd.kernels import binding
+from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.testing import FAMILIES, tiny_model
 
@@ -79,8 +80,8 @@ def test_a_linear_layer_gives_each_row_the_same_bits_in_any_block(
     weight = torch.randn(rows, cols, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator) if has_bias else None
     x = torch.randn(n, cols, generator=generator)
-    pointers = binding.address(weight), None, binding.address(bias)
-    matrix = binding.Matrix(*pointers, rows, cols, binding.BFLOAT16 if dtype is torch.bfloat16 else binding.FLOAT32)
+    keeper = TensorKeeper()
+    matrix = make_matrix(weight, bias, keeper)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         y = torch.full((len(x), rows), torch.nan)
@@ -94,8 +95,8 @@ def test_a_linear_layer_gives_each_row_the_same_bits_in_any_block(
 
 
 def test_a_linear_layer_that_would_corrupt_memory_is_refused() -> None:
-    weight, x = torch.zeros(4, 24), torch.zeros(2, 24)
-    matrix = binding.Matrix(binding.address(weight), None, None, 4, 24, binding.FLOAT32)
+    weight, x = torch.zeros(16, 24), torch.zeros(2, 24)
+    matrix = binding.Matrix(binding.address(weight), None, None, 4, 24, binding.FLOAT32_BLOCKS)
     with pytest.raises(ValueError, match="knn_ssd_linear was called with sizes that would corrupt memory"):
         binding.kernels().knn_ssd_linear(ctypes.byref(matrix), binding.address(x), 2, binding.address(x))
 

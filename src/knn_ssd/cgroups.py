@@ -29,7 +29,7 @@ def cgroups(controller: str, root: Path = Path("/")) -> Iterator[Cgroup]:
         root: the directory under which `proc` and `sys` are read.
     """
     own = dict(_own(controller, root))
-    for line in read_lines(
+    for line in system_lines(
         root / "proc/self/mountinfo"
     ):  # ID parent device root mount_point options - type source options
         before, _, after = line.partition(" - ")
@@ -43,7 +43,7 @@ def cgroups(controller: str, root: Path = Path("/")) -> Iterator[Cgroup]:
             yield Cgroup(version, tuple(_directories(directory, mount_root, own[version])))
 
 
-def read_lines(path: Path) -> list[str]:
+def system_lines(path: Path) -> list[str]:
     """The lines of a file; none where it cannot be read."""
     with suppress(OSError, UnicodeDecodeError):
         return path.read_text("utf-8").splitlines()
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> list[str]:
 
 def _own(controller: str, root: Path) -> Iterator[tuple[int, PurePosixPath]]:
     """This process's cgroup by version, of version 1's hierarchies the one with the controller."""
-    for line in read_lines(root / "proc/self/cgroup"):  # hierarchy:controllers:cgroup
+    for line in system_lines(root / "proc/self/cgroup"):  # hierarchy:controllers:cgroup
         hierarchy, _, rest = line.partition(":")
         controllers, _, cgroup = rest.partition(":")
         if hierarchy == "0" and not controllers:

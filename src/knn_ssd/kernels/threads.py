@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from knn_ssd.cgroups import cgroups, read_lines
+from knn_ssd.cgroups import cgroups, system_lines
 from knn_ssd.errors import UsageError
 
 THREADS_VARIABLE = "KNN_SSD_THREADS"
@@ -77,14 +77,14 @@ def usable_cpus() -> int:
 
 
 def _quota_v2_cpus(directory: Path) -> float:
-    for line in read_lines(directory / "cpu.max"):  # "max 100000" or "50000 100000"
+    for line in system_lines(directory / "cpu.max"):  # "max 100000" or "50000 100000"
         quota_us, _, period_us = line.partition(" ")
         return _cpus(quota_us, period_us or "100000")
     return math.inf
 
 
 def _quota_v1_cpus(directory: Path) -> float:
-    quota_us, period_us = ("".join(read_lines(directory / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    quota_us, period_us = ("".join(system_lines(directory / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
     return _cpus(quota_us, period_us)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from knn_ssd.cgroups import cgroups, read_lines
+from knn_ssd.cgroups import cgroups, system_lines
 
 _MADV_DONTNEED = 4
 _UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
@@ -132,7 +132,7 @@ def _limits(root: Path) -> Iterator[FreeMemory]:
     for group in cgroups("memory", root):
         limit_name, use_name, prefix = _CGROUP_FILES[group.version]
         for directory in group.directories:
-            limit, used = ("".join(read_lines(directory / name)) for name in (limit_name, use_name))
+            limit, used = ("".join(system_lines(directory / name)) for name in (limit_name, use_name))
             if limit.isdigit() and used.isdigit():
                 stat = _numbers(directory / "memory.stat")
                 files = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
@@ -149,11 +149,11 @@ _CGROUP_FILES = {
 
 def _numbers(path: Path) -> dict[str, int]:
     """The numbers in a file of lines such as "MemTotal:  24683652 kB" or "active_file 4096"."""
-    words = [line.split() for line in read_lines(path)]
+    words = [line.split() for line in system_lines(path)]
     return {pair[0].rstrip(":"): int(pair[1]) for pair in words if len(pair) > 1 and pair[1].isdigit()}
 
 
 def _mapped_file_bytes(root: Path) -> int:
     """Memory of the files that this process has mapped and read."""
-    words = "".join(read_lines(root / "proc/self/statm")).split()  # in pages: size, resident, shared, …
+    words = "".join(system_lines(root / "proc/self/statm")).split()  # in pages: size, resident, shared, …
     return int(words[2]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 2 else 0
