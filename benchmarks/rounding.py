@@ -19,8 +19,10 @@ from _recipes import observed
 
 from knn_ssd import Engine
 from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.native.error_feedback import fitted_copies
 from knn_ssd.backends.native.low_bit import LowBitCopies
-from knn_ssd.calibrate.continuations import Observation, fitting_texts
+from knn_ssd.calibrate.continuations import Observation
+from knn_ssd.calibrate.low_bit_fit import texts_in_turn
 from knn_ssd.kernels import quantisation
 from knn_ssd.plan import Plan
 from knn_ssd.progress import NoProgress
@@ -54,6 +56,11 @@ def show(
     agreement, divergence = (sum(values) / len(own) for values in zip(*own.values(), strict=True))
     by_domain = " | ".join(f"{each:.3f}" for each, _ in own.values())
     print(f"| {name} | {taken:.1f} | {agreement:.4f} | {divergence:.4f} | {by_domain} |", flush=True)
+
+
+def fit(backend: NativeBackend, texts: Sequence[Sequence[int]]) -> None:
+    """Has the backend use copies fitted to texts."""
+    backend.replace_low_bit(fitted_copies(backend.model, texts, NoProgress()))
 
 
 def forget(backend: NativeBackend) -> None:
@@ -111,8 +118,8 @@ def main() -> None:
     if args.by_domain:
         chosen |= {domain: [own] for domain, own in fitting.items()}
     for name, domains in chosen.items():
-        fit = partial(backend.fit_low_bit, fitting_texts(domains), NoProgress())
-        show(f"fitted to {name}", backend, held_out, fit)
+        texts = [(*each.prompt_ids, *each.token_ids) for each in texts_in_turn(domains)]
+        show(f"fitted to {name}", backend, held_out, partial(fit, backend, texts))
 
 
 if __name__ == "__main__":

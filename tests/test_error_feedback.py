@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from knn_ssd.atlas import Atlas
 from knn_ssd.backends.native import error_feedback
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.backends.native.error_feedback import FittingText, fitted_copies, round_with_feedback
-from knn_ssd.backends.native.low_bit import TensorKeeper, matrix_of
-from knn_ssd.calibrate.continuations import Observation, fitting_texts
+from knn_ssd.backends.native.error_feedback import fitted_copies, round_with_feedback
+from knn_ssd.calibrate import low_bit_fit
+from knn_ssd.calibrate.continuations import Observation
+from knn_ssd.calibrate.low_bit_fit import divergence, fit_low_bit, texts_in_turn
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.engine import Engine
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels, kernels_obstacle
 from knn_ssd.kernels.quantisation import low_matrix, quantise
+from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 from knn_ssd.loading.resolve import load_model
 from knn_ssd.plan import Plan
-from knn_ssd.progress import NoProgress
+from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.prompts import Prompt
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.weight_cache import LIMIT_VARIABLE
 
 pytestmark = pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
 
-TEXTS = [FittingText(tuple(range(3 + i, 33 + i)), 6) for i in range(12)]
+TEXTS = [tuple(range(3 + i, 33 + i)) for i in range(12)]
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
 
 
@@ -56,7 +61,8 @@ def test_outputs_err_less_than_with_the_other_rounding(rows: int, cols: int) -> 
     products = fitted.T @ fitted
     rounding = round_with_feedback(linear.weight, products)
     importance = products.diagonal() / products.diagonal().mean()
-    usual = decoded(*quantise(matrix_of(linear, TensorKeeper()), importance), rows, cols)
+    keeper = TensorKeeper()
+    usual = decoded(*quantise(make_matrix(linear.weight, linear.bias, keeper), importance), rows, cols)
     for seen, share in ((fitted, 0.5), (others, 0.7)):
         error = outputs_error(linear.weight, rounding.weights(), seen)
         assert error < share * outputs_error(linear.weight, usual, seen)
@@ -71,10 +77,12 @@ def test_the_kernels_read_what_was_rounded(rows: int, cols: int) -> None:
     assert rounding.levels.max() <= 15
     assert torch.equal(rounding.levels, rounding.levels.round())
     packed = rounding.packed()
-    usual = quantise(matrix_of(linear, TensorKeeper()), torch.ones(cols))
+    keeper = TensorKeeper()
+    usual = quantise(make_matrix(linear.weight, linear.bias, keeper), torch.ones(cols))
     assert [(each.shape, each.dtype) for each in packed] == [(each.shape, each.dtype) for each in usual]
     assert torch.equal(decoded(*packed, rows, cols), rounding.weights())
-    matrix = low_matrix(matrix_of(linear, TensorKeeper()), *packed)
+    keeper = TensorKeeper()
+    matrix = low_matrix(make_matrix(linear.weight, linear.bias, keeper), *packed)
     assert (matrix.rows, matrix.cols) == (rows, cols)
 
 
@@ -97,16 +105,16 @@ def test_whatever_is_known_of_the_inputs_weights_stay_near(weight: str, products
     assert (copy - original).norm() <= 0.5 * original.norm()
 
 
-def test_products_are_those_of_the_rows_that_a_draft_would_run() -> None:
+def test_products_are_those_of_all_rows_but_the_first() -> None:
     model = tiny_model("llama", **SIZES)
     linear = model.model.layers[2].mlp.down_proj
     seen: list[torch.Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     products, head = error_feedback._input_products(model, {2: {"down": linear}}, TEXTS)
     handle.remove()
-    rows = torch.cat([each[text.start :] for each, text in zip(seen, TEXTS, strict=True)])
+    rows = torch.cat([each[4:] for each in seen])
     assert torch.allclose(products[2, "down"], rows.T @ rows, rtol=1e-4, atol=1e-2)  # sums of up to thousands
-    hidden = [model.model(torch.tensor([text.token_ids])).last_hidden_state[0, text.start :] for text in TEXTS]
+    hidden = [model.model(torch.tensor([text])).last_hidden_state[0, 4:] for text in TEXTS]
     assert torch.allclose(
         head, torch.cat(hidden).T @ torch.cat(hidden), rtol=1e-4, atol=1e-2
     )  # sums of up to thousands
@@ -132,7 +140,7 @@ def test_fitted_copies_draft_nearer_to_the_model_and_change_no_output() -> None:
     model = tiny_model("llama", **SIZES, initializer_range=0.1)
     backend, fitted = NativeBackend(model), NativeBackend(model)
     fitted.prepare(Plan.low(4))
-    fitted.fit_low_bit(TEXTS, NoProgress())
+    fitted.replace_low_bit(fitted_copies(model, TEXTS, NoProgress()))
     errors = []
     for each in (backend, fitted):
         session = each.open(64)
@@ -150,17 +158,47 @@ def test_fitted_copies_draft_nearer_to_the_model_and_change_no_output() -> None:
 
 
 def observation(domain: str, number: int, count: int) -> Observation:
-    return Observation(domain, f"{domain}{number}", (1, 2, 3), tuple(range(count)), ())
+    chooser = random.Random(f"{domain}{number}")
+    tokens = tuple(chooser.randrange(3, 128) for _ in range(count))
+    return Observation(domain, f"{domain}{number}", (1, 2, 3), tokens, ())
 
 
 def test_text_is_taken_from_all_domains_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from knn_ssd.calibrate import continuations
-
-    monkeypatch.setattr(continuations, "_FITTING_TOKENS", 45)
+    monkeypatch.setattr(low_bit_fit, "_MAX_TOKENS", 60)
     many = [observation("a", i, 10) for i in range(9)]
-    texts = fitting_texts([many, [observation("b", 0, 7), observation("b", 1, 0)]])
-    assert [len(text.token_ids) - text.start for text in texts] == [10, 7, 10, 10, 10]
-    assert all(text.start == 3 and text.token_ids[:3] == (1, 2, 3) for text in texts)
+    texts = texts_in_turn([many, [observation("b", 0, 7), observation("b", 1, 0)]])
+    assert [each.id for each in texts] == ["a0", "b0", "a1", "a2", "a3"]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_copies_are_replaced_by_better_ones_only(better: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged on text to which they were not fitted."""
+    model = tiny_model("llama", **SIZES, initializer_range=0.1)
+    backend = NativeBackend(model)
+    domains = [[observation(name, i, 24) for i in range(8)] for name in "ab"]
+    held_out = texts_in_turn(domains)[12:]
+    fitted_to: list[tuple[int, ...]] = []
+
+    def copies(model: PreTrainedModel, texts: Sequence[tuple[int, ...]], progress: Progress) -> dict[str, torch.Tensor]:
+        fitted_to.extend(texts)
+        made = fitted_copies(model, texts, progress)
+        return made if better else {name: torch.zeros_like(each) for name, each in made.items()}
+
+    monkeypatch.setattr(low_bit_fit, "fitted_copies", copies)
+    before = divergence(backend, held_out)
+    usual = dict(backend.low._tensors)
+    assert fit_low_bit(backend, domains, NoProgress()) == better
+    assert len(fitted_to) == 12
+    assert not {(*each.prompt_ids, *each.token_ids) for each in held_out} & set(fitted_to)
+    after = divergence(backend, held_out)
+    assert after < 0.9 * before if better else after == before
+    assert all(tensor is backend.low._tensors[name] for name, tensor in usual.items()) != better
+
+
+def test_too_little_text_changes_nothing() -> None:
+    backend = NativeBackend(tiny_model("llama", **SIZES))
+    assert not fit_low_bit(backend, [[observation("a", i, 9) for i in range(3)]], NoProgress())
+    assert backend.low.bytes == 0
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -173,8 +211,10 @@ def test_a_calibration_leaves_fitted_copies_for_later_starts(
     tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
     usual = Engine.from_pretrained(tmp_path / "model", device="cpu")
     usual.prepare()
+    divergences = iter([2.0, 1.0])  # before and after
+    monkeypatch.setattr(low_bit_fit, "divergence", lambda *_: next(divergences))
     prompts = [Prompt(id=f"{d}{i}", domain=d, prompt=f"{d} number {i}") for d in ("math", "story") for i in range(4)]
-    settings = CalibrationSettings(trials=2, search_prompts=2, judging_prompts=2, anchors=1, new_tokens=12)
+    settings = CalibrationSettings(trials=2, search_prompts=2, judging_prompts=2, anchors=1, new_tokens=24)
     atlas = calibrate(load_model(tmp_path / "model", device="cpu"), prompts, tmp_path / "atlas", settings)
     assert isinstance(atlas, Atlas)
     later = Engine.from_pretrained(tmp_path / "model", device="cpu")

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from knn_ssd.backends.base import Backend, Pooling
-from knn_ssd.backends.native.error_feedback import FittingText
 from knn_ssd.io import JsonLines
 from knn_ssd.request import Request, end_at
 from knn_ssd.sampling import Sampler, SamplingParams
-
-_FITTING_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +51,6 @@ def observe(
         tokens = [token for current in request.rounds() for token in current.tokens] if limit > 0 else []
         vector = tuple(request.prefill.vector(pooling).tolist())
     return Observation(domain, prompt_id, tuple(prompt_ids), tuple(tokens), vector)
-
-
-def fitting_texts(domains: Sequence[Sequence[Observation]]) -> list[FittingText]:
-    """The text to which 4-bit copies are fitted: continuations of all domains in turn, some 4,096 tokens together.
-
-    Args:
-        domains: the observations of each domain.
-    """
-    texts, total = [], 0
-    for turn in zip_longest(*domains):
-        for each in turn:
-            if each is not None and each.token_ids and total < _FITTING_TOKENS:
-                texts.append(FittingText((*each.prompt_ids, *each.token_ids), len(each.prompt_ids)))
-                total += len(each.token_ids)
-    return texts
 
 
 class ObservationFile:

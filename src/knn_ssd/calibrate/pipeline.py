@@ -19,10 +19,11 @@ from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.select import select_backend
 from knn_ssd.calibrate.anchors import fit_anchors
-from knn_ssd.calibrate.continuations import Observation, fitting_texts, observe
+from knn_ssd.calibrate.continuations import Observation, observe
 from knn_ssd.calibrate.cost import measure_cost
 from knn_ssd.calibrate.journal import Journal
 from knn_ssd.calibrate.judging import judge
+from knn_ssd.calibrate.low_bit_fit import fit_low_bit
 from knn_ssd.calibrate.search import FinishedTrial, Strategy
 from knn_ssd.calibrate.search_runs import SearchRuns, held_out_by_search, observations_by_search
 from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
@@ -172,9 +173,9 @@ class _Calibration:
     def _fit_low_bit(self, observations: Sequence[Observation]) -> None:
         """Fits the 4-bit copies to the continuations that the searches see, where later starts find the copies."""
         backend = self.backend
-        if isinstance(backend, NativeBackend) and backend.keeps_low_bit and self.settings.uses_low_bit(backend):
+        if isinstance(backend, NativeBackend) and backend.low.is_kept and self.settings.uses_low_bit(backend):
             searched = observations_by_search(observations, self.settings)
-            backend.fit_low_bit(fitting_texts([searched[domain] for domain in self.grouped]), self.progress)
+            fit_low_bit(backend, [searched[domain] for domain in self.grouped], self.progress)
 
     def _measure_cost(self) -> CostProfile:
         cost = self.journal.read_cost()

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from knn_ssd.backends.admission import MemoryAdmission
 from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
-from knn_ssd.backends.native.error_feedback import FittingText, fitted_copies
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
@@ -117,20 +116,10 @@ class NativeBackend:
         """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
         self._resolve(plan, progress)
 
-    @property
-    def keeps_low_bit(self) -> bool:
-        """Whether 4-bit copies are kept for later starts."""
-        return self.low.is_kept
-
-    def fit_low_bit(self, texts: Sequence[FittingText], progress: Progress) -> None:
-        """Replaces the 4-bit copies by ones fitted to text, for this backend and for later starts. Takes minutes.
-
-        Args:
-            texts: text of the model's own. No session may be open.
-            progress: receives a stage.
-        """
-        self.low.replace(fitted_copies(self.model, texts, progress))
+    def replace_low_bit(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Replaces all 4-bit copies, and returns those of before. No forward pass may be running."""
         self._resolved.clear()
+        return self.low.replace(tensors)
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None

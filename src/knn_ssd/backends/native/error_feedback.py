@@ -23,22 +23,10 @@ from knn_ssd.progress import Progress
 _DAMPING = 0.01  # added to the products' diagonal, relative to its mean
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _NUM_RANGES, _NUM_FITS = 3, 3  # tried for each group's scale and zero
+_FIRST_ROWS = 4  # of a text, left out: attention sinks, whose huge activations drown all others (arXiv 2309.17453)
 _PASSES = 2  # of refinement
 _ROWS = 8192  # of a matrix, rounded at once, which bounds memory
 _PRODUCT_BYTES = 2**31  # of the products that are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class FittingText:
-    """Text of the model's own to which copies are fitted.
-
-    Args:
-        token_ids: a prompt and its continuation.
-        start: index of the first token whose forward pass a draft would run.
-    """
-
-    token_ids: tuple[int, ...]
-    start: int
 
 
 @dataclass(slots=True)
@@ -216,12 +204,14 @@ def _to_bfloat16(values: torch.Tensor) -> torch.Tensor:
 # ---- A model's copies
 
 
-def fitted_copies(model: PreTrainedModel, texts: Sequence[FittingText], progress: Progress) -> dict[str, torch.Tensor]:
+def fitted_copies(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], progress: Progress
+) -> dict[str, torch.Tensor]:
     """The levels and scales of a Llama-like model's 4-bit copies, by `low_bit.names_of_copy`, fitted to text.
 
     Args:
         model: the model, on the CPU.
-        texts: text of the model's own, a few thousand tokens together.
+        texts: token ids of text like the model's own, some thousands together.
         progress: receives a stage with a step for each layer.
     """
     layers: Any = model.base_model.layers
@@ -256,7 +246,7 @@ def _chunks(linears: Sequence[Mapping[str, nn.Linear]]) -> list[range]:
 
 
 def _input_products(
-    model: PreTrainedModel, linears: Mapping[int, Mapping[str, nn.Linear]], texts: Sequence[FittingText]
+    model: PreTrainedModel, linears: Mapping[int, Mapping[str, nn.Linear]], texts: Sequence[Sequence[int]]
 ) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor]:
     """The products x^T x (cols, cols) of the linears' inputs by layer and first name, and of the head's inputs."""
     sums = {
@@ -268,25 +258,25 @@ def _input_products(
     hidden_size = model.config.hidden_size
     head = torch.zeros(hidden_size, hidden_size)
     for text in texts:
-        with torch.no_grad(), _adding_to(sums, linears, text.start):
+        with torch.no_grad(), _adding_to(sums, linears):
             base: Any = model.base_model
-            _add(head, base(input_ids=torch.tensor([text.token_ids]), use_cache=False).last_hidden_state, text.start)
+            _add(head, base(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state)
     return sums, head
 
 
-def _add(products: torch.Tensor, inputs: torch.Tensor, start: int) -> None:
-    rows = inputs[0, start:].float()
+def _add(products: torch.Tensor, inputs: torch.Tensor) -> None:
+    rows = inputs[0, _FIRST_ROWS:].float()
     products.addmm_(rows.T, rows)
 
 
 @contextmanager
 def _adding_to(
-    sums: Mapping[tuple[int, str], torch.Tensor], linears: Mapping[int, Mapping[str, nn.Linear]], start: int
+    sums: Mapping[tuple[int, str], torch.Tensor], linears: Mapping[int, Mapping[str, nn.Linear]]
 ) -> Iterator[None]:
     """Adds the products of the linears' inputs to `sums` while the model runs."""
 
     def hook(products: torch.Tensor) -> Any:
-        return lambda _module, inputs: _add(products, inputs[0], start)
+        return lambda _module, inputs: _add(products, inputs[0])
 
     handles = [linears[layer][name].register_forward_pre_hook(hook(each)) for (layer, name), each in sums.items()]
     try:

@@ -135,17 +135,21 @@ class LowBitCopies:
             if self._cache is not None:
                 self._cache.store(_cache_key(), self._tensors)
 
-    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replaces all copies by better ones, and keeps these for later starts.
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Replaces all copies, and returns those of before.
 
         Args:
             tensors: levels and scales of every matrix, by `names_of_copy`.
         """
         with self._lock:
-            self._tensors = dict(tensors)
+            before, self._tensors = self._tensors, dict(tensors)
             self._made.clear()
-            if self._cache is not None:
-                self._cache.store(_fitted_cache_key(), self._tensors)
+            return before
+
+    def keep_fitted(self) -> None:
+        """Stores the copies, which are fitted to text, in the weight cache, where later starts prefer them."""
+        if self._cache is not None:
+            self._cache.store(_fitted_cache_key(), self._tensors)
 
     def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
         """The best kept copies; empty if there are none."""
