@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
 from knn_ssd.plan import Mode, Plan, Policy
-from knn_ssd.testing import VOCAB_SIZE, tiny_model
+from knn_ssd.testing import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 NUM_LAYERS = 4  # of the tiny models
 PROMPT = [5, 17, 99, 42, 63, 8, 120, 31]
@@ -36,6 +36,13 @@ def endless(model: PreTrainedModel) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     return model
+
+
+def endless_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without an end token, at which chats would end."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 def transformers_output(model: PreTrainedModel, token_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import uvicorn
-from helpers import endless
+from helpers import endless, endless_tokenizer
 
 from knn_ssd.engine import Engine
 from knn_ssd.request import EndRule
@@ -19,7 +19,7 @@ from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.listen import listen
 from knn_ssd.server.scheduler import Scheduler
 from knn_ssd.speculation.decode import FinishReason
-from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.testing import tiny_model
 
 MODEL = "tiny"
 
@@ -55,7 +55,7 @@ class Served:
 
 def serving(settings: ServeSettings, engine: Engine | None = None) -> Iterator[Served]:
     """A tiny model's server, or that of another engine, until the test is done with it."""
-    engine = engine or Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    engine = engine or Engine(endless(tiny_model()), endless_tokenizer())
     app = make_app(engine, settings)
     own = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

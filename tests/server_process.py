@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 import openai
-from helpers import endless
+from helpers import endless, endless_tokenizer
 from server import MODEL
 
-from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.testing import tiny_model
 
 CONTEXT = 256  # tokens of the tiny model; one character is one token
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -28,7 +28,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/j
 def save_model(folder: Path, **sizes: int) -> Path:
     """A tiny model without an end token, and its tokenizer, as `--model` takes them."""
     endless(tiny_model(**sizes)).save_pretrained(folder)
-    tiny_tokenizer(chat=True).save_pretrained(folder)
+    endless_tokenizer().save_pretrained(folder)
     return folder
 
 

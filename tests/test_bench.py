@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import endless
+from helpers import endless, endless_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    return Engine(endless(tiny_model()), endless_tokenizer())
 
 
 def record(method: str, place: int, tokens: Sequence[int], total: float, **more: Any) -> Record:

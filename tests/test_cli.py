@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import endless
+from helpers import endless, endless_tokenizer
 
 import knn_ssd
 from knn_ssd.atlas import ANCHORS, MANIFEST, Atlas, DomainEntry
@@ -35,7 +35,7 @@ from knn_ssd.outputs import Stream
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.sampling import SamplingParams
 from knn_ssd.speculation.cost_model import CostProfile
-from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.testing import tiny_model
 from knn_ssd.tools import hub
 
 NUM_LAYERS = 4
@@ -55,7 +55,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_model(path: Path, chat: bool = True, **overrides: Any) -> Path:
     model = endless(tiny_model("llama", **overrides))
     model.save_pretrained(path)
-    tiny_tokenizer(chat=chat).save_pretrained(path)
+    endless_tokenizer(chat).save_pretrained(path)
     return path
 
 
@@ -519,7 +519,7 @@ def test_model_options_reach_the_loader(generate: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(Engine, "from_pretrained", spy)
     assert generate("--prompt", MATH, "--dtype", "bfloat16", "--device", "cpu").code == 0
     assert seen == {
-        "name": str(model_dir), "atlas": None, "dtype": "bfloat16", "device": "cpu", "neighbours": 1,
+        "name": str(model_dir), "atlas": None, "dtype": "bfloat16", "device": "cpu", "revision": None, "neighbours": 1,
         "answers": True, "prefix_cache": 0, "runs_in": torch.bfloat16,
     }  # fmt: skip
 

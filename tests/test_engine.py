@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import NUM_LAYERS, PROMPT, endless, keep_everything, plans, prompts, skip_something, transformers_output
+from helpers import (
+    NUM_LAYERS,
+    PROMPT,
+    endless,
+    endless_tokenizer,
+    keep_everything,
+    plans,
+    prompts,
+    skip_something,
+    transformers_output,
+)
 from hypothesis import given, settings
 
 from knn_ssd.atlas import Atlas, DomainEntry
@@ -33,7 +43,7 @@ FALLBACK = Plan.skipping(NUM_LAYERS, mlp=[0], policy=Policy(1, 0.0))
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """With a tokenizer whose chat template is a line per message."""
-    return Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    return Engine(endless(tiny_model()), endless_tokenizer())
 
 
 def make_atlas(engine: Engine, pooling: Pooling = Pooling.MEAN, radius: float = 2.0) -> Atlas:

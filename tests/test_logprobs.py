@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from helpers import NUM_LAYERS, PROMPT, endless, keep_everything, skip_something
+from helpers import NUM_LAYERS, PROMPT, endless, endless_tokenizer, keep_everything, skip_something
 from server import MODEL, Served, serving
 
 from knn_ssd.atlas import Atlas, DomainEntry
@@ -30,7 +30,7 @@ SOURCES = {"prefill", "self", "lookup", "retrieval", "corrected", "bonus", "plai
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    return Engine(endless(tiny_model()), endless_tokenizer())
 
 
 def reference(engine: Engine, prompt: list[int], output: tuple[int, ...]) -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_a_stream_reports_the_route_first_and_then_its_rounds(served: Served, pa
 
 
 def test_the_route_is_reported_with_its_anchor() -> None:
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True), tiny_atlas())
+    engine = Engine(endless(tiny_model()), endless_tokenizer(), tiny_atlas())
     for own in serving(ServeSettings(MODEL), engine):
         answer = chat(own, rounds=True)
         reported = answer.json()["knn_ssd"]
@@ -266,7 +266,7 @@ def test_the_route_is_reported_with_its_anchor() -> None:
 
 def tiny_atlas() -> Atlas:
     """One anchor each for two prompts, of which the second is the one that is asked."""
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    engine = Engine(endless(tiny_model()), endless_tokenizer())
     prompts = [engine.encode(prompt) for prompt in ("12 + 7 is 19", "a fox")]
     vectors = [engine.backend.open(len(ids)).prefill(ids).mean.numpy() for ids in prompts]
     plan = Plan.skipping(NUM_LAYERS, mlp=[2], policy=Policy(4, 0.0))

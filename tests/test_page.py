@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from helpers import endless
+from helpers import endless, endless_tokenizer
 from server import MODEL, Served, SlowEngine, new_store, serving
 from test_logprobs import tiny_atlas
 
@@ -17,7 +17,7 @@ from knn_ssd.engine import Engine
 from knn_ssd.server.app import ServeSettings
 from knn_ssd.server.owners import Owners
 from knn_ssd.server.scheduler import Limits
-from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.testing import tiny_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 def tiny_engine(length: int, kind: type[Engine] = Engine) -> Engine:
     model = endless(tiny_model(seed=3, max_position_embeddings=length))  # its answers begin with a visible token
-    return kind(model, tiny_tokenizer(chat=True))
+    return kind(model, endless_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_the_page_asks_for_an_api_key_once_the_server_needs_one(page: Page) -> N
 
 
 def test_the_nearest_anchor_is_shown_on_the_map(page: Page) -> None:
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True), tiny_atlas())
+    engine = Engine(endless(tiny_model()), endless_tokenizer(), tiny_atlas())
     for own in serving(ServeSettings(MODEL), engine):
         page.goto(own.url)
         page.locator("#map circle").nth(1).wait_for()

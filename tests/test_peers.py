@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import endless
+from helpers import endless, endless_tokenizer
 
 from knn_ssd.bench.peers import APART, read_peers, read_run
 from knn_ssd.bench.records import Record, read_records
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError
-from knn_ssd.testing import tiny_model, tiny_tokenizer
+from knn_ssd.testing import tiny_model
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "peers"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("run_*.py"))
@@ -26,7 +26,7 @@ PROMPTS = [("s0", "story", "once upon a time"), ("m0", "math", "3 + 4 = ")]
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    return Engine(endless(tiny_model()), endless_tokenizer())
 
 
 @pytest.fixture

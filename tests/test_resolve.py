@@ -420,10 +420,13 @@ def test_quantised_weights_are_named_with_the_remedy(directory: Path, quantisati
     assert "not quantised, or a GGUF file" in str(error.hint)
 
 
-def test_quantised_weights_that_transformers_would_take_for_plain_ones(directory: Path) -> None:
+def test_a_quantisation_that_transformers_does_not_know(directory: Path) -> None:
+    """It would load the weights as if they were not quantised."""
     edit_config(directory, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
     refused(UnsupportedModelError, directory, "quantised by modelopt, which transformers does not know")
-    edit_config(directory, quantization_config=None)
+
+
+def test_scales_of_quantised_weights_that_the_config_does_not_mention(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
     save_file({**weights, **scale}, directory / "model.safetensors", metadata={"format": "pt"})

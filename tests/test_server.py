@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from helpers import endless
+from helpers import endless, endless_tokenizer
 from pydantic import ValidationError
 from server import MODEL, Served, SlowEngine, new_store, serving
 
@@ -44,7 +44,7 @@ def served() -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Generation]:
     """The generations of a separate engine."""
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    engine = Engine(endless(tiny_model()), endless_tokenizer())
     return {prompt: engine.generate(prompt, max_new_tokens=24, plain=True) for prompt in PROMPTS}
 
 
@@ -82,7 +82,7 @@ def test_a_stream_is_the_same_text_in_pieces(served: Served, expected: dict[str,
 
 
 def test_completions_continue_text_and_token_ids(served: Served) -> None:
-    engine = Engine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    engine = Engine(endless(tiny_model()), endless_tokenizer())
     own = engine.generate("a fox", max_new_tokens=16, chat=False)
     done = served.client.completions.create(model=MODEL, prompt="a fox", temperature=0)
     assert done.choices[0].text == own.text
@@ -162,7 +162,7 @@ def test_of_many_unknown_names_one_is_reported() -> None:
 
 
 def test_an_error_within_a_stream_is_an_event() -> None:
-    engine = SlowEngine(endless(tiny_model()), tiny_tokenizer(chat=True))
+    engine = SlowEngine(endless(tiny_model()), endless_tokenizer())
     for own in serving(ServeSettings(MODEL, limits=Limits(deadline_sec=1.0)), engine):
         stream = ask(own.client, "a fox", stream=True, max_tokens=200)
         next(stream)

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers import endless
+from helpers import endless, endless_tokenizer
 from server import MODEL, Served, new_store, serving
 from server_process import ServerProcess, save_model, server_process
 
@@ -32,7 +32,7 @@ MEMORY = 2**22  # of prefix caches
 
 def native_engine() -> Engine:
     """An engine on the native backend, which has a prefix cache."""
-    return Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), tiny_tokenizer(chat=True))
+    return Engine(endless(tiny_model("llama", hidden_size=96, head_dim=32)), endless_tokenizer())
 
 
 @pytest.fixture

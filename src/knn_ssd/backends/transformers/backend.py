@@ -111,7 +111,7 @@ class TransformersBackend:
             mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
         with self.skipping(request.plan), last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
             logits = self._run(request.token_ids, cache, request.num_logits, mask)
-        if self.device.type != "cpu":  # so that whoever times the pass times its work
+        if self.device.type != "cpu":  # the time of a pass is that of its work
             torch.get_device_module(self.device).synchronize()
         return ForwardOutput(captured[0][0], logits)
 
