@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.kernels.binding import Matrix, address, kernels
+from knn_ssd.kernels.quantisation import low_matrix, quantise
 from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 
 BLOCKS = (1, 2, 4, 8)

@@ -18,10 +18,10 @@ import torch
 from _recipes import observed
 
 from knn_ssd import Engine
-from knn_ssd.backends.native import low_bit
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.calibrate.continuations import Observation, fitting_texts
+from knn_ssd.kernels import quantisation
 from knn_ssd.plan import Plan
 from knn_ssd.progress import NoProgress
 from knn_ssd.prompts import Prompt, read_prompts
@@ -64,18 +64,18 @@ def forget(backend: NativeBackend) -> None:
 
 def show_ranges(backend: NativeBackend, held_out: Mapping[str, Sequence[Observation]]) -> None:
     """The rounding of the first start with other numbers of ranges, and without weighting columns by their inputs."""
-    weighted, ranges = LowBitCopies._column_importance, low_bit._NUM_RANGES
+    weighted, ranges = LowBitCopies._column_importance, quantisation.NUM_RANGES
 
     def uniform(self: LowBitCopies, layer: int, name: str) -> torch.Tensor:
         return torch.ones_like(weighted(self, layer, name))
 
     for tried, is_weighted in ((1, False), (3, False), (8, False), (1, True), (8, True)):
-        low_bit._NUM_RANGES = tried
+        quantisation.NUM_RANGES = tried
         LowBitCopies._column_importance = weighted if is_weighted else uniform  # type: ignore[method-assign]
         forget(backend)
         name = f"{tried} ranges, columns weighted {'by their inputs' if is_weighted else 'alike'}"
         show(name, backend, held_out, lambda: backend.prepare(Plan.low(backend.num_layers)))
-    low_bit._NUM_RANGES, LowBitCopies._column_importance = ranges, weighted  # type: ignore[method-assign]
+    quantisation.NUM_RANGES, LowBitCopies._column_importance = ranges, weighted  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
-from knn_ssd.plan import Plan, Policy
+from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.testing import VOCAB_SIZE, tiny_model
 
 NUM_LAYERS = 4  # of the tiny models
@@ -75,6 +75,12 @@ def plans(num_layers: int = NUM_LAYERS) -> st.SearchStrategy[Plan]:
     """Plans that skip any set of sublayers, under any policy."""
     some_layers = st.sets(st.integers(0, num_layers - 1))
     return st.builds(Plan.skipping, st.just(num_layers), some_layers, some_layers, policies())
+
+
+def any_plans(num_layers: int = NUM_LAYERS) -> st.SearchStrategy[Plan]:
+    """Plans with any mode for any sublayer, under any policy."""
+    modes = st.tuples(*[st.sampled_from(Mode)] * num_layers)
+    return st.builds(Plan, modes, modes, st.sampled_from([Mode.KEEP, Mode.LOW]), policies())
 
 
 def prompts(max_length: int = 40) -> st.SearchStrategy[list[int]]:

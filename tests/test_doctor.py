@@ -113,6 +113,30 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
     assert report.step_sec > report.floor_sec_per_token > 0
 
 
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
+@pytest.mark.parametrize(
+    ("family", "kernels_run", "exactness"),
+    [
+        ("llama", "whole forward passes", Exactness.BITWISE),
+        ("gemma3_text", "linear layers and attention", Exactness.BITWISE),
+        ("falcon", "linear layers; its attention stays torch's: ", Exactness.NUMERICAL),
+        ("mixtral", "nothing; its linear layers stay torch's: it has weights outside", Exactness.NUMERICAL),
+    ],
+)
+def test_a_report_says_what_the_kernels_run_of_a_model_and_why_not_more(
+    family: str, kernels_run: str, exactness: Exactness, tmp_path: Path
+) -> None:
+    sizes = {} if family == "falcon" else {"head_dim": 32}
+    tiny_model(family, hidden_size=64, **sizes).save_pretrained(tmp_path)
+    report = doctor.examine(str(tmp_path), "bfloat16", "cpu").model
+    assert report is not None
+    assert report.kernels_run is not None
+    assert report.kernels_run.startswith(kernels_run)
+    assert report.exactness is exactness
+    assert (report.draft_step_sec is not None) == (family != "mixtral")
+    assert bool(report.low_bit_bytes) == (family != "mixtral")
+
+
 @pytest.mark.parametrize("family", ["mamba", "t5"])
 def test_a_model_that_cannot_draft_is_part_of_the_report(family: str, tmp_path: Path) -> None:
     if family == "t5":  # refused before its weights are read

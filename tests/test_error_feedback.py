@@ -12,12 +12,13 @@ from knn_ssd.atlas import Atlas
 from knn_ssd.backends.native import error_feedback
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.error_feedback import FittingText, fitted_copies, round_with_feedback
-from knn_ssd.backends.native.low_bit import TensorKeeper, low_matrix, matrix_of, quantise
+from knn_ssd.backends.native.low_bit import TensorKeeper, matrix_of
 from knn_ssd.calibrate.continuations import Observation, fitting_texts
 from knn_ssd.calibrate.pipeline import calibrate
 from knn_ssd.calibrate.settings import CalibrationSettings
 from knn_ssd.engine import Engine
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels, kernels_obstacle
+from knn_ssd.kernels.quantisation import low_matrix, quantise
 from knn_ssd.loading.resolve import load_model
 from knn_ssd.plan import Plan
 from knn_ssd.progress import NoProgress

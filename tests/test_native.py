@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.backends.native.low_bit import low_matrix, quantise
 from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES, native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.binding import address
+from knn_ssd.kernels.quantisation import low_matrix, quantise
 from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 from knn_ssd.loading.pretrained import load_complete
 from knn_ssd.plan import Mode, Plan

@@ -20,13 +20,13 @@ from torch import nn
 
 from knn_ssd.backends.native import low_bit, packed
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.backends.native.low_bit import quantise
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UsageError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.quantisation import quantise
 from knn_ssd.kernels.weights import TensorKeeper, make_matrix
 from knn_ssd.loading.fingerprint import identify_weights
 from knn_ssd.plan import Mode, Plan

@@ -54,6 +54,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("num_key_value_heads", "max_position_embeddings", "head_dim")),
     },
     "olmo2": {},
+    "olmo3": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "stablelm": {"head_dim": None, "use_qkv_bias": True, "qk_layernorm": True},
+    "cohere2": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "glm4": {},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "falcon": {"num_key_value_heads": None, "head_dim": None},
     "mixtral": {**_MOE, "num_local_experts": 4, "sliding_window": None},
     "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
 }

@@ -1,6 +1,7 @@
 /* Runs the kernels without Python, over random layers and batches: driver MODE [SEED [CASES]].
  *
  *   exact     a row has the same bits in blocks, in batches and in teacher-forced runs as alone, for 1 to 4 threads
+ *   outer     the same of attention by itself, wherever the keys that a row sees are split
  *   callers   the same, from several threads at once, while another one quantises and changes the number of threads
  *   quantise  matrices in blocks have the values of their source; 4-bit copies decode to their matrix, and have the same
  *             bits for 1 to 4 threads, whatever format it is in
@@ -347,6 +348,48 @@ static void exact(uint64_t seed, int64_t cases) {
     }
 }
 
+/* Rows over one session's keys, for attention by itself: all in the cache, or those from `position` on apart. */
+static void outer(uint64_t seed, int64_t cases) {
+    for (int64_t i = 0; i < cases; i++) {
+        seed_with(seed + (uint64_t)i);
+        const int64_t size = knn_ssd_lanes() * (1 + random_below(3)), kv_heads = 1 + random_below(3);
+        const int64_t heads = kv_heads * (1 + random_below(5)), n = 1 + random_below(12), capacity = 1 + random_below(60);
+        const int64_t position = random_below(capacity), n_new = capacity - position, kept = 4 * position * size;
+        float *sinks = take_floats(heads, 0, 1), *queries = take_floats(n * heads * size, 0, 1);
+        const OuterAttention a = {0.3, random_below(2) ? 2 : 0, random_below(2) ? sinks : NULL, heads, kv_heads, size};
+        float *kv[2][3]; /* keys and values: all, those before `position`, those from there on */
+        for (int j = 0; j < 2; j++) {
+            kv[j][0] = take_floats(kv_heads * capacity * size, 0, 1);
+            kv[j][1] = take_floats(kv_heads * capacity * size, NAN, 1);
+            kv[j][2] = take(4 * kv_heads * n_new * size, 4);
+            for (int64_t h = 0; h < kv_heads; h++) {
+                const float *all = kv[j][0] + h * capacity * size;
+                memcpy(kv[j][1] + h * capacity * size, all, (size_t)kept);
+                memcpy(kv[j][2] + h * n_new * size, all + position * size, (size_t)(4 * n_new * size));
+            }
+        }
+        const OuterCache caches[2] = {{kv[0][0], kv[1][0], NULL, NULL, capacity, position, 0},
+                                      {kv[0][1], kv[1][1], kv[0][2], kv[1][2], capacity, position, n_new}};
+        float *alone = take(4 * n * heads * size, 4), *together = take(4 * n * heads * size, 4);
+        VisibleKeys *rows = take((int64_t)sizeof *rows * n, 8);
+        pool_set_threads(1);
+        for (int64_t r = 0; r < n; r++) {
+            const int64_t end = 1 + random_below(capacity), first = random_below(end), offset = r * heads * size;
+            rows[r] = (VisibleKeys){0, first, end, end};
+            CHECK(knn_ssd_attend(&a, caches, 1, rows + r, 1, queries + offset, alone + offset) == SUCCESS);
+            rows[r].cache = random_below(2);
+            if (rows[r].cache) rows[r].split = position < first ? first : position < end ? position : end;
+        }
+        for (int64_t v = 0; v < n * heads * size; v++) CHECK(isfinite(alone[v]));
+        pool_set_threads(1 + (int)random_below(4));
+        CHECK(knn_ssd_attend(&a, caches, 2, rows, n, queries, together) == SUCCESS);
+        CHECK(!memcmp(alone, together, (size_t)(4 * n * heads * size)));
+        rows[n - 1].end = capacity + 1;
+        CHECK(knn_ssd_attend(&a, caches, 2, rows, n, queries, together) == INVALID_SIZES);
+        release(0);
+    }
+}
+
 typedef struct {
     pthread_t thread;
     const Model *model;
@@ -486,6 +529,10 @@ static void contract(uint64_t seed) {
     const Matrix source = float_matrix(2, 60, FLOAT32);
     CHECK(knn_ssd_quantise(&source, logits, 1, NULL, NULL) == INVALID_SIZES);
     CHECK(knn_ssd_lm_head(&source, m.norm, 1e-5, x, 1, (int64_t[]){0}, 1, x, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&source, x, 1, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&m.head, x, -1, logits) == INVALID_SIZES);
+    CHECK(knn_ssd_linear(&m.head, x, 0, NULL) == SUCCESS);
+    CHECK(knn_ssd_linear(&m.head, x, 1, logits) == SUCCESS);
     for (int64_t wrong = -1; wrong < 2; wrong += 2)
         CHECK(knn_ssd_lm_head(&m.head, m.norm, 1e-5, x, 1, &wrong, 1, x, logits) == INVALID_SIZES);
     CHECK(knn_ssd_lm_head(&m.head, m.norm, 1e-5, x, 1, (int64_t[]){0}, 1, x, logits) == SUCCESS);
@@ -527,6 +574,7 @@ int main(int argc, char **argv) {
     const int64_t cases = argc > 3 ? atoll(argv[3]) : N_NAMED;
     knn_ssd_enable_tiles(1);
     if (!strcmp(argv[1], "exact")) exact(seed, cases);
+    else if (!strcmp(argv[1], "outer")) outer(seed, cases);
     else if (!strcmp(argv[1], "callers")) callers(seed, cases);
     else if (!strcmp(argv[1], "quantise")) quantise(seed, cases);
     else if (!strcmp(argv[1], "contract")) contract(seed);

@@ -11,13 +11,21 @@ from knn_ssd.backends.base import Backend
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
 
 
+# What users of the transformers backend should know, by what of the model the kernels run.
+_LACKS = {
+    "linear layers": "drafts may change its output by rounding",
+    "nothing": "it is slower and has no 4-bit drafts",
+}
+
+
 def select_backend(model: PreTrainedModel, directory: Path | None = None) -> Backend:
-    """The backend that executes a model. One that cannot use the kernels is reported by a warning that says why.
+    """The backend that executes a model. One that cannot use all of the kernels is reported by a warning that says why.
 
     Args:
         model: the model.
@@ -31,8 +39,20 @@ def select_backend(model: PreTrainedModel, directory: Path | None = None) -> Bac
     obstacle = native_obstacle(model)
     if obstacle is None:
         return NativeBackend(model, WeightCache.of(model, directory) if directory is not None else None)
-    backend = TransformersBackend(model)
-    logger.warning(
-        "%s runs on the transformers backend, slower and without 4-bit drafts: %s", type(model).__name__, obstacle
-    )
+    backend = _transformers_backend(model)
+    if lacks := _LACKS.get(backend.kernels_run):
+        refused = backend.refused or ""
+        reasons = refused if obstacle in refused else f"{obstacle}; {refused}"
+        logger.warning("%s runs on the transformers backend, where %s: %s", type(model).__name__, lacks, reasons)
     return backend
+
+
+def _transformers_backend(model: PreTrainedModel) -> TransformersBackend:
+    """The transformers backend, with as much of the kernels as the model can use."""
+    refused = None
+    for kind in (KernelBackend, KernelLinearBackend):
+        try:
+            return kind(model, refused)
+        except KernelsRefusedError as error:
+            refused = str(error)
+    return TransformersBackend(model, refused)

@@ -79,6 +79,7 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         and f"{_megabytes(report.weight_bytes)}; {_megabytes(report.read_bytes_per_token)} are read per token",
         "lower bound": report.floor_sec_per_token and f"{_speed(report.floor_sec_per_token)}, by read bandwidth",
         "backend": report.backend and ": ".join(filter(None, (report.backend, report.why_not_native))),
+        "kernels run": report.kernels_run,
         "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
         "draft step": report.draft_step_sec
         and f"{_speed(report.draft_step_sec)}, in 4 bits; the 4-bit copies take {_megabytes(report.low_bit_bytes)}",

@@ -69,7 +69,35 @@ class BatchEntry(ctypes.Structure):
     )
 
 
-_STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Attention, Mlp, BatchEntry)
+class OuterAttention(ctypes.Structure):
+    """The attention of one layer of a model that runs outside the kernels."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("scale", "softcap")),
+        ("sinks", c_void_p),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
+    )
+
+
+class OuterCache(ctypes.Structure):
+    """One session's keys and values of that layer."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values", "new_keys", "new_values")),
+        *((name, c_int64) for name in ("capacity", "position", "n_new")),
+    )
+
+
+class VisibleKeys(ctypes.Structure):
+    """The keys that one row sees."""
+
+    _fields_ = tuple((name, c_int64) for name in ("cache", "first", "split", "end"))
+
+
+_STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Matrix, Attention, Mlp, BatchEntry),
+    *(OuterAttention, OuterCache, VisibleKeys),
+)
 
 
 def _check_status(status: int, function: Any, _: tuple[Any, ...]) -> None:
@@ -89,6 +117,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "knn_ssd_lm_head": (
         *(_check_status, POINTER(Matrix), c_void_p, c_double, c_void_p, c_int64),
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
+    ),
+    "knn_ssd_linear": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p),
+    "knn_ssd_attend": (
+        *(_check_status, POINTER(OuterAttention), POINTER(OuterCache), c_int64),
+        *(c_void_p, c_int64, c_void_p, c_void_p),
     ),
     "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
     "knn_ssd_upper_bytes": (_check_status, POINTER(Matrix), c_void_p),

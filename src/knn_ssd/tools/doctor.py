@@ -22,12 +22,13 @@ from knn_ssd.backends.base import Backend, Exactness
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.select import select_backend
+from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
 from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
-from knn_ssd.plan import Plan
+from knn_ssd.plan import Mode, Plan
 from knn_ssd.sampling import most_likely
 from knn_ssd.tools.memory import free_memory
 
@@ -96,6 +97,7 @@ class ModelReport:
         floor_sec_per_token: the time that reading them takes, a lower bound of a plain decode step.
         backend: the backend that executes the model, "native" or "transformers".
         why_not_native: the reason if it is not the native backend.
+        kernels_run: what of the model the kernels run, and why not more.
         exactness: what the backend's forward passes guarantee.
         step_sec: median seconds of a plain decode step.
         draft_step_sec: median seconds of a draft step with all weights in 4 bits; None where the backend has none.
@@ -117,6 +119,7 @@ class ModelReport:
     floor_sec_per_token: float | None = None
     backend: str | None = None
     why_not_native: str | None = None
+    kernels_run: str | None = None
     exactness: Exactness | None = None
     step_sec: float | None = None
     draft_step_sec: float | None = None
@@ -210,13 +213,20 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         context_length=backend.context_length,
         backend="native" if isinstance(backend, NativeBackend) else "transformers",
         why_not_native=native_obstacle(model),
+        kernels_run=_kernels_run(backend),
         exactness=backend.exactness,
         step_sec=measure_step(backend),
     )
-    if isinstance(backend, NativeBackend):
+    if Mode.LOW in backend.modes:
         low = Plan.low(backend.num_layers)
-        report = replace(report, draft_step_sec=measure_step(backend, low), low_bit_bytes=backend.low.bytes)
+        report = replace(report, draft_step_sec=measure_step(backend, low), low_bit_bytes=backend.low_bit_bytes)
     return report
+
+
+def _kernels_run(backend: Backend) -> str:
+    if not isinstance(backend, TransformersBackend):
+        return "whole forward passes"
+    return f"{backend.kernels_run}; {backend.refused}" if backend.refused else backend.kernels_run
 
 
 def measure_bandwidth(device: torch.device) -> float:

@@ -11,7 +11,6 @@ well as text does.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Attention, Matrix, Mlp, address, kernels, uses_tiles
+from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels, uses_tiles
+from knn_ssd.kernels.quantisation import NUM_RANGES, copy_forms, low_matrix, quantise
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 SAMPLE_TOKENS = 64  # to whose activations the 4-bit copies are fitted
 _VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
-_NUM_RANGES = 3  # tried for each group, each refitted by least squares
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
@@ -213,35 +212,9 @@ class LowBitCopies:
         return address(self._importance[layer, name])
 
 
-def quantise(matrix: Matrix, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels (rows, groups, 32) in bytes and the scales (rows, groups, 2) of a matrix's 4-bit copy.
-
-    They are in the order in which the kernels read them, with rows filled up to a multiple of the kernels' lanes.
-
-    Args:
-        matrix: a matrix of the checkpoint.
-        importance: (cols,) weights of the columns' squared errors.
-    """
-    data, scales = (torch.zeros(shape, dtype=dtype) for shape, dtype in _forms(matrix))
-    kernels().knn_ssd_quantise(ctypes.byref(matrix), address(importance), _NUM_RANGES, address(data), address(scales))
-    return data, scales
-
-
-def low_matrix(matrix: Matrix, levels: torch.Tensor, scales: torch.Tensor) -> Matrix:
-    """The 4-bit copy of a matrix, with tensors as `quantise` makes them; the caller keeps these alive."""
-    return Matrix(address(levels), address(scales), matrix.bias, matrix.rows, matrix.cols, INT4)
-
-
-def _forms(matrix: Matrix) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """The shapes and dtypes of the levels and the scales of a matrix's copy."""
-    lanes, groups = kernels().knn_ssd_lanes(), -(-matrix.cols // GROUP_SIZE)
-    rows = -(-matrix.rows // lanes) * lanes
-    return ((rows, groups, GROUP_SIZE // 2), torch.uint8), ((rows, groups, 2), torch.bfloat16)
-
-
 def _are_copies_of(sources: Sequence[_Source], tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
-    expected = {name: form for each in sources for name, form in zip(each.names, _forms(each.matrix), strict=True)}
+    expected = {name: form for each in sources for name, form in zip(each.names, copy_forms(each.matrix), strict=True)}
     are_copies = expected == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if not are_copies:
         logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
@@ -253,7 +226,7 @@ def _cache_key() -> str:
     unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
     return (
         f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
-        f"{_NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
+        f"{NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
     )
 
 

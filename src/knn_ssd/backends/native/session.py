@@ -18,7 +18,7 @@ PREFILL_CHUNK = 64  # tokens of a prompt in one forward pass
 
 
 class NativeSession(CursorSession):
-    """One request on a `NativeBackend`; see `base.Session`.
+    """One request on a `NativeBackend`, or on a `KernelBackend` of transformers; see `base.Session`.
 
     Args:
         cursor: at the start of the session.

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from knn_ssd.backends.admission import MemoryAdmission
-from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest, Session
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.structure import Structure, context_length, declared, find_structure
 from knn_ssd.backends.transformers.kv_cache import StaticCache
+from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
 from knn_ssd.plan import Mode, Plan
@@ -40,14 +42,20 @@ class TransformersBackend:
 
     Args:
         model: a causal language model; it is put into eval mode and otherwise left as it is.
+        refused: why the kernels do not run more of it, for reports.
+
+    Attributes:
+        kernels_run: what of a model the kernels run.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
     """
 
     modes = frozenset({Mode.KEEP, Mode.SKIP})
+    kernels_run = "nothing"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+        self.refused = refused
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.structure = find_structure(model)
         self.lock = _LOCKS.setdefault(model, threading.RLock())
@@ -59,6 +67,7 @@ class TransformersBackend:
         self._options = frozenset(inspect.signature(model.forward).parameters)
         self._cache_option = "cache" if "cache" in self._options else "past_key_values"  # before transformers 5.24
         self._exactness: Exactness | None = None
+        self._activation_dtype: torch.dtype = model.dtype
         cache = StaticCache(self.num_layers, Cursor(2))
         self._silent = _zero_forwards(self, cache)
         on_cpu = self.device.type == "cpu"  # torch reports itself that an accelerator's memory is full
@@ -69,7 +78,7 @@ class TransformersBackend:
     def exactness(self) -> Exactness:
         """What was found on the loaded weights; never `bitwise` in 16 bits, where rounding hides most differences."""
         if self._exactness is None:
-            half = self.model.dtype.itemsize < torch.float32.itemsize
+            half = self._activation_dtype.itemsize < torch.float32.itemsize
             self._exactness = Exactness.NUMERICAL if half else probe(self)
         return self._exactness
 
@@ -79,16 +88,15 @@ class TransformersBackend:
 
     @property
     def low_bit_bytes(self) -> int:
-        """Always 0: this backend has no 4-bit copies."""
+        """Memory of the 4-bit copies: 0 without the kernels."""
         return 0
 
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
-        """Checks that this backend can run a plan, which needs no more than the model has."""
-        self._skipped_forwards(plan)
+        """Checks that this backend can run a plan, and makes the 4-bit copies that it uses."""
+        with self.lock:
+            self._replacements(plan)
 
-    def open(
-        self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
-    ) -> TransformersSession:
+    def open(self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None) -> Session:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""
         return TransformersSession(self.num_layers, Cursor(capacity, self._admission), forward or self.forward)
 
@@ -101,7 +109,7 @@ class TransformersBackend:
         mask = None
         if request.run_length:
             mask = self._teacher_forcing_mask(request.position, len(request.token_ids), request.run_length)
-        with self.skipping(request.plan), _last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
+        with self.skipping(request.plan), last_hidden_state(self.model) as captured, cache.scoring(mask is not None):
             logits = self._run(request.token_ids, cache, request.num_logits, mask)
         if self.device.type != "cpu":  # so that whoever times the pass times its work
             torch.get_device_module(self.device).synchronize()
@@ -109,8 +117,8 @@ class TransformersBackend:
 
     @contextmanager
     def skipping(self, plan: Plan | None) -> Iterator[None]:
-        """Skips the plan's sublayers for the length of a `with` block."""
-        with self.lock, _replaced(self._skipped_forwards(plan)):
+        """Runs the model under a plan for the length of a `with` block."""
+        with self.lock, replaced(self._replacements(plan)):
             yield
 
     def _run(
@@ -121,9 +129,21 @@ class TransformersBackend:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Logits (n, V) of tokens at the cache's cursor, or only those of the last `logits_to_keep` rows."""
-        start, count = cache.cursor.length, len(token_ids)
+        start = cache.cursor.length
+        positions = range(start, start + len(token_ids))
+        return self._call(token_ids, positions, cache, logits_to_keep, mask)[-logits_to_keep:]
+
+    def _call(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        cache: Cache,
+        logits_to_keep: int | torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (…, V) of one forward pass: of the rows to keep, or of all where the model cannot choose."""
         options: dict[str, Any] = {
-            "position_ids": torch.arange(start, start + count, device=self.device)[None],  # (1, n)
+            "position_ids": torch.tensor([list(positions)], device=self.device),  # (1, n)
             "attention_mask": mask,
             "logits_to_keep": logits_to_keep,
         }
@@ -134,7 +154,7 @@ class TransformersBackend:
                 **{self._cache_option: cache},
                 **{name: value for name, value in options.items() if name in self._options},
             )
-        return output.logits[0, -logits_to_keep:]  # type: ignore[no-any-return]
+        return output.logits[0]  # type: ignore[no-any-return]
 
     def _teacher_forcing_mask(self, length: int, count: int, run_length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """The attention mask of teacher-forced scoring; one for each kind of attention layer if there are several."""
@@ -143,7 +163,7 @@ class TransformersBackend:
         chunk = declared(config, "attention_chunk_size")
 
         def mask(window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-            return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self.model.dtype)
+            return _scoring_mask(length, count, run_length, window, chunk).to(self.device, self._activation_dtype)
 
         if declared(config, "layer_types") and (window or chunk):
             return {
@@ -153,15 +173,19 @@ class TransformersBackend:
             }
         return mask(window=window)
 
-    def _skipped_forwards(self, plan: Plan | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    def _replacements(self, plan: Plan | None) -> list[Replacement]:
+        """What is replaced in the model for a forward pass under a plan."""
         if plan is None:
             return []
-        if plan.num_layers != self.num_layers:
-            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
-        if plan.uses_low:
-            raise UsageError("this backend has no 4-bit weights, and the plan asks for the mode low")
+        self._check_plan(plan)
         attention, mlp = self._silent
         return [attention[i] for i in plan.skipped_attention] + [mlp[i] for i in plan.skipped_mlp]
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.num_layers != self.num_layers:
+            raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
+        if plan.uses_low and Mode.LOW not in self.modes:
+            raise UsageError("this backend has no 4-bit weights, and the plan asks for the mode low")
 
 
 def _scoring_mask(length: int, count: int, run_length: int, window: int | None, chunk: int | None) -> torch.Tensor:
@@ -180,27 +204,11 @@ def _scoring_mask(length: int, count: int, run_length: int, window: int | None, 
 
 
 @contextmanager
-def _last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+def last_hidden_state(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states (1, n, D) after the final norm of each forward pass in a `with` block."""
     captured: list[torch.Tensor] = []
     with model.base_model.register_forward_hook(lambda _module, _inputs, output: captured.append(output[0])):
         yield captured
-
-
-@contextmanager
-def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replaces each module's `forward` for the length of a `with` block; then what the instance had is restored."""
-    before = [module.__dict__.get("forward") for module, _ in forwards]
-    try:
-        for module, forward in forwards:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for (module, _), forward_before in zip(forwards, before, strict=True):
-            if forward_before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward_before
 
 
 def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
@@ -211,7 +219,7 @@ def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
     structure = backend.structure
     shapes = _output_shapes(backend, cache)
     attention, mlp = (
-        [(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
+        [forward_of(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
     )
     _check_identity(backend, structure, attention + mlp)
     return attention, mlp
@@ -249,9 +257,7 @@ def _output_shapes(backend: TransformersBackend, cache: StaticCache) -> dict[nn.
     return shapes
 
 
-def _check_identity(
-    backend: TransformersBackend, structure: Structure, silent: list[tuple[nn.Module, Callable[..., Any]]]
-) -> None:
+def _check_identity(backend: TransformersBackend, structure: Structure, silent: list[Replacement]) -> None:
     """Checks that each layer returns its input unchanged while both its sublayers are skipped."""
     changed: list[int] = []
 
@@ -264,7 +270,7 @@ def _check_identity(
 
         return hook
 
-    with ExitStack() as hooks, _replaced(silent):
+    with ExitStack() as hooks, replaced(silent):
         for index, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(compare(index), with_kwargs=True))
         _try_forward(backend, StaticCache(backend.num_layers, Cursor(2)))

@@ -1,19 +1,21 @@
-"""A KV cache with one cursor, behind the cache interface of transformers' models.
+"""Static KV caches: one behind the cache interface of transformers' models, and one that the kernels read.
 
-It knows nothing of plans: a skipped attention never calls `update`, and the verification writes its keys and values.
-Sliding windows are left to the attention mask, so rewinding is exact in every layer.
+They know nothing of plans: a skipped attention writes nothing, and the verification writes its keys and values. Sliding
+windows are left to the attention mask, so rewinding is exact in every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.growth import grown
+from knn_ssd.backends.native.kv_cache import KVCache
 
 
 class StaticCache(Cache):
@@ -100,3 +102,43 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._cache.cursor.capacity
 
     get_max_cache_shape = get_max_length  # its name in early versions of transformers 5
+
+
+class KernelCache(KVCache):
+    """Keys and values of one session as the kernels read them: float32, each head padded with zeros.
+
+    Args:
+        shapes: (H, D) of each layer: heads of keys and values, and the larger of their sizes, padded.
+        capacity: the most tokens that the cache can hold.
+
+    Attributes:
+        tensors: keys and values (1, H, capacity, D) of the first layer, of the second, and so on.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], capacity: int) -> None:
+        self.capacity = capacity
+        self.tensors = tuple(torch.empty(1, heads, capacity, size) for heads, size in shapes for _ in range(2))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.tensors) // 2
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer."""
+        return self.tensors[2 * index], self.tensors[2 * index + 1]
+
+    def head_dim(self, index: int) -> int:
+        """D of a layer."""
+        return self.tensors[2 * index].shape[-1]
+
+    def write(self, index: int, position: int, *states: torch.Tensor) -> None:
+        """Writes keys and values (1, H, n, ≤ D) of a layer from a position on."""
+        for cached, new in zip(self.layer(index), states, strict=True):
+            rows, width = cached[:, :, position : position + new.shape[2]], new.shape[3]
+            rows[..., :width] = new
+            rows[..., width:] = 0  # the padding
+
+    def padded(self, index: int, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (1, H, n, ≤ D), padded to (1, H, n, D) without writing them to the cache."""
+        keys, values = (nn.functional.pad(new, (0, self.head_dim(index) - new.shape[3])).contiguous() for new in states)
+        return keys, values

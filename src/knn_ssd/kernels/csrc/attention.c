@@ -10,14 +10,7 @@
 #define PREFETCH_BYTES 2048 /* of 8-bit keys and values that are prefetched ahead */
 #define MAX_QUERIES 4       /* whose outputs are summed at once */
 #define MAX_ROWS 8          /* whose queries read keys and values together */
-#define MAX_SHARED 16       /* query heads that read keys and values together */
 #define POSITIONS 64        /* whose values stay in the L1 cache for all queries */
-
-/* Keys and values of successive positions, of one head. */
-typedef struct {
-    KVCache cache;
-    int64_t count;
-} Span;
 
 /* The keys and values that the rows of a forward pass bring with them: the next positions of the KV cache, or scratch. */
 typedef struct {
@@ -94,15 +87,6 @@ INLINE void score_keys(const float *query, const float *keys, const int64_t head
     store(scores, horizontal_sums(sums) * scale);
 }
 
-/* A query (head_dim,) of one row and head, its output, and the scores that become its weights. It attends to positions
- * `begin` .. `end` - 1, counted from the first one that has a score. */
-typedef struct {
-    int64_t count;
-    const float *queries[MAX_ROWS * MAX_SHARED];
-    float *out[MAX_ROWS * MAX_SHARED], *scores[MAX_ROWS * MAX_SHARED];
-    int64_t begin[MAX_ROWS * MAX_SHARED], end[MAX_ROWS * MAX_SHARED];
-} Queries;
-
 /* Writes the scores of a span's keys from scores[…][first] on. */
 INLINE void score_span(const Queries *q, const Span *span, int64_t first, const int64_t head_dim, const int use_int8,
                        float scale) {
@@ -121,22 +105,31 @@ INLINE void score_span(const Queries *q, const Span *span, int64_t first, const 
     }
 }
 
-/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum. */
-static float softmax(float *scores, int64_t total) {
+/* Bounds scores (total,), and what is beyond them in their last vector. */
+static void cap_scores(float *scores, int64_t total, float softcap) {
+    for (int64_t t = 0; t < total; t += LANES) {
+        const Floats power = exponential(load(scores + t) * (2.0f / softcap));
+        store(scores + t, (power - 1.0f) / (power + 1.0f) * softcap); /* tanh(score / softcap) * softcap */
+    }
+}
+
+/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum,
+ * which the sink, a score without a value, is a part of. */
+static float softmax(float *scores, int64_t total, float sink) {
     for (int64_t t = total; t % LANES; t++) scores[t] = -INFINITY;
     Floats maxima = splat(-INFINITY), sums = {0};
     for (int64_t t = 0; t < total; t += LANES) {
         const Floats s = load(scores + t);
         maxima = select_lanes(s > maxima, s, maxima);
     }
-    const float max = horizontal_max(maxima);
+    const float largest = horizontal_max(maxima), max = sink > largest ? sink : largest;
     for (int64_t t = 0; t < total; t += LANES) {
         store(scores + t, exponential(load(scores + t) - max));
         for (int i = 0; i < LANES && t + i >= total - LANES; i++)
             if (t + i >= total) scores[t + i] = 0;
         sums += load(scores + t);
     }
-    return 1.0f / horizontal_sum(sums);
+    return 1.0f / (horizontal_sum(sums) + (sink > -INFINITY ? exponential(splat(sink - max))[0] : 0));
 }
 
 INLINE Floats load_values(const KVCache *c, int64_t offset, const int use_int8) {
@@ -216,15 +209,20 @@ static void scale_weights(const Span spans[2], float *weights, int64_t begin, in
             weights[t] *= spans[s].cache.value_scales[t - first];
 }
 
-INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const int use_int8, float scale) {
-    float inverse[MAX_ROWS * MAX_SHARED];
+INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const int use_int8,
+                        const Scoring *scoring) {
+    const float scale = scoring->scale;
+    float inverse[ITEM_QUERIES];
     for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) { /* the usual sizes are constants for the compiler */
         if (head_dim == 64) score_span(q, spans + s, first, 64, use_int8, scale);
         else if (head_dim == 128) score_span(q, spans + s, first, 128, use_int8, scale);
         else score_span(q, spans + s, first, head_dim, use_int8, scale);
     }
     for (int64_t j = 0; j < q->count; j++) {
-        inverse[j] = softmax(q->scores[j] + q->begin[j], q->end[j] - q->begin[j]);
+        float *scores = q->scores[j] + q->begin[j];
+        const int64_t total = q->end[j] - q->begin[j];
+        if (scoring->softcap > 0) cap_scores(scores, total, scoring->softcap);
+        inverse[j] = softmax(scores, total, scoring->sinks ? scoring->sinks[j] : -INFINITY);
         if (use_int8) scale_weights(spans, q->scores[j], q->begin[j], q->end[j]);
         memset(q->out[j], 0, (size_t)4 * head_dim);
     }
@@ -233,10 +231,9 @@ INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim,
         for (int64_t i = 0; i < head_dim; i += LANES) store(q->out[j] + i, load(q->out[j] + i) * inverse[j]);
 }
 
-/* The outputs of queries over the keys and values of two spans, one after the other. */
-static void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, float scale) {
-    if (use_int8) attend_with(q, spans, head_dim, 1, scale);
-    else attend_with(q, spans, head_dim, 0, scale);
+void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, const Scoring *scoring) {
+    if (use_int8) attend_with(q, spans, head_dim, 1, scoring);
+    else attend_with(q, spans, head_dim, 0, scoring);
 }
 
 static int uses_int8(const Attention *a) { return a->q.kind == INT4; }
@@ -298,7 +295,7 @@ typedef struct {
 /* All query heads that share keys are in one item, unless too few items would be left for the threads. */
 static Division divide(const Attention *a, int64_t n, int64_t threads) {
     const int64_t items = n * a->kv_heads, group = a->heads / a->kv_heads;
-    if (group > MAX_SHARED || (items < 4 * threads && items % threads)) return (Division){1, 1};
+    if (group > ITEM_QUERIES / MAX_ROWS || (items < 4 * threads && items % threads)) return (Division){1, 1};
     return (Division){group, max_int(1, min_int(MAX_ROWS, items / (4 * threads)))};
 }
 
@@ -364,7 +361,8 @@ static void attend_items(void *context, int64_t first, int64_t last, int thread)
         const KVCache added = cache_from(new->cache, kv * new->stride + first_new - e->position, a->head_dim);
         const Span spans[2] = {{cached, first_new - lowest}, {added, position + g->rows - first_new}};
         const Queries q = queries_of(c, g, position, head, thread);
-        attend(&q, spans, a->head_dim, uses_int8(a), (float)a->scale);
+        const Scoring scoring = {(float)a->scale, 0, NULL};
+        attend(&q, spans, a->head_dim, uses_int8(a), &scoring);
     }
 }
 

@@ -1,4 +1,4 @@
-/* The attention sublayer. */
+/* The attention sublayer, and the attention of query heads over keys and values, which it is made of. */
 #ifndef KNN_SSD_ATTENTION_H
 #define KNN_SSD_ATTENTION_H
 
@@ -6,5 +6,33 @@
 
 /* x (n, D) += attention(norm(x)), for the rows of the entries and their KV caches of one layer. */
 int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, int64_t layer, float *x, int64_t n);
+
+#define ITEM_QUERIES 128 /* that read keys and values together, at most */
+
+/* Keys and values of successive positions, of one head. */
+typedef struct {
+    KVCache cache;
+    int64_t count;
+} Span;
+
+/* How products of queries and keys become weights: scaled, bounded by `softcap` unless it is 0, and with a score of `sinks`
+ * (one for each query, or null) that takes weight away from them. */
+typedef struct {
+    float scale, softcap;
+    const float *sinks;
+} Scoring;
+
+/* Queries (head_dim,) that share keys and values, each of one row and head. Each has an output, and scores, which become
+ * its weights. It sees positions `begin` .. `end` - 1, counted from the spans' first one, and has room for the scores of all
+ * of their positions, and for LANES more. */
+typedef struct {
+    int64_t count;
+    const float *queries[ITEM_QUERIES];
+    float *out[ITEM_QUERIES], *scores[ITEM_QUERIES];
+    int64_t begin[ITEM_QUERIES], end[ITEM_QUERIES];
+} Queries;
+
+/* The outputs of queries over the keys and values of two spans, one after the other. */
+void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, const Scoring *scoring);
 
 #endif

@@ -51,6 +51,20 @@ int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps,
 
 int is_valid_head(const Matrix *head) { return is_valid_matrix(head, head->rows, head->cols); }
 
+/* Each row sees at least one key. */
+static int is_valid_row(const OuterCache *c, const VisibleKeys *r) {
+    if (r->first < 0 || r->first > r->split || r->split > r->end || r->first == r->end || r->split > c->capacity) return 0;
+    return r->split == r->end || (c->new_keys && c->new_values && c->position >= 0 && c->position <= r->split &&
+                                  r->end - c->position <= c->n_new);
+}
+
+int is_valid_outer(const OuterAttention *a, const OuterCache *caches, int64_t n_caches, const VisibleKeys *rows, int64_t n) {
+    if (a->heads <= 0 || a->kv_heads <= 0 || a->heads % a->kv_heads || a->head_dim <= 0 || a->head_dim % LANES) return 0;
+    for (int64_t r = 0; r < n; r++)
+        if (rows[r].cache < 0 || rows[r].cache >= n_caches || !is_valid_row(caches + rows[r].cache, rows + r)) return 0;
+    return n >= 0;
+}
+
 int is_valid_source(const Matrix *m, int64_t n_ranges) {
     const int is_float = m->kind == FLOAT32 || m->kind == BFLOAT16 || is_valid_blocks(m);
     return m->data && is_float && m->rows > 0 && m->cols > 0 && m->cols % LANES == 0 && n_ranges > 0;

@@ -14,6 +14,9 @@ int is_valid_head(const Matrix *head);
 /* Whether rows of a matrix can be read: it is in float blocks. */
 int is_valid_blocks(const Matrix *m);
 
+/* Whether n rows see only keys that there are. */
+int is_valid_outer(const OuterAttention *a, const OuterCache *caches, int64_t n_caches, const VisibleKeys *rows, int64_t n);
+
 /* Whether a 4-bit copy of the matrix can be made. */
 int is_valid_source(const Matrix *m, int64_t n_ranges);
 

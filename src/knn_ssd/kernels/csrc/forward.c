@@ -84,7 +84,8 @@ int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const
 }
 
 const int64_t *knn_ssd_struct_sizes(void) {
-    static const int64_t sizes[] = {sizeof(Matrix), sizeof(Attention), sizeof(Mlp), sizeof(BatchEntry)};
+    static const int64_t sizes[] = {sizeof(Matrix),         sizeof(Attention),  sizeof(Mlp),        sizeof(BatchEntry),
+                                    sizeof(OuterAttention), sizeof(OuterCache), sizeof(VisibleKeys)};
     return sizes;
 }
 

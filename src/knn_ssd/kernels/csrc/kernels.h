@@ -66,6 +66,25 @@ typedef struct {
     int64_t capacity, position, run_length, n_rows; /* without a run length, position + n_rows <= capacity */
 } BatchEntry;
 
+/* The attention of one layer of a model that runs outside this library. */
+typedef struct {
+    double scale, softcap; /* softcap 0: none */
+    const float *sinks;    /* (heads,) or null: a score of each head that takes weight away from the keys' */
+    int64_t heads, kv_heads, head_dim; /* head_dim: a multiple of LANES, padded with zeros */
+} OuterAttention;
+
+/* One session's keys and values of that layer. New ones, from `position` on, are apart in teacher-forced scoring. */
+typedef struct {
+    const float *keys, *values;         /* (kv_heads, capacity, head_dim) */
+    const float *new_keys, *new_values; /* (kv_heads, n_new, head_dim) or null */
+    int64_t capacity, position, n_new;
+} OuterCache;
+
+/* The positions that one row sees: from `first` on in its session's cache, and from `split` to `end` - 1 among new ones. */
+typedef struct {
+    int64_t cache, first, split, end; /* cache: the index of its session */
+} VisibleKeys;
+
 /* x (n, D) goes through all layers, for the rows of the batch's entries. A sublayer whose pointer is null is skipped. */
 EXPORT int knn_ssd_forward(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers,
                            const BatchEntry *entries, int64_t n_entries, float *x);
@@ -73,6 +92,13 @@ EXPORT int knn_ssd_forward(const Attention *const *attentions, const Mlp *const 
 /* hidden (n, D) = norm(x); logits (n_selected, V) = head(hidden[selected]), each of `selected` below n. */
 EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon, const float *x, int64_t n,
                            const int64_t *selected, int64_t n_selected, float *hidden, float *logits);
+
+/* y (n, rows) = the matrix applied to x (n, cols), for a linear layer of a model that runs outside this library. */
+EXPORT int knn_ssd_linear(const Matrix *m, const float *x, int64_t n, float *y);
+
+/* out (n, heads, head_dim) = attention of queries (n, heads, head_dim), each row over the keys that it sees. */
+EXPORT int knn_ssd_attend(const OuterAttention *a, const OuterCache *caches, int64_t n_caches, const VisibleKeys *rows,
+                          int64_t n, const float *queries, float *out);
 
 /* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
  * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
@@ -91,7 +117,7 @@ EXPORT int knn_ssd_list_escapes(const Matrix *source, const uint8_t *upper_bytes
 /* values (n, cols) = n rows of a matrix in float blocks. */
 EXPORT int knn_ssd_read_rows(const Matrix *m, const int64_t *rows, int64_t n, float *values);
 
-/* The sizes in bytes of Matrix, Attention, Mlp and BatchEntry. */
+/* The sizes in bytes of Matrix, Attention, Mlp, BatchEntry, OuterAttention, OuterCache and VisibleKeys. */
 EXPORT const int64_t *knn_ssd_struct_sizes(void);
 
 EXPORT int64_t knn_ssd_lanes(void);

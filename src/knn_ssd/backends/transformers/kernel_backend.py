@@ -1,0 +1,237 @@
+"""The transformers backend with the kernels: a dense decoder on the CPU gets what the native backend's families have.
+
+A model's linear layers run by the kernels, in the mode that a plan gives to their sublayer: so it drafts in 4 bits.
+Where its attention runs by the kernels as well, a row's bits do not depend on the other rows of its forward pass: so
+output is that of plain decoding bit for bit, sessions can share passes, and the prefix cache can be used. All other
+modules are the model's own; they compute in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.cursor import Cursor
+from knn_ssd.backends.native.prefix_cache import PrefixCache
+from knn_ssd.backends.native.session import NativeSession
+from knn_ssd.backends.transformers.attention import SharedPass, attention_replacements
+from knn_ssd.backends.transformers.backend import TransformersBackend, last_hidden_state
+from knn_ssd.backends.transformers.kv_cache import KernelCache, StaticCache
+from knn_ssd.backends.transformers.linears import KernelLinears, find_linears
+from knn_ssd.backends.transformers.replacement import Replacement, replaced
+from knn_ssd.backends.transformers.row_wise import row_wise_replacements
+from knn_ssd.errors import UnsupportedModelError
+from knn_ssd.kernels.binding import kernels, kernels_obstacle, uses_tiles
+from knn_ssd.kernels.weights import KINDS
+from knn_ssd.plan import Mode, Plan
+from knn_ssd.tools.memory import release_file_pages
+
+_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
+_TRIAL_TOKENS = 5
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative difference of the logits of the trial
+
+
+def linear_obstacle(model: PreTrainedModel) -> str | None:
+    """None if the kernels can run a model's linear layers on this machine, else the reason."""
+    return next(_obstacles(model), None)
+
+
+def _obstacles(model: PreTrainedModel) -> Iterator[str]:
+    weights = dict(model.named_parameters())
+    if any(weight.device.type != "cpu" for weight in weights.values()):
+        yield "its weights are not on the CPU"
+    if odd := {weight.dtype for weight in weights.values()} - set(KINDS):
+        yield f"it has weights in {str(odd.pop()).removeprefix('torch.')}"
+    if unavailable := kernels_obstacle():
+        yield unavailable
+    if stacked := [name for name, weight in weights.items() if weight.dim() > 2]:
+        yield f"it has weights outside linear layers ({stacked[0]}, as in a mixture of experts)"
+
+
+class KernelsRefusedError(UnsupportedModelError):
+    """The kernels cannot run the linear layers, or the attention, of a model that can draft for itself."""
+
+
+class KernelLinearBackend(TransformersBackend):
+    """Executes a decoder of transformers, with its linear layers run by the kernels; see `base.Backend`.
+
+    Args:
+        model: a causal language model on the CPU, in float32 or bfloat16; it is left as it is.
+        refused: as for `TransformersBackend`.
+
+    Raises:
+        UnsupportedModelError: the model cannot draft for itself; the message says why.
+        KernelsRefusedError: the kernels cannot run its linear layers; the message says why.
+    """
+
+    modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
+    kernels_run = "linear layers"
+
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+        self._linears: KernelLinears | None = None  # until they are made
+        super().__init__(model, refused)
+        if reason := linear_obstacle(model):
+            raise KernelsRefusedError(f"its linear layers stay torch's: {reason}")
+        expected = self._trial_logits()
+        found = find_linears(model, self.structure)
+        if not found:
+            raise KernelsRefusedError("no linear layer that the kernels can run was found")
+        self._linears = KernelLinears(found, self._run_sample)
+        if not uses_tiles():
+            release_file_pages([weight.data_ptr() for weight in model.parameters()])
+        self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found})
+        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, list[Replacement]] = {}
+        self._activation_dtype = torch.float32
+        self._check_logits(expected)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; those that the kernels store anew count once, whatever else refers to them."""
+        if self._linears is None:
+            return super().weight_bytes
+        anew = {id(weight) for each in self._linears.modules for weight in each.parameters()}
+        embedding = {id(weight) for weight in self.model.get_input_embeddings().parameters()}
+        others = [weight for weight in self.model.parameters() if id(weight) not in anew - embedding]
+        return sum(weight.nbytes for weight in others) + self._linears.weight_bytes
+
+    @property
+    def low_bit_bytes(self) -> int:
+        return self._linears.bytes if self._linears is not None else 0
+
+    def _replacements(self, plan: Plan | None) -> list[Replacement]:
+        key = None if plan is None else (plan.modes, plan.head)
+        if key not in self._resolved:
+            skipped = super()._replacements(plan)
+            assert self._linears is not None
+            self._resolved[key] = [*self._row_wise, *self._linears.forwards(plan), *skipped]
+        return self._resolved[key]
+
+    def _run_sample(self, forwards: Sequence[Replacement]) -> None:
+        """Runs tokens spread over the vocabulary through the model with other forwards of its linear layers."""
+        count = min(_SAMPLE_TOKENS, self.context_length)
+        tokens = [i * self.vocab_size // count for i in range(count)]
+        with self.lock, replaced([*self._row_wise, *forwards]):
+            self._run(tokens, StaticCache(self.num_layers, Cursor(count)), logits_to_keep=count)
+
+    def _trial_logits(self) -> torch.Tensor:
+        return self._run(self._trial_tokens(), self._trial_cache(), logits_to_keep=_TRIAL_TOKENS).float()
+
+    def _trial_tokens(self) -> list[int]:
+        return [i * self.vocab_size // _TRIAL_TOKENS for i in range(_TRIAL_TOKENS)]
+
+    def _trial_cache(self) -> StaticCache:
+        return StaticCache(self.num_layers, Cursor(_TRIAL_TOKENS))
+
+    def _check_logits(self, expected: torch.Tensor) -> None:
+        """Checks that the logits with the kernels are those of the model's own modules, up to rounding."""
+        with self.skipping(None):
+            found = self._trial_logits()
+        if not (difference := _difference(found, expected)) <= _TOLERANCE[self.model.dtype]:
+            raise KernelsRefusedError(f"with the kernels, its logits differ by {difference:.2g} of their size")
+
+
+class KernelBackend(KernelLinearBackend):
+    """Executes a decoder of transformers, with its linear layers and its attention run by the kernels.
+
+    Sessions can share forward passes; see `base.Backend` and `base.SharesPasses`.
+
+    Args:
+        model, refused: as for `KernelLinearBackend`.
+
+    Raises:
+        UnsupportedModelError: the model cannot draft for itself; the message says why.
+        KernelsRefusedError: the kernels cannot run its linear layers or its attention; the message says why.
+    """
+
+    kernels_run = "linear layers and attention"
+
+    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+        self._attention: list[Replacement] = []  # torch's until its results are known
+        super().__init__(model, refused)
+        if "position_ids" not in self._options:
+            raise KernelsRefusedError("its attention stays torch's: the model takes no position_ids")
+        cache = self._trial_cache()
+        with self.skipping(None):
+            expected = self._run(self._trial_tokens(), cache, logits_to_keep=_TRIAL_TOKENS)
+        layers: Any = cache.layers
+        self._cache_shapes = [_cache_shape(layer.keys, layer.values) for layer in layers]
+        self._attention = attention_replacements(model)
+        self._check_attention(expected)
+
+    def open(
+        self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
+    ) -> NativeSession:
+        cursor = Cursor(capacity, self._admission)
+        cache = KernelCache(self._cache_shapes, cursor.reserved)
+        return NativeSession(cursor, cache, self.hidden_size, forward or self.forward, prefix_cache)
+
+    def forward(self, request: ForwardRequest) -> ForwardOutput:
+        return self.forward_batch([request])[0]
+
+    def forward_batch(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
+        """Runs the rows of several sessions; rows under the same modes read the weights once.
+
+        Args:
+            requests: one for each session of this backend.
+
+        Returns:
+            The outputs in the same order; each has the bits that it would have alone.
+        """
+        groups: dict[Any, list[ForwardRequest]] = {}
+        for request in requests:
+            groups.setdefault(request.plan and (request.plan.modes, request.plan.head), []).append(request)
+        outputs: dict[int, ForwardOutput] = {}
+        for group in groups.values():
+            outputs |= zip(map(id, group), self._run_rows(group), strict=True)
+        return [outputs[id(request)] for request in requests]
+
+    def _replacements(self, plan: Plan | None) -> list[Replacement]:
+        return [*super()._replacements(plan), *self._attention]
+
+    def _run_rows(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
+        counts = [len(request.token_ids) for request in requests]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
+        positions = [r.position + i for r, count in zip(requests, counts, strict=True) for i in range(count)]
+        tokens, kept = [token for r in requests for token in r.token_ids], torch.tensor(rows, dtype=torch.long)
+        shared = SharedPass(requests)
+        with self.skipping(requests[0].plan), last_hidden_state(self.model) as captured, shared.running():
+            logits = self._call(tokens, positions, shared, kept)
+        if "logits_to_keep" not in self._options:
+            logits = logits[kept]
+        split = torch.split(captured[0][0], counts), torch.split(logits, [r.num_logits for r in requests])
+        return [ForwardOutput(*pair) for pair in zip(*split, strict=True)]
+
+    def _check_attention(self, expected: torch.Tensor) -> None:
+        """Checks that the logits with the kernels' attention are those with torch's, up to rounding."""
+        session, tokens = self.open(_TRIAL_TOKENS), self._trial_tokens()
+        try:
+            first = session.forward(tokens[:2])
+            session.commit(2)
+            found = torch.cat([first, session.forward(tokens[2:])])
+        except UnsupportedModelError as error:
+            raise KernelsRefusedError(f"its attention stays torch's: {error}") from error
+        except Exception as error:
+            raise KernelsRefusedError(
+                "its attention stays torch's: it does not run through transformers' attention interface "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if not (difference := _difference(found, expected)) <= _TOLERANCE[torch.float32]:
+            raise KernelsRefusedError(
+                f"its attention stays torch's: with the kernels', logits differ by {difference:.2g}"
+            )
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The difference of logits, relative to their size."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def _cache_shape(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
+    """(H, D) of a layer in a `KernelCache`, from its keys and values (1, H, n, D)."""
+    lanes = kernels().knn_ssd_lanes()
+    return keys.shape[1], -(-max(keys.shape[-1], values.shape[-1]) // lanes) * lanes
