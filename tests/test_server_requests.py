@@ -236,6 +236,23 @@ def test_more_tokens_than_fit_are_the_rest_of_the_context(served: Served, asked:
     assert chat(served, max_tokens=None, temperature=0).json()["usage"]["total_tokens"] == 256
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"logit_bias": {"5": 1000}}, "logit_bias.5"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"messages": [{"role": "user", "content": "a"}, 1]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"stream_options": {"include_usage": "perhaps"}}, "stream_options.include_usage"),
+    ],
+)
+def test_a_refusal_names_the_place_of_the_value(served: Served, change: dict[str, Any], param: str) -> None:
+    error = chat(served, **change).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
 @pytest.mark.parametrize("asked", [0, -2, 1.5, "many"])
 def test_other_numbers_of_tokens_are_refused(served: Served, asked: Any) -> None:
     assert chat(served, max_tokens=asked).status_code == 400
