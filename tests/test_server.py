@@ -28,7 +28,7 @@ from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.listen import listen
 from knn_ssd.server.owners import Owners
 from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, Event, Limits, PrefillDone, Scheduler
-from knn_ssd.server.schemas import ChatRequest
+from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 PROMPTS = ["once upon a time", "3 + 4 = ", "a fox", "SELECT name", "guten Tag"]
@@ -58,7 +58,7 @@ def test_the_official_client_gets_the_engine_s_output(served: Served, expected: 
     for prompt, own in expected.items():
         answer = ask(served.client, prompt)
         assert answer.choices[0].message.content == own.text
-        assert answer.choices[0].finish_reason == "length"
+        assert answer.choices[0].finish_reason == FINISH_REASONS[own.finish_reason]
         assert answer.usage.completion_tokens == len(own.token_ids)
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         details = answer.usage.completion_tokens_details

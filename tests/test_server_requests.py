@@ -26,6 +26,7 @@ from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.fields import SamplingFields
 from knn_ssd.server.owners import Owners
 from knn_ssd.server.schemas import MOST_TOTAL_CHOICES, ChatRequest, CompletionRequest
+from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import TemplateOptions, encode
 
@@ -233,6 +234,23 @@ def test_more_tokens_than_fit_are_the_rest_of_the_context(served: Served, asked:
         assert usage["total_tokens"] == 256
         assert reply.json()["choices"][0]["finish_reason"] == "length"
     assert chat(served, max_tokens=None, temperature=0).json()["usage"]["total_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"logit_bias": {"5": 1000}}, "logit_bias.5"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"messages": [{"role": "user", "content": "a"}, 1]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"stream_options": {"include_usage": "perhaps"}}, "stream_options.include_usage"),
+    ],
+)
+def test_a_refusal_names_the_place_of_the_value(served: Served, change: dict[str, Any], param: str) -> None:
+    error = chat(served, **change).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize("asked", [0, -2, 1.5, "many"])
@@ -614,6 +632,15 @@ def test_a_served_model_has_its_own_names_and_the_template_of_a_file(tmp_path: P
             assert reply.json()["usage"]["prompt_tokens"] == len("hi!")
         models = httpx.get(f"{own.url}/v1/models", headers={"origin": "https://example.org"})
         assert models.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_a_template_of_one_s_own_says_what_ends_a_reply() -> None:
+    engine = own_engine()
+    pad = {"logit_bias": {0: 100.0}, "max_new_tokens": 5}
+    assert engine.generate("a", **pad).finish_reason is FinishReason.LENGTH
+    engine.use_chat_template("{% for m in messages %}{{ m['content'] }}<pad>{% endfor %}")
+    assert engine.generate("a", **pad).finish_reason is FinishReason.EOS
+    assert engine.generate("a", chat=False, **pad).finish_reason is FinishReason.LENGTH
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,13 @@ class Engine:
         for plan in self._plans.plans:
             self.backend.prepare(plan, progress)
 
+    def use_chat_template(self, template: str) -> None:
+        """Replaces the tokenizer's chat template (Jinja), and with it the tokens that end a reply."""
+        if self.tokenizer is None:
+            raise UsageError("a chat template needs a tokenizer, and the model came without one")
+        self.tokenizer.chat_template = template
+        self._end_of_turn = end_of_turn_ids(self.model, self.tokenizer)
+
     def encode(
         self, prompt: PromptLike, chat: bool = True, template: TemplateOptions | None = None, *, name: str = ""
     ) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from knn_ssd.cli import options, output
 from knn_ssd.cli.options import option, whole_number
-from knn_ssd.errors import UsageError
+from knn_ssd.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from knn_ssd.engine import Engine
@@ -144,15 +144,14 @@ def _use_template(engine: Engine, template: str) -> None:
     """
     from jinja2 import TemplateSyntaxError
 
-    if engine.tokenizer is None:
-        raise UsageError("--chat-template needs a tokenizer, and the model came without one")
-    engine.tokenizer.chat_template = template
+    engine.use_chat_template(template)
     try:
-        engine.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise UsageError(f"the chat template is not valid, at line {error.lineno}: {error.message}") from error
-    except Exception as error:  # a template may raise anything; perhaps it needs more than one message
-        output.note(f"note: the chat template cannot be applied to a lone message of a user: {error}")
+        engine.encode("a")
+    except PromptError as error:
+        if isinstance(syntax := error.__cause__, TemplateSyntaxError):
+            message = f"the chat template is not valid, at line {syntax.lineno}: {syntax.message}"
+            raise UsageError(message) from error
+        output.note(f"note: {error}")  # perhaps it needs more than one message
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -112,7 +113,10 @@ def _validation_body(error: RequestValidationError) -> dict[str, Any]:
         reason = str(first["msg"]) if first["type"] == "unsupported_parameter" else "is not supported"
         message = f"'{param}' {reason}"
     else:
-        param = next(iter(place), None)
-        reasons = dict.fromkeys(str(each["msg"]) for other, each in problems if other[:1] == place[:1])
+        alike = [(other, each) for other, each in problems if other[:1] == place[:1]]
+        reasons = dict.fromkeys(str(each["msg"]) for _, each in alike)
+        places = [other for other, _ in alike]  # of one value, they differ in the type that was tried
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(places), max(places), strict=False))
+        param = ".".join(one for one, _ in shared) or None
         message = ": ".join(filter(None, (param, "; or ".join(reasons))))
     return error_body(message, INVALID, param, code)
