@@ -257,7 +257,7 @@ def test_output_is_bitwise_that_of_plain_decoding(family: str, dtype: torch.dtyp
 
 @every_bitwise_family
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 10_000), plan=st.one_of(st.none(), any_plans()))
 def test_a_row_has_the_same_bits_in_a_block_as_alone(family: str, dtype: torch.dtype, seed: int, plan: Plan) -> None:
     chooser = random.Random(seed)
@@ -274,7 +274,7 @@ def test_a_row_has_the_same_bits_in_a_block_as_alone(family: str, dtype: torch.d
 
 @every_bitwise_family
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 10_000))
 def test_sessions_that_share_a_pass_get_the_bits_that_each_gets_alone(
     family: str, dtype: torch.dtype, seed: int
@@ -306,7 +306,7 @@ def test_sessions_that_share_a_pass_get_the_bits_that_each_gets_alone(
 
 
 @every_bitwise_family
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 10_000))
 def test_a_prompt_that_begins_as_an_earlier_one_is_the_same_bits(family: str, seed: int) -> None:
     chooser = random.Random(seed)
@@ -374,7 +374,7 @@ def test_attention_outside_of_transformers_interface_stays_torchs() -> None:
 
 
 @every_dense_family
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(plan=any_plans(), prompt=prompts(), max_new_tokens=st.integers(1, 12))
 @example(plan=ALL_LOW, prompt=LONG, max_new_tokens=12)
 @example(plan=skip_everything(), prompt=LONG, max_new_tokens=12)
@@ -387,7 +387,7 @@ def test_greedy_output_is_that_of_transformers_for_drafts_of_every_mode(
 
 
 @every_dense_family
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(plan=any_plans(), prompt=prompts())
 @example(plan=ALL_LOW, prompt=LONG)
 def test_in_bfloat16_output_is_that_of_plain_decoding(family: str, plan: Plan, prompt: list[int]) -> None:
