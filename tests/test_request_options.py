@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, endless, skip_something, transformers_output
+from helpers import PROMPT, endless, endless_tokenizer, skip_something, transformers_output
 
 from knn_ssd.engine import Engine
 from knn_ssd.errors import PromptError, UsageError
@@ -77,9 +77,10 @@ def test_an_option_that_cannot_be_used_is_refused_by_name_before_the_prompt_is_r
 @pytest.mark.parametrize("name", WRONG)
 def test_none_is_an_option_s_default(engine: Engine, name: str) -> None:
     given: dict[str, Any] = {"max_new_tokens": 8} if name != "max_new_tokens" else {}
-    output = engine.generate("hi", **{**given, name: None}).token_ids
-    assert output[:8] == engine.generate("hi", max_new_tokens=8).token_ids
-    assert len(output) == (8 if given else 256 - len(engine.encode("hi"))), "no limit is up to the context"
+    endless = Engine(engine.model, endless_tokenizer(), answers=False)
+    output = endless.generate("hi", **{**given, name: None}).token_ids
+    assert output[:8] == endless.generate("hi", max_new_tokens=8).token_ids
+    assert len(output) == (8 if given else 256 - len(endless.encode("hi"))), "no limit is up to the context"
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
@@ -151,7 +152,7 @@ def test_what_a_chat_template_refuses_is_the_prompt_s_fault(engine: Engine) -> N
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     )
-    with pytest.raises(PromptError, match="the model's chat template refuses the prompt: no system role"):
+    with pytest.raises(PromptError, match="the chat template cannot be applied to the prompt: no system role"):
         Engine(engine.model, tokenizer).generate([{"role": "system", "content": "x"}])
 
 
