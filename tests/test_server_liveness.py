@@ -20,8 +20,7 @@ from server import MODEL, Served, SlowEngine, serving
 from test_native import wide_model
 
 from knn_ssd.atlas import Atlas, DomainEntry
-from knn_ssd.backends.base import ForwardOutput, ForwardRequest, Pooling
-from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.base import ForwardOutput, ForwardRequest, Pooling, SharesPasses
 from knn_ssd.engine import Engine
 from knn_ssd.errors import PromptError
 from knn_ssd.kernels.binding import kernels_obstacle
@@ -241,7 +240,7 @@ def slow_forward(engine: Engine, sec: float) -> list[int]:
     """Makes each forward pass over more than 8 tokens take at least so long; returns the lengths of those that ran."""
     ran: list[int] = []
     backend: Any = engine.backend
-    if isinstance(backend, NativeBackend):
+    if isinstance(backend, SharesPasses):
         run_batch = backend.forward_batch
 
         def forward_batch(requests: list[ForwardRequest]) -> list[ForwardOutput]:

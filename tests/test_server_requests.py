@@ -16,6 +16,7 @@ from helpers import endless
 from server import MODEL, Served, serving
 from server_process import save_model, server_process
 from test_native import wide_model
+from test_server_liveness import slow_forward
 
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
@@ -552,14 +553,7 @@ def test_headers_come_at_once_and_comments_while_the_prefill_lasts(monkeypatch: 
     monkeypatch.setattr(completions, "HEADERS_SEC", 0.3)
     monkeypatch.setattr(completions, "PING_SEC", 0.2)
     engine = own_engine()
-    forward = engine.backend.forward
-
-    def slow(request: Any) -> Any:
-        if len(request.token_ids) > 8:
-            time.sleep(2)
-        return forward(request)
-
-    engine.backend.forward = slow  # type: ignore[method-assign]
+    slow_forward(engine, 2.0)
     for own in serving(ServeSettings(MODEL), engine):
         body = {"model": MODEL, "prompt": "a fox and a goose", "max_tokens": 3, "temperature": 0, "stream": True}
         began = time.monotonic()
