@@ -141,11 +141,12 @@ static Matrix quantised(const Matrix *m) {
     return (Matrix){.data = data, .scales = scales, .rows = m->rows, .cols = m->cols, .kind = INT4};
 }
 
-/* Weights of a unit of blocks; see blocks.h. */
-static int64_t unit_weights(void) { return 8 * knn_ssd_lanes(); }
+/* Rows of a block, and weights of a unit; see blocks.h. */
+static int64_t block_rows(void) { return 2 * knn_ssd_lanes(); }
+static int64_t unit_weights(void) { return 8 * block_rows(); }
 
 static Matrix in_blocks(const Matrix *m, int64_t kind) {
-    const int64_t n = padded_rows(m->rows) / knn_ssd_lanes(), weights = padded_rows(m->rows) * m->cols;
+    const int64_t n = (m->rows + block_rows() - 1) / block_rows(), weights = n * block_rows() * m->cols;
     uint8_t *data = take(kind == FLOAT32_BLOCKS ? 4 * weights : kind == BFLOAT16_BLOCKS ? 2 * weights : weights * 3 / 2, 4);
     uint8_t *upper_bytes = take(16, 1);
     int64_t *starts = take(8 * (n + 1), 8);

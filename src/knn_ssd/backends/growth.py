@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from knn_ssd.kernels.arena import large_pages
+
 
 def grown(tensor: torch.Tensor, dim: int, size: int, kept: int) -> torch.Tensor:
     """A tensor of `size` along a dimension, with the first `kept` entries of another one; the rest is undefined."""
     shape = list(tensor.shape)
     shape[dim] = size
-    larger = tensor.new_empty(shape)
+    larger = large_pages(tensor.new_empty(shape))
     larger.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
     return larger

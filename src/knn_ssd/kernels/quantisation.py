@@ -6,12 +6,13 @@ import ctypes
 
 import torch
 
+from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Matrix, address, kernels
 
 NUM_RANGES = 3  # tried for each group, each refitted by least squares
 
 
-def quantise(matrix: Matrix, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(matrix: Matrix, importance: torch.Tensor, arena: Arena | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The levels (rows, groups, 32) in bytes and the scales (rows, groups, 2) of a matrix's 4-bit copy.
 
     They are in the order in which the kernels read them, with rows filled up to a multiple of the kernels' lanes.
@@ -19,8 +20,10 @@ def quantise(matrix: Matrix, importance: torch.Tensor) -> tuple[torch.Tensor, to
     Args:
         matrix: a matrix of the checkpoint.
         importance: (cols,) weights of the columns' squared errors.
+        arena: gives the memory; None is one of its own.
     """
-    data, scales = (torch.zeros(shape, dtype=dtype) for shape, dtype in copy_forms(matrix))
+    arena = arena or Arena()
+    data, scales = (arena.empty(shape, dtype).zero_() for shape, dtype in copy_forms(matrix))
     kernels().knn_ssd_quantise(ctypes.byref(matrix), address(importance), NUM_RANGES, address(data), address(scales))
     return data, scales
 

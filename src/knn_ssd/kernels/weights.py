@@ -1,10 +1,10 @@
 """Weight matrices in the formats that the kernels multiply.
 
 Where the processor has a tile unit, bfloat16 weights are read where the checkpoint's tensors lie. Everywhere else, a
-matrix is stored anew, in blocks of as many rows as a vector has lanes; csrc/blocks.h describes the formats. A bfloat16
-matrix is packed without loss into 12 bits a weight, plus 8 bytes for each of the few weights whose upper byte has no
-code. (On GPUs, DFloat11, arXiv 2504.11651, packs bfloat16 without loss as well.) The values that are multiplied, and
-so the bits of every result, are those of the checkpoint's weights in any format.
+matrix is stored anew, in blocks of twice as many rows as a vector has lanes; csrc/blocks.h describes the formats. A
+bfloat16 matrix is packed without loss into 12 bits a weight, plus 8 bytes for each of the few weights whose upper byte
+has no code. (On GPUs, DFloat11, arXiv 2504.11651, packs bfloat16 without loss as well.) The values that are multiplied,
+and so the bits of every result, are those of the checkpoint's weights in any format.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import (
     BFLOAT16,
     BFLOAT16_BLOCKS,
@@ -81,8 +82,8 @@ class Blocks:
         kind = {torch.float32: FLOAT32_BLOCKS, torch.bfloat16: BFLOAT16_BLOCKS, torch.uint8: BFLOAT16_PACKED}[
             data.dtype
         ]
-        blocks, width = -(-rows // _lanes()), cols * 3 // 2 if kind == BFLOAT16_PACKED else cols
-        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _lanes(), width)}
+        blocks, width = -(-rows // _block_rows()), cols * 3 // 2 if kind == BFLOAT16_PACKED else cols
+        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _block_rows(), width)}
         if kind == BFLOAT16_PACKED:
             escapes = int(tensors["escape_starts"][-1]) if "escape_starts" in tensors else 0
             expected |= {"upper_bytes": (16,), "escape_starts": (blocks + 1,)}
@@ -133,33 +134,39 @@ def make_matrix(
     return made
 
 
-def best_blocks(weight: torch.Tensor) -> Blocks:
-    """A weight in the blocks that take the fewest bytes; see `make_matrix`."""
+def best_blocks(weight: torch.Tensor, arena: Arena | None = None) -> Blocks:
+    """A weight in the blocks that take the fewest bytes; see `make_matrix`.
+
+    Args:
+        weight: as there.
+        arena: gives the memory; None is one of its own.
+    """
     if weight.dtype is torch.float32:
-        return pack(weight, FLOAT32_BLOCKS)
-    packed = pack(weight, BFLOAT16_PACKED)
-    return pack(weight, BFLOAT16_BLOCKS) if packed.num_escapes > _MAX_ESCAPES * weight.numel() else packed
+        return pack(weight, FLOAT32_BLOCKS, arena=arena)
+    packed = pack(weight, BFLOAT16_PACKED, arena=arena)
+    return pack(weight, BFLOAT16_BLOCKS, arena=arena) if packed.num_escapes > _MAX_ESCAPES * weight.numel() else packed
 
 
-def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None) -> Blocks:
+def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None, arena: Arena | None = None) -> Blocks:
     """Stores a matrix in blocks.
 
     Args:
         weight: as in `make_matrix`.
         kind: see `Blocks`; it has the dtype of the weight.
         library: the kernels that will multiply it; those of this process if it is None.
+        arena: gives the memory; None is one of its own.
 
     Raises:
         ValueError: the kernels have no such format for this matrix.
     """
     library, weight = library or kernels(), weight.detach()
     rows, cols = weight.shape
-    lanes = library.knn_ssd_lanes()
-    blocks = -(-rows // lanes)
+    height = 2 * library.knn_ssd_lanes()
+    blocks = -(-rows // height)
     source = ctypes.byref(Matrix(address(weight), None, None, rows, cols, KINDS[weight.dtype]))
     is_packed = kind == BFLOAT16_PACKED
-    shape = blocks * lanes, cols * 3 // 2 if is_packed else cols
-    data = torch.empty(shape, dtype=torch.uint8 if is_packed else weight.dtype)
+    shape = blocks * height, cols * 3 // 2 if is_packed else cols
+    data = (arena or Arena()).empty(shape, torch.uint8 if is_packed else weight.dtype)
     upper_bytes, counts = torch.empty(16, dtype=torch.uint8), torch.empty(blocks, dtype=torch.int64)
     if is_packed:
         library.knn_ssd_upper_bytes(source, address(upper_bytes))
@@ -172,9 +179,9 @@ def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None) ->
     return Blocks(kind, rows, cols, data, upper_bytes, starts, escapes)
 
 
-def _lanes() -> int:
+def _block_rows() -> int:
     lanes: int = kernels().knn_ssd_lanes()
-    return lanes
+    return 2 * lanes
 
 
 def is_in_blocks(matrix: Matrix) -> bool:

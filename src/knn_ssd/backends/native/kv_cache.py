@@ -6,6 +6,7 @@ import torch
 
 from knn_ssd.backends.base import ForwardRequest
 from knn_ssd.backends.growth import grown
+from knn_ssd.kernels.arena import large_pages
 from knn_ssd.kernels.binding import BatchEntry, address
 
 
@@ -31,7 +32,7 @@ class KVCache:
         vectors = (num_layers, kv_heads, capacity)
         shapes = ((*vectors, head_dim), torch.float32), ((*vectors, head_dim), torch.int8), (vectors, torch.float32)
         self.tensors: tuple[torch.Tensor, ...] = tuple(
-            torch.empty(shape, dtype=dtype) for shape, dtype in shapes for _ in range(2)
+            large_pages(torch.empty(shape, dtype=dtype)) for shape, dtype in shapes for _ in range(2)
         )
 
     @property

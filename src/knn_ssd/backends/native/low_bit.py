@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels, uses_tiles
 from knn_ssd.kernels.quantisation import NUM_RANGES, copy_forms, low_matrix, quantise
 from knn_ssd.plan import Mode, Plan
@@ -85,6 +86,7 @@ class LowBitCopies:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
         self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
+        self._arena = Arena()
         self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `names_of_copy`
         self._made: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
@@ -96,7 +98,7 @@ class LowBitCopies:
 
     @property
     def bytes(self) -> int:
-        """Memory of all copies made or memory-mapped so far."""
+        """Memory of all copies made or read so far."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def attention(self, layer: int) -> Attention:
@@ -156,7 +158,7 @@ class LowBitCopies:
         for key in (_fitted_cache_key(), _cache_key()):
             kept = cache.load(key)
             if kept is not None and _are_copies_of(matrices, kept):
-                return kept
+                return {name: self._arena.copy(tensor) for name, tensor in kept.items()}
         return {}
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
@@ -184,7 +186,7 @@ class LowBitCopies:
         levels, scales = source.names
         if levels not in self._tensors:
             importance = self._column_importance(source.layer, FIRST_OF[source.name])
-            self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance)
+            self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance, self._arena)
         return low_matrix(source.matrix, self._tensors[levels], self._tensors[scales])
 
     def _column_importance(self, layer: int, name: str) -> torch.Tensor:

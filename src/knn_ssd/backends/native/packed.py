@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, kernels, uses_tiles
 from knn_ssd.kernels.weights import Blocks, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # increased whenever the same weights give other bytes than before
+_VERSION = 2  # increased whenever the same weights give other bytes than before
 
 
 class PackedWeights:
@@ -25,6 +27,7 @@ class PackedWeights:
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.keeper = TensorKeeper()
+        self._arena = Arena()
         self._cache = None if uses_tiles() else cache
         self._kept = (self._cache.load(_cache_key()) if self._cache is not None else None) or {}
         self._made: dict[str, torch.Tensor] = {}
@@ -53,10 +56,10 @@ class PackedWeights:
         if blocks is None and self._kept:
             logger.warning("The kept weights are not those of this model, and are made again.")
             self._kept = {}
-        return blocks
+        return None if blocks is None else replace(blocks, data=self._arena.copy(blocks.data))
 
     def _new(self, name: str, weight: torch.Tensor) -> Blocks:
-        blocks = best_blocks(weight)
+        blocks = best_blocks(weight, self._arena)
         if self._cache is not None:
             self._made.update((f"{name}.{part}", tensor) for part, tensor in blocks.tensors.items())
         return blocks

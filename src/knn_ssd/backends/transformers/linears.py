@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
+from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
 from knn_ssd.kernels.quantisation import low_matrix, quantise
-from knn_ssd.kernels.weights import KINDS, TensorKeeper, make_matrix
+from knn_ssd.kernels.weights import KINDS, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.plan import Mode, Plan
 
 _MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
@@ -59,8 +60,9 @@ def find_linears(model: PreTrainedModel, structure: Structure) -> tuple[KernelLi
         for module in sublayer.modules()
     }
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    arena = Arena()
     return tuple(
-        _kernel_linear(module, _HEAD if module is head else places.get(module, _ELSEWHERE))
+        _kernel_linear(module, _HEAD if module is head else places.get(module, _ELSEWHERE), arena)
         for module in model.modules()
         if _is_runnable(module)
     )
@@ -79,6 +81,7 @@ class KernelLinears:
         self._linears, self._run_sample = linears, run_sample
         self._kept = [forward_of(each.module, _forward(each.matrix)) for each in linears]
         self._low: dict[int, Replacement] = {}
+        self._arena = Arena()
         self._importance: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
 
@@ -105,7 +108,7 @@ class KernelLinears:
     def _low_forward(self, index: int) -> Replacement:
         if index not in self._low:
             linear = self._linears[index]
-            tensors = quantise(linear.matrix, self._column_importance(index))
+            tensors = quantise(linear.matrix, self._column_importance(index), self._arena)
             self._copies += tensors
             self._low[index] = forward_of(linear.module, _forward(low_matrix(linear.matrix, *tensors)))
         return self._low[index]
@@ -152,9 +155,10 @@ def _relative(squares: torch.Tensor) -> torch.Tensor:
     return (squares / mean).clamp_(_MIN_IMPORTANCE) if known else torch.ones_like(squares)
 
 
-def _kernel_linear(module: Any, place: int) -> KernelLinear:
-    keeper = TensorKeeper()
-    return KernelLinear(module, make_matrix(_weight(module).contiguous(), module.bias, keeper), keeper, place)
+def _kernel_linear(module: Any, place: int, arena: Arena) -> KernelLinear:
+    keeper, weight = TensorKeeper(), _weight(module).contiguous()
+    blocks = None if is_read_in_place(weight) else best_blocks(weight, arena)
+    return KernelLinear(module, make_matrix(weight, module.bias, keeper, blocks), keeper, place)
 
 
 def _weight(module: Any) -> torch.Tensor:

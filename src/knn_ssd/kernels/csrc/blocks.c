@@ -11,16 +11,18 @@ Escapes escapes_from(const Matrix *m, int64_t block, int64_t unit) {
 }
 
 void unpack_unit(const uint8_t *packed, Uints table, int64_t unit, Escapes *escapes, uint16_t *values) {
-    Uints pairs[4];
-    unpack_pairs(packed, table, pairs);
-    memcpy(values, pairs, sizeof pairs);
+    for (int half = 0; half < 2; half++) {
+        Uints pairs[4];
+        unpack_pairs(packed + half * 3 * HALF / 2, table, pairs);
+        memcpy(values + half * HALF, pairs, sizeof pairs);
+    }
     for (; escapes->next < escapes->end && escapes->next->unit == unit; escapes->next++)
         values[escapes->next->index] = escapes->next->bits;
 }
 
 /* Writes a unit of pairs as columns of float32. */
 static void widen_pairs(const uint16_t *pairs, float *values) {
-    for (int i = 0; i < UNIT_COLS / 2; i++) {
+    for (int i = 0; i < UNIT_COLS; i++) { /* pairs of columns of two halves */
         const Uints both = load_uints(pairs + 2 * LANES * i);
         store(values + 2 * LANES * i, (Floats)(both << 16));
         store(values + 2 * LANES * i + LANES, (Floats)(both & 0xffff0000u));
@@ -40,12 +42,12 @@ void read_units(const Matrix *m, int64_t block, int64_t first, int64_t count, fl
     }
 }
 
-/* Reads a row: a prefix of one unit at a time. */
 static void read_row(const Matrix *m, int64_t row, float *values) {
     for (int64_t unit = 0; unit < num_units(m); unit++) {
         float columns[UNIT];
-        read_units(m, row / LANES, unit, 1, columns);
-        for (int c = 0; c < UNIT_COLS; c++) values[unit * UNIT_COLS + c] = columns[c * LANES + row % LANES];
+        const float *of_row = columns + row % BLOCK_ROWS / LANES * HALF + row % LANES;
+        read_units(m, row / BLOCK_ROWS, unit, 1, columns);
+        for (int c = 0; c < UNIT_COLS; c++) values[unit * UNIT_COLS + c] = of_row[c * LANES];
     }
 }
 

@@ -1,15 +1,16 @@
-/* Float matrices as the vector kernels read them: in blocks of LANES rows, which are divided into units of 8 columns.
+/* Float matrices as the vector kernels read them: in blocks of 2 * LANES rows, which are divided into units of 8 columns. So
+ * a block is read from its first byte to its last one. A unit has two halves, of LANES rows each.
  *
- * A vector then holds the weights of LANES rows in one column, so every row's sum has a lane of its own. A unit is
+ * A vector then holds the weights of LANES rows in one column, so every row's sum has a lane of its own. Half a unit is
  *
  *   FLOAT32_BLOCKS      (8 columns, LANES) float32
  *   BFLOAT16_BLOCKS     (4 pairs of columns, LANES, 2) bfloat16
  *   BFLOAT16_PACKED     the same bfloat16 values in 12 bits: their lower bytes, and 4-bit codes of their upper bytes
  *
  * Trained weights have some 16 different upper bytes (the sign and the upper 7 bits of the exponent), so packing loses
- * nothing: the few weights with another upper byte are listed as escapes. A packed unit holds the lower bytes of the pairs
- * in the order in which `unpack_pairs` interleaves them, and then, for each of its 4 * LANES bytes, the code of a weight in
- * the first half of the unit and the code of the weight 4 * LANES bytes further on.
+ * nothing: the few weights with another upper byte are listed as escapes. Packed, half a unit holds the lower bytes of the
+ * pairs in the order in which `unpack_pairs` interleaves them, and then, for each of its first 4 * LANES bytes, the code of
+ * that weight and the code of the weight 4 * LANES bytes further on.
  */
 #ifndef KNN_SSD_BLOCKS_H
 #define KNN_SSD_BLOCKS_H
@@ -18,12 +19,14 @@
 #include "vectors.h"
 
 #define UNIT_COLS 8
-#define UNIT (UNIT_COLS * LANES) /* weights of a unit */
+#define BLOCK_ROWS (2 * LANES)
+#define HALF (UNIT_COLS * LANES) /* weights of half a unit */
+#define UNIT (2 * HALF)
 
 INLINE int is_blocks(int64_t kind) { return kind == FLOAT32_BLOCKS || kind == BFLOAT16_BLOCKS || kind == BFLOAT16_PACKED; }
 
 INLINE int64_t unit_bytes(int64_t kind) {
-    return kind == FLOAT32_BLOCKS ? 4 * UNIT : kind == BFLOAT16_BLOCKS ? 2 * UNIT : 3 * UNIT / 2;
+    return kind == FLOAT32_BLOCKS ? 4 * UNIT : kind == BFLOAT16_BLOCKS ? 2 * UNIT : 3 * HALF;
 }
 
 INLINE int64_t num_units(const Matrix *m) { return m->cols / UNIT_COLS; }
@@ -90,12 +93,12 @@ INLINE Uints interleave(Uints low, Uints high, const int last) {
 #endif
 }
 
-/* The pairs of bfloat16 values of a packed unit; those of escapes are wrong. */
-INLINE void unpack_pairs(const uint8_t *unit, Uints table, Uints pairs[4]) {
-    const Uints codes = load_uints(unit + 8 * LANES);
+/* The pairs of bfloat16 values of half a packed unit; those of escapes are wrong. */
+INLINE void unpack_pairs(const uint8_t *half, Uints table, Uints pairs[4]) {
+    const Uints codes = load_uints(half + 8 * LANES);
     const Uints high[2] = {look_up(table, codes & 0x0f0f0f0fu), look_up(table, codes >> 4 & 0x0f0f0f0fu)};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) pairs[i] = interleave(load_uints(unit + i / 2 * 4 * LANES), high[i / 2], i % 2);
+    for (int i = 0; i < 4; i++) pairs[i] = interleave(load_uints(half + i / 2 * 4 * LANES), high[i / 2], i % 2);
 }
 
 /* The escapes of a block from a unit on. */

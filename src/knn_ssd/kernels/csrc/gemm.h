@@ -8,7 +8,7 @@
 #define K_STEP (2 * LANES) /* cols is a multiple of it */
 #define MC 32              /* matrix rows that a thread takes at once */
 #if LANES == 16
-#define PANEL_ROWS 8       /* input rows whose sums, with two vectors of weights, fit in the registers */
+#define PANEL_ROWS 12      /* input rows whose sums, with two vectors of weights, fit in the registers */
 #else
 #define PANEL_ROWS 6
 #endif
@@ -43,7 +43,7 @@ void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, fl
 /* y = the rows of a 4-bit matrix from `first` on, `count` of them, applied to n input rows. */
 void int4_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
 
-/* The same for a matrix in float blocks. `first` is a multiple of LANES. */
+/* The same for a matrix in float blocks. `first` is a multiple of 2 * LANES. */
 void block_gemm(const Matrix *m, int64_t first, int64_t count, const float *panels, int64_t n, float *y);
 
 /* The same for a row-major bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */

@@ -16,7 +16,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* FLOAT32 and BFLOAT16 are (rows, cols), row-major, as checkpoints have them; only the tile unit multiplies one of them, the
- * latter. The others are in blocks of LANES rows: see `store_group` in quantise.c for INT4, and blocks.h. */
+ * latter. The others are in blocks of rows: see `store_group` in quantise.c for INT4, and blocks.h. */
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, FLOAT32_BLOCKS = 3, BFLOAT16_BLOCKS = 4, BFLOAT16_PACKED = 5 };
 /* INVALID_SIZES: the arguments violate what contract.c checks, and the last output was not written. */
 enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1, INVALID_SIZES = 2 };
@@ -107,7 +107,7 @@ EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_
 /* Chooses the 16 upper bytes that get codes for a BFLOAT16 matrix. */
 EXPORT int knn_ssd_upper_bytes(const Matrix *source, uint8_t *upper_bytes);
 
-/* Writes a FLOAT32 or BFLOAT16 matrix in blocks of a kind to `data`, which has room for a multiple of LANES rows. For
+/* Writes a FLOAT32 or BFLOAT16 matrix in blocks of a kind to `data`, which has room for a multiple of 2 * LANES rows. For
  * BFLOAT16_PACKED, `counts` (blocks,) gets the number of escapes of each block, and `upper_bytes` is given. */
 EXPORT int knn_ssd_pack(const Matrix *source, int64_t kind, const uint8_t *upper_bytes, void *data, int64_t *counts);
 

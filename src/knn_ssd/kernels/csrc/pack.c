@@ -17,34 +17,38 @@ typedef struct {
     Escape *escapes;
 } Packing;
 
-/* Copies a unit of the source; rows beyond the last one repeat it. */
+/* The row of the source that a row of a block has; beyond the last one it is repeated. */
+static int64_t source_row(const Matrix *source, int64_t block, int64_t row) {
+    return min_int(block * BLOCK_ROWS + row, source->rows - 1);
+}
+
 static void gather_pairs(const Matrix *source, int64_t block, int64_t unit, uint16_t *values) {
-    const uint16_t *weights = source->data;
-    for (int64_t lane = 0; lane < LANES; lane++) {
-        const uint16_t *row = weights + min_int(block * LANES + lane, source->rows - 1) * source->cols + unit * UNIT_COLS;
-        for (int c = 0; c < UNIT_COLS; c += 2) memcpy(values + (c / 2 * LANES + lane) * 2, row + c, 4);
+    for (int64_t row = 0; row < BLOCK_ROWS; row++) {
+        uint16_t *out = values + row / LANES * HALF + row % LANES * 2;
+        const uint16_t *weights = (const uint16_t *)source->data + source_row(source, block, row) * source->cols;
+        for (int c = 0; c < UNIT_COLS; c += 2) memcpy(out + c * LANES, weights + unit * UNIT_COLS + c, 4);
     }
 }
 
 static void gather_floats(const Matrix *source, int64_t block, int64_t unit, float *values) {
-    const float *weights = source->data;
-    for (int64_t lane = 0; lane < LANES; lane++) {
-        const float *row = weights + min_int(block * LANES + lane, source->rows - 1) * source->cols + unit * UNIT_COLS;
-        for (int c = 0; c < UNIT_COLS; c++) values[c * LANES + lane] = row[c];
+    for (int64_t row = 0; row < BLOCK_ROWS; row++) {
+        float *out = values + row / LANES * HALF + row % LANES;
+        const float *weights = (const float *)source->data + source_row(source, block, row) * source->cols;
+        for (int c = 0; c < UNIT_COLS; c++) out[c * LANES] = weights[unit * UNIT_COLS + c];
     }
 }
 
-/* Packs a unit and returns how many of its values are escapes. */
-static int64_t pack_unit(const Packing *p, const uint16_t *values, uint8_t *unit) {
-    uint8_t *const coded = unit + 8 * LANES;
+/* Packs half a unit and returns how many of its values are escapes. */
+static int64_t pack_half(const Packing *p, const uint16_t *values, uint8_t *bytes) {
+    uint8_t *const coded = bytes + 8 * LANES;
     int64_t escapes = 0;
     memset(coded, 0, 4 * LANES);
-    for (int half = 0; half < 2; half++, unit += 4 * LANES)
+    for (int vector = 0; vector < 2; vector++, bytes += 4 * LANES)
         for (int last = 0; last < 2; last++) /* in the order in which `interleave` takes the bytes */
             for (int part = 0; part < 4 * LANES; part += 16)
                 for (int i = part + 8 * last; i < part + 8 * last + 8; i++, values++) {
-                    unit[i] = (uint8_t)*values;
-                    coded[i] |= (uint8_t)(p->codes[*values >> 8] << 4 * half);
+                    bytes[i] = (uint8_t)*values;
+                    coded[i] |= (uint8_t)(p->codes[*values >> 8] << 4 * vector);
                     escapes += !p->is_coded[*values >> 8];
                 }
     return escapes;
@@ -61,7 +65,8 @@ static void pack_blocks(void *context, int64_t first, int64_t last, int thread) 
             uint16_t values[UNIT];
             if (p->kind == FLOAT32_BLOCKS) gather_floats(p->source, block, unit, (float *)(void *)out);
             else gather_pairs(p->source, block, unit, p->kind == BFLOAT16_BLOCKS ? (uint16_t *)(void *)out : values);
-            if (p->kind == BFLOAT16_PACKED) escapes += pack_unit(p, values, out);
+            for (int half = 0; p->kind == BFLOAT16_PACKED && half < 2; half++)
+                escapes += pack_half(p, values + half * HALF, out + half * size / 2);
         }
         if (p->counts) p->counts[block] = escapes;
     }
@@ -75,7 +80,7 @@ int knn_ssd_pack(const Matrix *source, int64_t kind, const uint8_t *upper_bytes,
         p.codes[upper_bytes[i]] = (uint8_t)i;
         p.is_coded[upper_bytes[i]] = 1;
     }
-    parallel_for(ceil_div(source->rows, LANES), 1, pack_blocks, &p);
+    parallel_for(ceil_div(source->rows, BLOCK_ROWS), 1, pack_blocks, &p);
     return SUCCESS;
 }
 
@@ -93,10 +98,10 @@ static void choose_upper_bytes(int64_t *frequencies, uint8_t *upper_bytes) {
 int knn_ssd_upper_bytes(const Matrix *source, uint8_t *upper_bytes) {
     if (!is_valid_source(source, 1) || source->kind != BFLOAT16) return INVALID_SIZES;
     const uint16_t *weights = source->data;
-    const int64_t blocks = ceil_div(source->rows, LANES), step = ceil_div(blocks, SAMPLED_BLOCKS);
+    const int64_t blocks = ceil_div(source->rows, BLOCK_ROWS), step = ceil_div(blocks, SAMPLED_BLOCKS);
     int64_t frequencies[256] = {0};
     for (int64_t block = 0; block < blocks; block += step)
-        for (int64_t row = block * LANES; row < min_int(block * LANES + LANES, source->rows); row++)
+        for (int64_t row = block * BLOCK_ROWS; row < min_int((block + 1) * BLOCK_ROWS, source->rows); row++)
             for (int64_t c = 0; c < source->cols; c++) frequencies[weights[row * source->cols + c] >> 8]++;
     choose_upper_bytes(frequencies, upper_bytes);
     return SUCCESS;
@@ -120,6 +125,6 @@ int knn_ssd_list_escapes(const Matrix *source, const uint8_t *upper_bytes, const
     if (!is_valid_source(source, 1) || source->cols % UNIT_COLS || source->kind != BFLOAT16) return INVALID_SIZES;
     Packing p = {.source = source, .starts = starts, .escapes = escapes};
     for (int i = 0; i < 16; i++) p.is_coded[upper_bytes[i]] = 1;
-    parallel_for(ceil_div(source->rows, LANES), 1, list_blocks, &p);
+    parallel_for(ceil_div(source->rows, BLOCK_ROWS), 1, list_blocks, &p);
     return SUCCESS;
 }

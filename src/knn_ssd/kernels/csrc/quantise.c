@@ -87,15 +87,16 @@ typedef struct {
     uint16_t *scales;
 } Quantisation;
 
-/* values (LANES, GROUP_SIZE) = a group of columns of a block's rows; what is beyond the last row or column stays as it is. */
+/* values (BLOCK_ROWS, GROUP_SIZE) = a group of columns of a block's rows; what is beyond the last row or column stays as it is. */
 static void read_group(const Matrix *m, int64_t block, int64_t group, float *values) {
     const int64_t start = group * GROUP_SIZE, count = min_int(m->cols - start, GROUP_SIZE);
-    float columns[GROUP_SIZE * LANES];
+    float columns[GROUP_SIZE * BLOCK_ROWS];
     if (is_blocks(m->kind)) read_units(m, block, start / UNIT_COLS, count / UNIT_COLS, columns);
-    for (int64_t lane = 0; lane < min_int(LANES, m->rows - block * LANES); lane++)
+    for (int64_t row = 0; row < min_int(BLOCK_ROWS, m->rows - block * BLOCK_ROWS); row++)
         for (int64_t k = 0; k < count; k++) {
-            const int64_t index = (block * LANES + lane) * m->cols + start + k;
-            values[lane * GROUP_SIZE + k] = is_blocks(m->kind)    ? columns[k * LANES + lane]
+            const int64_t index = (block * BLOCK_ROWS + row) * m->cols + start + k;
+            const int64_t place = k / UNIT_COLS * UNIT + row / LANES * HALF + k % UNIT_COLS * LANES + row % LANES;
+            values[row * GROUP_SIZE + k] = is_blocks(m->kind)    ? columns[place]
                                             : m->kind == BFLOAT16 ? bfloat16_to_float(((const uint16_t *)m->data)[index])
                                                                   : ((const float *)m->data)[index];
         }
@@ -108,13 +109,13 @@ static void quantise_blocks(void *context, int64_t first, int64_t last, int thre
     (void)thread;
     for (int64_t block = first; block < last; block++)
         for (int64_t g = 0; g < groups; g++) {
-            float values[LANES * GROUP_SIZE] = {0};
+            float values[BLOCK_ROWS * GROUP_SIZE] = {0};
             read_group(m, block, g, values);
-            for (int64_t row = block * LANES; row < min_int((block + 1) * LANES, m->rows); row++) {
+            for (int64_t row = block * BLOCK_ROWS; row < min_int((block + 1) * BLOCK_ROWS, m->rows); row++) {
                 uint8_t levels[GROUP_SIZE];
                 uint16_t scale[2] = {0, 0};
                 const int64_t start = g * GROUP_SIZE, count = min_int(m->cols - start, GROUP_SIZE);
-                quantise_group(values + row % LANES * GROUP_SIZE, c->importance + start, count, c->n_ranges, levels, scale);
+                quantise_group(values + row % BLOCK_ROWS * GROUP_SIZE, c->importance + start, count, c->n_ranges, levels, scale);
                 store_group(levels, scale, row, g, groups, c->data, c->scales);
             }
         }
@@ -123,6 +124,6 @@ static void quantise_blocks(void *context, int64_t first, int64_t last, int thre
 int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
     if (!is_valid_source(m, n_ranges)) return INVALID_SIZES;
     Quantisation quantisation = {m, importance, n_ranges, data, scales};
-    parallel_for(ceil_div(m->rows, LANES), 1, quantise_blocks, &quantisation);
+    parallel_for(ceil_div(m->rows, BLOCK_ROWS), 1, quantise_blocks, &quantisation);
     return SUCCESS;
 }

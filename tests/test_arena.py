@@ -1,0 +1,51 @@
+"""Memory for weights: whole, apart from each other, aligned, and in large pages where the system gives them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from knn_ssd.kernels.arena import Arena
+
+SHAPES = [((3, 5), torch.float32), ((2**25,), torch.uint8), ((7,), torch.bfloat16), ((1000, 1000), torch.float32)]
+
+
+def test_tensors_are_contiguous_aligned_and_apart() -> None:
+    arena = Arena()
+    tensors = [arena.empty(shape, dtype).fill_(i) for i, (shape, dtype) in enumerate(SHAPES * 3)]
+    for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, SHAPES * 3, strict=True)):
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 64 == 0
+        assert bool((tensor == i).all()), "another tensor was written into it"
+
+
+def test_a_copy_is_equal_and_its_own() -> None:
+    original = torch.arange(12.0).view(3, 4)
+    copy = Arena().copy(original)
+    original[0] = -1
+    assert copy.tolist() == torch.arange(12.0).view(3, 4).tolist()
+
+
+def test_pages_are_large_where_the_system_gives_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if sys.platform != "linux" or not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the system has no large pages")
+    tensor = Arena().empty((2**26,), torch.uint8).fill_(1)
+    assert huge_bytes(tensor.data_ptr()) >= 2**25
+
+
+def huge_bytes(address: int) -> int:
+    """Bytes in large pages of the mapping at an address."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            start, _, end = name.partition("-")
+            here = int(start, 16) <= address < int(end, 16)
+        elif here and name == "AnonHugePages:":
+            return 1024 * int(values[0])
+    return 0
