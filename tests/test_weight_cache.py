@@ -202,7 +202,7 @@ def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatc
     for name, value in (
         ("_VERSION", 0),
         ("GROUP_SIZE", 32),
-        ("_NUM_RANGES", 8),
+        ("NUM_RANGES", 8),
         ("_MIN_IMPORTANCE", 0.1),
         ("SAMPLE_TOKENS", 8),
         ("uses_tiles", lambda: not binding.uses_tiles()),

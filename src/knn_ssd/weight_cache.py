@@ -1,6 +1,7 @@
 """Keeps on disk what is made of a model's weights and takes long to make, such as 4-bit copies.
 
-What was made for one purpose is one safetensors file, which is memory-mapped and appears whole or not at all. This module does not know what the tensors mean: who loads them checks their names and shapes.
+What was made for one purpose is one safetensors file, which is memory-mapped and appears whole or not at all. This
+module does not know what the tensors mean: who loads them checks their names and shapes.
 """
 
 from __future__ import annotations
