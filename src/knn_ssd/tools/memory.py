@@ -66,21 +66,24 @@ def release_file_pages(addresses: Collection[int]) -> None:
         addresses: addresses within the mappings of the files.
     """
     with suppress(OSError, AttributeError, ValueError):
-        for start, end in _unchanged_mappings():
-            if any(start <= address < end for address in addresses):
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        files = [each for each in _mappings("maps") if any(each[0] <= address < each[1] for address in addresses)]
+        unchanged = set(_mappings("smaps")) if files else set()  # which takes the system long to write
+        for start, end in unchanged.intersection(files):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
-def _unchanged_mappings() -> list[tuple[int, int]]:
-    """First address and end of every mapping of a file that has no page of its own."""
+def _mappings(name: str) -> list[tuple[int, int]]:
+    """First address and end of every mapping of a file; with "smaps", of those that have no page of their own."""
     found: list[tuple[int, int]] = []
     mapping: tuple[int, int] | None = None  # the one that the lines read belong to, if a file is behind it
-    for line in Path("/proc/self/smaps").read_text("utf-8", errors="replace").splitlines():
-        name, *values = line.split()
-        if not name.endswith(":"):
-            start, _, end = name.partition("-")
+    for line in Path("/proc/self", name).read_text("utf-8", errors="replace").splitlines():
+        first, *values = line.split()
+        if not first.endswith(":"):
+            start, _, end = first.partition("-")
             mapping = (int(start, 16), int(end, 16)) if values[3] != "0" else None  # the inode
-        elif name == "Anonymous:" and mapping is not None and values[0] == "0":
+            if mapping is not None and name == "maps":
+                found.append(mapping)
+        elif first == "Anonymous:" and mapping is not None and values[0] == "0":
             found.append(mapping)
     return found
 

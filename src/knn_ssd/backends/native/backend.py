@@ -41,6 +41,7 @@ from knn_ssd.weight_cache import WeightCache
 logger = logging.getLogger(__name__)
 
 _FIRST_POSITIONS = 2048  # in the rotary tables at first
+_RELEASED_BYTES = 2**28  # of weights, after which those that they were made from are released
 
 
 class NativeBackend:
@@ -68,10 +69,13 @@ class NativeBackend:
         self._packed = PackedWeights(weight_cache)
         self.attentions: list[Attention] = []
         self.mlps: list[Mlp] = []
+        released = 0
         for index, layer in enumerate(self.structure.layers):
             self.attentions.append(self._attention(index, layer))
             self.mlps.append(self._mlp(index, layer))
-            self._release_unpacked()
+            if self._packed.keeper.bytes > released + _RELEASED_BYTES:
+                released = self._packed.keeper.bytes
+                self._release_unpacked()
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
