@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metered import metered
 
+from knn_ssd import engine as engine_module
 from knn_ssd.atlas import Atlas
 from knn_ssd.backends.base import Pooling
 from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.calibrate import pipeline, search_runs
 from knn_ssd.calibrate.anchors import fit_anchors
 from knn_ssd.calibrate.continuations import Observation, ObservationFile, observe
 from knn_ssd.calibrate.cost import measure_cost
@@ -61,6 +64,15 @@ def loaded(planted: PlantedModel) -> LoadedModel:
     return LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
 
 
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Forward passes take as long as `COST` says, on the backend whose drafts are cheap by skipping alone."""
+    with metered(COST), pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline, search_runs, engine_module):
+            patch.setattr(module, "select_backend", lambda model, _=None: TransformersBackend(model))
+        yield
+
+
 def skipped(plan: Plan) -> set[int]:
     return {2 * i for i in plan.skipped_attention} | {2 * i + 1 for i in plan.skipped_mlp}
 
@@ -76,7 +88,7 @@ def planted_atlas(
 ) -> Atlas:
     out = tmp_path_factory.mktemp("planted") / "atlas"
     settings = CalibrationSettings(search=Strategy(request.param), trials=BUDGET, search_prompts=5, judging_prompts=6)
-    with metered(COST):
+    with simulated():
         return calibrate(loaded(planted), prompts_of(planted, 16), out, settings)
 
 
@@ -97,7 +109,7 @@ def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_w
 
 
 def test_measured_costs_are_those_of_the_profile(planted: PlantedModel) -> None:
-    with metered(COST):
+    with simulated():
         measured = measure_cost(TransformersBackend(planted.model))
     assert measured.step_sec == pytest.approx(COST.step_sec)
     assert measured.attention_sec == pytest.approx(COST.attention_sec)
@@ -110,7 +122,7 @@ def test_chosen_plans_are_faster_in_use_than_the_best_single_plan_and_plain_deco
 ) -> None:
     seconds = dict.fromkeys(("routed", "single", "plain"), 0.0)
     fallback = planted_atlas.fallback
-    with metered(COST):
+    with simulated():
         engine = Engine(planted.model, tiny_tokenizer(), planted_atlas, answers=False)
         for name in REDUNDANT:
             prompt = planted.prompt(name, 12, 100)
@@ -133,7 +145,7 @@ def test_chosen_plans_are_faster_in_use_than_the_best_single_plan_and_plain_deco
 @pytest.mark.clock
 def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedModel, planted_atlas: Atlas) -> None:
     """On the real clock: the fastest of many turns for each method and domain, as many as a busy machine needs."""
-    engine = Engine(planted.model, tiny_tokenizer(), answers=False)
+    engine = Engine(planted.model, tiny_tokenizer(), answers=False, backend=TransformersBackend(planted.model))
     single = best_skipping(planted_atlas.fallback_evidence)
     plain = Plan.plain(single.num_layers)
     fastest = {way: dict.fromkeys(REDUNDANT, float("inf")) for way in ("routed", "single", "plain")}
@@ -155,7 +167,7 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
 def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
     settings = CalibrationSettings(trials=BUDGET, search_prompts=4, judging_prompts=0)
-    with metered(COST):
+    with simulated():
         atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
     found = {name: skipped(best_skipping(atlas.domains[name].evidence)) for name in REDUNDANT}
     assert all(found[name] <= set(redundant) for name, redundant in REDUNDANT.items())
@@ -165,7 +177,7 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
     settings = CalibrationSettings(trials=40, search_prompts=4, judging_prompts=6)
-    with metered(COST):
+    with simulated():
         atlas = calibrate(loaded(needed), prompts_of(needed, 10), tmp_path / "atlas", settings)
     without_skips = (general_plan(TransformersBackend(needed.model)), Plan.plain(8))
     assert all(domain.plan in without_skips for domain in atlas.domains.values())
@@ -641,7 +653,7 @@ def test_plans_decode_the_prompts_in_turn_for_real(planted: PlantedModel) -> Non
         8, [i // 2 for i in redundant if i % 2 == 0], [i // 2 for i in redundant if i % 2], Policy(8, 0.0)
     )
     general = general_plan(backend)
-    with metered(COST):
+    with simulated():
         found = judge(backend, [general, everything, good], [None, 0.0, 1.0], seen, 24, 12, frozenset(), COST)
     assert found.plan == good
     evidence = found.to_json()
@@ -654,7 +666,7 @@ def test_plans_decode_the_prompts_in_turn_for_real(planted: PlantedModel) -> Non
 
 def test_without_enough_held_out_prompts_a_domain_keeps_the_general_plan(planted: PlantedModel, tmp_path: Path) -> None:
     settings = CalibrationSettings(trials=24, search_prompts=4, judging_prompts=6)
-    with metered(COST):
+    with simulated():
         atlas = calibrate(loaded(planted), prompts_of(planted, 4 + MIN_PROMPTS - 1), tmp_path / "atlas", settings)
     general = general_plan(TransformersBackend(planted.model))
     assert {entry.plan for entry in atlas.domains.values()} == {general}
