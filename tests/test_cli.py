@@ -327,10 +327,13 @@ def test_json_with_an_atlas(generate: Run, atlas_dir: Path, tmp_path: Path, engi
 
 def test_answers_are_kept_in_memory_on_disk_or_not_at_all(generate: Run, tmp_path: Path, engine: Engine) -> None:
     twice = write_prompts(tmp_path / "twice.jsonl", MATH, MATH)
-    first, second = parsed(generate("--prompts", twice, "--json"))
+    first, second = parsed(generate("--prompts", twice, "--json", "--concurrency", 1))
     assert first["neighbours"] == []
     assert second["neighbours"] == [{"id": 0, "distance": pytest.approx(0, abs=1e-6)}]
-    assert not any(each["neighbours"] for each in parsed(generate("--prompts", twice, "--json", "--no-answers")))
+    assert not any(
+        each["neighbours"]
+        for each in parsed(generate("--prompts", twice, "--json", "--concurrency", 1, "--no-answers"))
+    )
     store = tmp_path / "store"
     assert generate("--prompt", MATH, "--answers", store).code == 0
     (again,) = parsed(generate("--prompt", MATH, "--answers", store, "--json"))

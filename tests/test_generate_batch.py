@@ -129,6 +129,7 @@ class Watched:
     def __init__(self, backend: NativeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open_sessions = 0
         self.error: BaseException | None = None
+        self.failed = False
         open_, forward_batch = backend.open, backend.forward_batch
 
         def opening(*arguments: Any) -> Any:
@@ -144,7 +145,8 @@ class Watched:
             return session
 
         def running(requests: list[ForwardRequest]) -> list[ForwardOutput]:
-            if self.error is not None and len(requests) > 2:
+            if self.error is not None and (len(requests) > 2 or self.failed):
+                self.failed = True  # from then on, each request fails alone as well
                 raise self.error
             return forward_batch(requests)
 
