@@ -77,7 +77,7 @@ def some_asks() -> list[Ask]:
 
 MESSAGES: Any = [{"role": "user", "content": "a fox"}]
 NONSENSE: list[tuple[type[openai.APIStatusError], dict[str, Any]]] = [
-    (openai.BadRequestError, {"extra_body": {"logit_bias": {"5": 1}}}),
+    (openai.BadRequestError, {"extra_body": {"logit_bias": {"5": 1000}}}),
     (openai.NotFoundError, {"model": "gpt-9"}),
     (openai.BadRequestError, {"messages": []}),
     (openai.BadRequestError, {"messages": [{"role": "user", "content": "long " * CONTEXT}]}),
