@@ -49,6 +49,21 @@ def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return tensors
 
 
+def tiny_writer(path: Path, architecture: str) -> GGUFWriter:
+    """A writer with the sizes of `tiny_model`."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    return writer
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel | None = None,
@@ -72,17 +87,8 @@ def write_gguf(
         left_out: a tensor that is not written.
         only: the tensors that are written; None is all.
     """
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer = tiny_writer(path, architecture)
     writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(260)
     if splitting is not None:
         add_vocabulary(writer, splitting)

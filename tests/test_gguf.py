@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf_files import add_vocabulary, tiny_model, write_gguf
+from gguf_files import add_vocabulary, tiny_model, tiny_writer, write_gguf
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
@@ -148,16 +148,7 @@ def write_other(path: Path, family: str, architecture: str, **sizes: Any) -> Pre
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight)
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer = tiny_writer(path, architecture)
     writer.add_key_length(model.config.head_dim if hasattr(model.config, "head_dim") else 8)
     add_vocabulary(writer, "smollm")
     names = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), 2)
@@ -193,17 +184,8 @@ def test_what_transformers_would_leave_out_of_an_architecture_of_its_own_is_refu
 
 def write_phi3(path: Path, more: Callable[[GGUFWriter], None]) -> None:
     model = testing.tiny_model("phi3", num_hidden_layers=2, intermediate_size=64, vocab_size=32064, head_dim=None)
-    writer = GGUFWriter(path, "phi3")
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer = tiny_writer(path, "phi3")
     writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(32064)  # transformers' default for the padding token is 32000
     names = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}

@@ -203,7 +203,7 @@ def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatc
         ("_VERSION", 0),
         ("GROUP_SIZE", 32),
         ("NUM_RANGES", 8),
-        ("_MIN_IMPORTANCE", 0.1),
+        ("MIN_IMPORTANCE", 0.1),
         ("SAMPLE_TOKENS", 8),
         ("uses_tiles", lambda: not binding.uses_tiles()),
         ("kernels", lambda: type("Kernels", (), {"knn_ssd_lanes": staticmethod(lambda: 4)})),

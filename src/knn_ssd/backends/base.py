@@ -218,3 +218,29 @@ class SharesPasses(Protocol):
 
     def forward_batch(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
         """Runs the rows of several sessions together; each gets the bits it would get alone."""
+
+
+PlanModes = tuple[tuple[Mode, ...], Mode] | None
+
+
+def modes_of(plan: Plan | None) -> PlanModes:
+    """What of a plan decides a forward pass: the modes of the sublayers and of the LM head; None is the full model."""
+    return None if plan is None else (plan.modes, plan.head)
+
+
+def run_by_modes(
+    requests: Sequence[ForwardRequest], run: Callable[[list[ForwardRequest]], list[ForwardOutput]]
+) -> list[ForwardOutput]:
+    """The outputs of requests in their order, where those under the same modes run together.
+
+    Args:
+        requests: one for each session.
+        run: runs requests under the same modes.
+    """
+    groups: dict[PlanModes, list[ForwardRequest]] = {}
+    for request in requests:
+        groups.setdefault(modes_of(request.plan), []).append(request)
+    outputs: dict[int, ForwardOutput] = {}
+    for group in groups.values():
+        outputs |= zip(map(id, group), run(group), strict=True)
+    return [outputs[id(request)] for request in requests]

@@ -10,6 +10,28 @@ from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Matrix, address, kernels
 
 NUM_RANGES = 3  # tried for each group, each refitted by least squares
+MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
+SAMPLE_TOKENS = 64  # to whose activations copies are fitted
+
+
+def sample_tokens(vocab_size: int, context_length: int) -> list[int]:
+    """Tokens spread over the vocabulary, `SAMPLE_TOKENS` of them if the context has room; their activations show which
+    inputs are large as well as text does.
+    """
+    count = min(SAMPLE_TOKENS, context_length)
+    return [i * vocab_size // count for i in range(count)]
+
+
+def relative_importance(squares: torch.Tensor) -> torch.Tensor:
+    """Importance (cols,) of a matrix's columns: their mean squared input, relative to the mean of all columns (as in
+    AWQ, arXiv 2306.00978). All columns are alike if nothing is known of the inputs.
+
+    Args:
+        squares: (cols,) the sums of the squared inputs.
+    """
+    mean = squares.mean()
+    known = bool(torch.isfinite(mean)) and float(mean) > 0
+    return (squares / mean).clamp_(MIN_IMPORTANCE) if known else torch.ones_like(squares)
 
 
 def quantise(matrix: Matrix, importance: torch.Tensor, arena: Arena | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ and so the bits of every result, are those of the checkpoint's weights in any fo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from knn_ssd.kernels.binding import (
     kernels,
     uses_tiles,
 )
+from knn_ssd.tools.memory import release_file_pages
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _ESCAPE_BYTES = 8
@@ -182,6 +183,12 @@ def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None, ar
 def _block_rows() -> int:
     lanes: int = kernels().knn_ssd_lanes()
     return 2 * lanes
+
+
+def release_unpacked(weights: Iterable[torch.Tensor]) -> None:
+    """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
+    if not uses_tiles():
+        release_file_pages([weight.data_ptr() for weight in weights])
 
 
 def is_in_blocks(matrix: Matrix) -> bool:

@@ -19,11 +19,19 @@ import torch
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.admission import MemoryAdmission
-from knn_ssd.backends.base import Exactness, Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.base import (
+    Exactness,
+    Forward,
+    ForwardOutput,
+    ForwardRequest,
+    PlanModes,
+    modes_of,
+    run_by_modes,
+)
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
-from knn_ssd.backends.native.low_bit import SAMPLE_TOKENS, LowBitCopies
+from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
 from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
@@ -31,11 +39,11 @@ from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_address
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
-from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels, uses_tiles
-from knn_ssd.kernels.weights import is_in_blocks, read_rows
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.quantisation import sample_tokens
+from knn_ssd.kernels.weights import is_in_blocks, read_rows, release_unpacked
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import NoProgress, Progress
-from knn_ssd.tools.memory import release_file_pages
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -75,7 +83,7 @@ class NativeBackend:
             self.mlps.append(self._mlp(index, layer))
             if self._packed.keeper.bytes > released + _RELEASED_BYTES:
                 released = self._packed.keeper.bytes
-                self._release_unpacked()
+                release_unpacked(model.parameters())
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
@@ -84,11 +92,11 @@ class NativeBackend:
         self._is_tied = output.weight is base.embed_tokens.weight and is_in_blocks(self.head)
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
         self._packed.finish()
-        self._release_unpacked()
+        release_unpacked(model.parameters())
         self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
-        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, ResolvedPlan] = {}
+        self._resolved: dict[PlanModes, ResolvedPlan] = {}
         self._exactness: Exactness | None = None
         token_bytes, copy_bytes = self._kv_cache(1).token_bytes
         self._admission = MemoryAdmission.of(model, self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
@@ -147,14 +155,7 @@ class NativeBackend:
         Returns:
             The outputs in the same order; each has the bits that it would have alone.
         """
-        groups: dict[int, list[ForwardRequest]] = {}
-        for request in requests:
-            groups.setdefault(id(self._resolve(request.plan)), []).append(request)
-        outputs: dict[int, ForwardOutput] = {}
-        for group in groups.values():
-            for request, output in zip(group, self._run_rows(group, self._resolve(group[0].plan)), strict=True):
-                outputs[id(request)] = output
-        return [outputs[id(request)] for request in requests]
+        return run_by_modes(requests, lambda group: self._run_rows(group, self._resolve(group[0].plan)))
 
     def embed(self, token: int) -> torch.Tensor:
         """The hidden state (1, D) of a token before the first layer."""
@@ -201,7 +202,7 @@ class NativeBackend:
 
     def _resolve(self, plan: Plan | None, progress: Progress | None = None) -> ResolvedPlan:
         """The sublayers that run under a plan; None is the full model."""
-        key = None if plan is None else (plan.modes, plan.head)
+        key = modes_of(plan)
         resolved = self._resolved.get(key)
         return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
@@ -221,16 +222,15 @@ class NativeBackend:
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""
-        count = min(SAMPLE_TOKENS, self.context_length)
-        session = self.open(count)
-        tokens = [i * self.vocab_size // count for i in range(count)]
+        tokens = sample_tokens(self.vocab_size, self.context_length)
+        session = self.open(len(tokens))
         kept = (Mode.KEEP,) * self.num_layers
         sampled = ResolvedPlan(
             sublayer_addresses(kept, attentions, attentions.__getitem__),
             sublayer_addresses(kept, mlps, mlps.__getitem__),
             head,
         )
-        self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=count)], sampled)
+        self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=len(tokens))], sampled)
         session.close()
 
     def _run_rows(self, requests: Sequence[ForwardRequest], plan: ResolvedPlan) -> list[ForwardOutput]:
@@ -291,11 +291,6 @@ class NativeBackend:
             address(self._float(layer.post_attention_layernorm.weight)),
             float(layer.post_attention_layernorm.variance_epsilon),
         )
-
-    def _release_unpacked(self) -> None:
-        """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
-        if not uses_tiles():
-            release_file_pages([weight.data_ptr() for weight in self.model.parameters()])
 
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.native.low_bit import FIRST_OF, names_of_copy
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels
+from knn_ssd.kernels.quantisation import MIN_IMPORTANCE
 from knn_ssd.progress import Progress
 
 _DAMPING = 0.01  # added to the products' diagonal, relative to its mean
-_MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _NUM_RANGES, _NUM_FITS = 3, 3  # tried for each group's scale and zero
 _FIRST_ROWS = 4  # of a text, left out: attention sinks, whose huge activations drown all others (arXiv 2309.17453)
 _PASSES = 2  # of refinement
@@ -98,7 +98,7 @@ def _groups(cols: int) -> list[slice]:
 def _fed_back(weight: torch.Tensor, importance: torch.Tensor, feedback: torch.Tensor, order: torch.Tensor) -> Rounding:
     """GPTQ: rounds column by column in an order; scales and zeros are those of the weights before."""
     groups = _groups(weight.shape[1])
-    fits = [_fit(weight[:, group], importance[group].clamp_min(_MIN_IMPORTANCE)) for group in groups]
+    fits = [_fit(weight[:, group], importance[group].clamp_min(MIN_IMPORTANCE)) for group in groups]
     scales, zeros = (torch.stack(each, dim=1) for each in zip(*fits, strict=True))
     left = weight.T[order].contiguous()  # (cols, rows), with the errors so far fed back
     levels = torch.empty_like(left)

@@ -21,17 +21,23 @@ import torch
 
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels, uses_tiles
-from knn_ssd.kernels.quantisation import NUM_RANGES, copy_forms, low_matrix, quantise
+from knn_ssd.kernels.quantisation import (
+    MIN_IMPORTANCE,
+    NUM_RANGES,
+    SAMPLE_TOKENS,
+    copy_forms,
+    low_matrix,
+    quantise,
+    relative_importance,
+)
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_TOKENS = 64  # to whose activations the 4-bit copies are fitted
 _VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
-_MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
 FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
@@ -201,9 +207,7 @@ class LowBitCopies:
             head.input_squares = self._new_input_squares(0, "head", head)
             self._run(attentions, mlps, head)
             for key, sums in self._importance.items():
-                mean = sums.mean()
-                known = bool(torch.isfinite(mean)) and float(mean) > 0
-                self._importance[key] = (sums / mean).clamp_(_MIN_IMPORTANCE) if known else torch.ones_like(sums)
+                self._importance[key] = relative_importance(sums)
         return self._importance[layer, name]
 
     def _with_input_squares(self, sublayer: _Made, layer: int, names: Sequence[str]) -> _Made:
@@ -232,7 +236,7 @@ def _cache_key() -> str:
     unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
     return (
         f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
-        f"{NUM_RANGES} ranges, importance at least {_MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
+        f"{NUM_RANGES} ranges, importance at least {MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest
+from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest, PlanModes, modes_of, run_by_modes
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
@@ -25,12 +25,11 @@ from knn_ssd.backends.transformers.linears import KernelLinears, find_linears
 from knn_ssd.backends.transformers.replacement import Replacement, replaced
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
-from knn_ssd.kernels.binding import kernels, kernels_obstacle, uses_tiles
-from knn_ssd.kernels.weights import KINDS
+from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.quantisation import sample_tokens
+from knn_ssd.kernels.weights import KINDS, release_unpacked
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.tools.memory import release_file_pages
 
-_SAMPLE_TOKENS = 64  # the 4-bit copies are fitted to their activations
 _TRIAL_TOKENS = 5
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative difference of the logits of the trial
 
@@ -81,10 +80,9 @@ class KernelLinearBackend(TransformersBackend):
         if not found:
             raise KernelsRefusedError("no linear layer that the kernels can run was found")
         self._linears = KernelLinears(found, self._run_sample)
-        if not uses_tiles():
-            release_file_pages([weight.data_ptr() for weight in model.parameters()])
+        release_unpacked(model.parameters())
         self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found})
-        self._resolved: dict[tuple[tuple[Mode, ...], Mode] | None, list[Replacement]] = {}
+        self._resolved: dict[PlanModes, list[Replacement]] = {}
         self._activation_dtype = torch.float32
         self._check_logits(expected)
 
@@ -103,7 +101,7 @@ class KernelLinearBackend(TransformersBackend):
         return self._linears.bytes if self._linears is not None else 0
 
     def _replacements(self, plan: Plan | None) -> list[Replacement]:
-        key = None if plan is None else (plan.modes, plan.head)
+        key = modes_of(plan)
         if key not in self._resolved:
             skipped = super()._replacements(plan)
             assert self._linears is not None
@@ -112,10 +110,9 @@ class KernelLinearBackend(TransformersBackend):
 
     def _run_sample(self, forwards: Sequence[Replacement]) -> None:
         """Runs tokens spread over the vocabulary through the model with other forwards of its linear layers."""
-        count = min(_SAMPLE_TOKENS, self.context_length)
-        tokens = [i * self.vocab_size // count for i in range(count)]
+        tokens = sample_tokens(self.vocab_size, self.context_length)
         with self.lock, replaced([*self._row_wise, *forwards]):
-            self._run(tokens, StaticCache(self.num_layers, Cursor(count)), logits_to_keep=count)
+            self._run(tokens, StaticCache(self.num_layers, Cursor(len(tokens))), logits_to_keep=len(tokens))
 
     def _trial_logits(self) -> torch.Tensor:
         return self._run(self._trial_tokens(), self._trial_cache(), logits_to_keep=_TRIAL_TOKENS).float()
@@ -181,13 +178,7 @@ class KernelBackend(KernelLinearBackend):
         Returns:
             The outputs in the same order; each has the bits that it would have alone.
         """
-        groups: dict[Any, list[ForwardRequest]] = {}
-        for request in requests:
-            groups.setdefault(request.plan and (request.plan.modes, request.plan.head), []).append(request)
-        outputs: dict[int, ForwardOutput] = {}
-        for group in groups.values():
-            outputs |= zip(map(id, group), self._run_rows(group), strict=True)
-        return [outputs[id(request)] for request in requests]
+        return run_by_modes(requests, self._run_rows)
 
     def _replacements(self, plan: Plan | None) -> list[Replacement]:
         return [*super()._replacements(plan), *self._attention]

@@ -20,11 +20,10 @@ from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
-from knn_ssd.kernels.quantisation import low_matrix, quantise
+from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
 from knn_ssd.kernels.weights import KINDS, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.plan import Mode, Plan
 
-_MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 _HEAD, _ELSEWHERE = -1, -2
 
 
@@ -125,7 +124,7 @@ class KernelLinears:
                     for each, squares in zip(self._linears, sums, strict=True)
                 ]
             )
-            self._importance = [_relative(each) for each in sums]
+            self._importance = [relative_importance(each) for each in sums]
         return self._importance[index]
 
 
@@ -147,12 +146,6 @@ def _measuring(matrix: Matrix, squares: torch.Tensor) -> Matrix:
     measuring = Matrix.from_buffer_copy(matrix)
     measuring.input_squares = address(squares)
     return measuring
-
-
-def _relative(squares: torch.Tensor) -> torch.Tensor:
-    mean = squares.mean()
-    known = bool(torch.isfinite(mean)) and float(mean) > 0  # a layer may not have run in the sample
-    return (squares / mean).clamp_(_MIN_IMPORTANCE) if known else torch.ones_like(squares)
 
 
 def _kernel_linear(module: Any, place: int, arena: Arena) -> KernelLinear:
