@@ -154,6 +154,7 @@ def test_teacher_forced_scoring_reads_the_fields_that_the_model_reads(family: st
     scored, drafting = backend.open(100), backend.open(100)
     plan = Plan.skipping(4, attention=[1], mlp=[2])
     scored.prefill(text[:40])
+    scored.forward(text[40:])
     drafting.prefill(text[:40])
     logits = scored.teacher_forced_logits(text[40:], plan, 20)
     torch.testing.assert_close(logits, drafting.forward(text[40:], plan), rtol=0, atol=1e-3)

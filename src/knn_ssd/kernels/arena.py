@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ class Arena:
         size = math.prod(shape) * dtype.itemsize
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
         if room > len(self._chunk):
-            self._chunk = large_pages(torch.empty(max(_CHUNK_BYTES, room) + _PAGE_BYTES, dtype=torch.uint8))
+            self._chunk = _untouched(max(_CHUNK_BYTES, room) + _PAGE_BYTES)
             self._chunk = self._chunk[-self._chunk.data_ptr() % _PAGE_BYTES :]
         taken, self._chunk = self._chunk[:size], self._chunk[room:]
         return taken.view(dtype).view(*shape)
@@ -40,6 +41,11 @@ class Arena:
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor."""
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _untouched(size: int) -> torch.Tensor:
+    """Memory (size,) of its own mapping; what an allocator hands out may lie in small pages already."""
+    return large_pages(torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8))
 
 
 def large_pages(tensor: torch.Tensor) -> torch.Tensor:

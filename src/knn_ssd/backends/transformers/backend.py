@@ -200,7 +200,7 @@ def _scoring_mask(length: int, count: int, run_length: int, window: int | None, 
         visible &= position > length + row - window
     if chunk is not None:
         visible &= position // chunk == (length + row) // chunk
-    return torch.where(visible, 0.0, torch.finfo(torch.float16).min)[None, None]
+    return torch.where(visible, 0.0, -torch.inf)[None, None]
 
 
 @contextmanager
