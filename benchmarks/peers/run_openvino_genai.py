@@ -46,11 +46,11 @@ def main() -> None:
 
 def export(model: Path, path: Path, weights: str) -> None:
     """Converts with optimum-intel."""
-    program = Path(sys.prefix) / "bin" / "optimum-cli"
+    program = [sys.executable, "-m", "optimum.commands.optimum_cli"]
     task = ["--task", "text-generation-with-past", "--weight-format", weights]
     if weights == "int4":  # groups are of 128 columns, and widths need not be multiples of that
         task += ["--group-size-fallback", "adjust"]
-    convert([program, "export", "openvino", "--model", model, *task, path], f"optimum-intel cannot export '{model}'")
+    convert([*program, "export", "openvino", "--model", model, *task, path], f"optimum-intel cannot export '{model}'")
 
 
 if __name__ == "__main__":
