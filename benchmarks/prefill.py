@@ -30,6 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from _recipes import text_ids
+
 from knn_ssd import Engine
 from knn_ssd.bench.workload import read_workloads
 from knn_ssd.io import write_whole
@@ -272,9 +274,7 @@ def main() -> None:
         tokenizer = load_tokenizer(None if model == "default" else model)
         if tokenizer is None:
             sys.exit(f"'{model}' has no tokenizer to cut prompts with: name another model.")
-        texts = [text for prompt in read_workloads(args.prompts) for text in prompt.texts]
-        ids = tokenizer.encode("\n\n".join(texts), add_special_tokens=False)
-        for row in measure(model, args, ids):
+        for row in measure(model, args, text_ids(tokenizer, read_workloads(args.prompts))):
             rows.append(row)
             found = cells(rows)
             command = shlex.join(["python", *sys.argv])

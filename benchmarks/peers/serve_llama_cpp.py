@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import convert, fail, serving_parser
+from common import convert, fail, physical_cores, serving_parser
 from run_llama_cpp import add_bits, gguf_file, kv_bits, llama_cpp_source
 
 BUILD_OPTIONS = ("BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_SERVER=ON")
@@ -49,9 +49,8 @@ def built_server() -> Path:
         build = source / "build"
         asked = [f"-D{option}" for option in ("CMAKE_BUILD_TYPE=Release", *BUILD_OPTIONS)]
         convert([cmake, "-S", source, "-B", build, *asked], "cmake cannot prepare llama.cpp's server")
-        convert(
-            [cmake, "--build", build, "--target", "llama-server", "--parallel"], "llama.cpp's server does not build"
-        )
+        command = [cmake, "--build", build, "--target", "llama-server", "--parallel", str(physical_cores())]
+        convert(command, "llama.cpp's server does not build")
         part = program.with_suffix(".part")
         shutil.copy2(build / "bin" / "llama-server", part)
         part.replace(program)
