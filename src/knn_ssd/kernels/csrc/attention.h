@@ -10,7 +10,7 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
 #define ITEM_QUERIES 128 /* that read keys and values together, at most */
 
 /* What attention reads of a KV cache: its keys and values, float32 or bfloat16, or their 8-bit copies. */
-enum Read { READ_FLOAT32 = FLOAT32, READ_BFLOAT16 = BFLOAT16, READ_INT8 = INT4 };
+enum Read { READ_FLOAT32 = FLOAT32, READ_BFLOAT16 = BFLOAT16, READ_INT8 };
 
 /* Keys and values of successive positions, of one head. */
 typedef struct {
