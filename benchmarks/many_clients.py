@@ -5,8 +5,9 @@
 In every round each server is started, one at a time, warmed up, and gets all prompts from 1 client, then from 2
 concurrent ones, and so on: each client, OpenAI's own, sends its next prompt when it has its answer. The servers take
 turns in coming first. No server keeps anything of a prompt for the next one: prefix caches are off, and so is
-knn-ssd's answer store; otherwise it runs with default settings, drafts included. Decoding is greedy, without a repetition penalty, and ends at the end-of-sequence token or
-after `--max-new-tokens`; tokens are those of the server's `usage`.
+knn-ssd's answer store. Otherwise knn-ssd has its default settings, drafts included. Decoding is greedy, without a
+repetition penalty, and ends at the end-of-sequence token or after `--max-new-tokens`; tokens are those of the server's
+`usage`.
 
 Prints, for each number of clients, the median over the rounds of tokens per second: all tokens over the time from the
 first request to the last answer, prefill included. Behind it the median of its ratio to knn-ssd's in the same round,
