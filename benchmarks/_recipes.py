@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from knn_ssd import Engine
 from knn_ssd.atlas import Atlas
 from knn_ssd.backends.base import Pooling
@@ -88,6 +90,12 @@ def observed(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list
         observe(engine.backend, p.domain or "none", p.id, engine.encode(p.prompt), new_tokens, Pooling.MEAN, ends)
         for p in prompts
     ]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+    """The token ids of the prompts' texts, one after the other, without special tokens."""
+    texts = [f"{text}\n\n" for prompt in prompts for text in prompt.texts]
+    return [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -299,6 +299,27 @@ for condition in busy["QUOTA_CONDITIONS"]:
     assert max(quota[3], ignorant[3]) < 0.4, "half a CPU for half a second, and at most a period's share more"
 
 
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_keys_and_values_in_bfloat16_are_compared_with_float32(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    model = tiny_model("llama", hidden_size=128, intermediate_size=192, head_dim=32, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--prompts", tiny[1], "--tokens", "40", "150", "--scored", "16"]
+    options += ["--repeats", "2", "--steps", "6", "--rows", "3", "--threads", "1"]
+    head, *found = rows(run("long_context.py", *options, "--out", str(tmp_path / "rows.json")))
+    assert [row[:2] for row in found] == [[n, dtype] for n in ("40", "150") for dtype in ("float32", "bfloat16")]
+    assert head.count("over float32") == 2
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    for wide, narrow in zip(written[::2], written[1::2], strict=True):
+        assert (wide["agreement"], wide["divergence"]) == (1.0, 0.0)
+        assert 0 < narrow["divergence"] < 0.01
+        assert wide["exact_bytes"] == 2 * narrow["exact_bytes"]
+        assert wide["token_bytes"] - wide["exact_bytes"] == narrow["token_bytes"] - narrow["exact_bytes"] > 0
+        assert len(narrow["step_ms"]) == len(narrow["pass_ms"]) == 2
+    run("long_context.py", *options[:-6], "--scored", "40", code=2)
+    run("long_context.py", "--model", str(tmp_path / "model"), "--tokens", "250", "--scored", "16", code=2)
+
+
 def test_an_accelerator_is_measured_or_its_absence_told(run: Run, tmp_path: Path) -> None:
     sizes = ["--width", "64", "--layers", "3", "--new-tokens", "16"]
     models = ["--models", "random:llama", "random:gpt_neox"]

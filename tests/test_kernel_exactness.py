@@ -21,6 +21,7 @@ from knn_ssd.kernels.binding import (
     BFLOAT16,
     BFLOAT16_BLOCKS,
     BFLOAT16_PACKED,
+    FLOAT32,
     FLOAT32_BLOCKS,
     GROUP_SIZE,
     INT4,
@@ -80,11 +81,15 @@ class Sizes:
     bias: bool = False
     qk_norm: bool = False
     vocab: int = 101
+    kv_kind: int = FLOAT32
 
     def __str__(self) -> str:
         names = ("", "tiles", "int4", "float32", "bfloat16", "packed")
         window = f"-window{self.window}" if self.window else ""
-        return f"{self.heads}of{self.kv_heads}x{self.head_dim}-{names[self.kind]}-{names[self.mlp_kind]}{window}"
+        narrow = "-kv16" if self.kv_kind == BFLOAT16 else ""
+        return (
+            f"{self.heads}of{self.kv_heads}x{self.head_dim}-{names[self.kind]}-{names[self.mlp_kind]}{window}{narrow}"
+        )
 
 
 CASES = (
@@ -101,6 +106,12 @@ CASES = (
     Sizes(256, 2, 2, FLOAT32_BLOCKS, FLOAT32_BLOCKS, window=40, bias=True),
     Sizes(256, 4, 1, BFLOAT16_PACKED, BFLOAT16_PACKED, qk_norm=True),
     Sizes(256, 4, 1, BFLOAT16, BFLOAT16, qk_norm=True),
+    Sizes(32, 6, 2, BFLOAT16_PACKED, BFLOAT16_BLOCKS, window=9, kv_kind=BFLOAT16),
+    Sizes(64, 9, 3, FLOAT32_BLOCKS, FLOAT32_BLOCKS, bias=True, kv_kind=BFLOAT16),
+    Sizes(96, 5, 1, BFLOAT16_PACKED, INT4, qk_norm=True, kv_kind=BFLOAT16),
+    Sizes(128, 8, 2, BFLOAT16_PACKED, INT4, window=33, kv_kind=BFLOAT16),
+    Sizes(128, 7, 1, INT4, BFLOAT16_BLOCKS, kv_kind=BFLOAT16),
+    Sizes(256, 4, 1, BFLOAT16, BFLOAT16, kv_kind=BFLOAT16),
 )
 
 
@@ -119,7 +130,7 @@ class Layers:
         sizes = self.sizes
         vectors = (2, sizes.kv_heads, CAPACITY)
         shapes = (
-            ((*vectors, sizes.head_dim), torch.float32),
+            ((*vectors, sizes.head_dim), torch.bfloat16 if sizes.kv_kind == BFLOAT16 else torch.float32),
             ((*vectors, sizes.head_dim), torch.int8),
             (vectors, torch.float32),
         )
@@ -131,7 +142,7 @@ class Layers:
         """Final states and logits, side by side, of rows (n, hidden) of each session from its start on."""
         x = torch.cat(list(rows)).contiguous()
         entries = [
-            BatchEntry(*map(address, (*self._rotary, *cache)), CAPACITY, start, 0, len(own))
+            BatchEntry(*map(address, (*self._rotary, *cache)), CAPACITY, start, 0, len(own), self.sizes.kv_kind)
             for cache, start, own in zip(caches, starts, rows, strict=True)
         ]
         attentions, mlps = ((c_void_p * 2)(*map(ctypes.addressof, each)) for each in (self._attentions, self._mlps))

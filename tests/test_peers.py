@@ -21,6 +21,7 @@ from knn_ssd.testing import tiny_model
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "peers"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("run_*.py"))
+SERVERS = sorted(path.name for path in FOLDER.glob("serve_*.py"))
 PROMPTS = [("s0", "story", "once upon a time"), ("m0", "math", "3 + 4 = ")]
 
 
@@ -215,9 +216,24 @@ def test_a_script_prints_its_usage_without_its_program(script: str) -> None:
     assert (FOLDER / "requirements" / script.replace("run_", "").replace(".py", ".txt")).is_file()
 
 
-def test_an_unknown_program_is_refused() -> None:
+@pytest.mark.parametrize("script", SERVERS)
+def test_a_server_prints_its_usage_without_its_program(script: str) -> None:
+    done = subprocess.run([sys.executable, str(FOLDER / script), "--help"], capture_output=True, text=True, check=True)
+    assert "--port" in done.stdout
+    assert script.replace("serve_", "run_") in SCRIPTS, "the program has an environment"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["other", "runs/first"], "there is no program 'other': choose llama_cpp"),
+        (["serve", "other"], "there is no program 'other': choose llama_cpp"),
+        (["serve", "economize"], "there is no server of 'economize' here: choose llama_cpp or vllm_cpu"),
+    ],
+)
+def test_an_unknown_program_is_refused(words: list[str], message: str) -> None:
     environment = {"PATH": os.environ["PATH"]}
-    command = ["sh", str(FOLDER / "run.sh"), "other", "runs/first"]
+    command = ["sh", str(FOLDER / "run.sh"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
-    assert "there is no program 'other': choose llama_cpp" in done.stderr
+    assert message in done.stderr

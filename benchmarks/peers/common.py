@@ -1,4 +1,7 @@
-"""Shared by the scripts of other programs: reads the prompts of a run, writes timed records. It needs only Python.
+"""Shared by the scripts of other programs: reads the prompts of a run, times them. It needs only Python.
+
+Either all prompts are run once and their records written into the run's folder, or, with `--on-request`, each line of
+standard input asks for one prompt, which `benchmarks/prefill.py` does in turns with other programs.
 
 The environment of a program need not have knn-ssd, so records are plain dicts here, with the field names of
 `knn_ssd.bench.records.Record`; a test compares the two.
@@ -44,15 +47,31 @@ def fail(text: str) -> NoReturn:
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
-    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+    options = _model_parser(doc)
     options.add_argument("run", type=Path, metavar="RUN_FOLDER", help="the --out of a finished `knn-ssd bench`")
     options.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the model's folder: model_dir in `knn-ssd doctor --json`",
+        "--on-request",
+        action="store_true",
+        help="write no records, but run the prompt whose place in the run a line of standard input gives, and answer "
+        "with a line of JSON on standard output, until standard input ends",
     )
+    return options
+
+
+def serving_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the options that every script has that serves a model over HTTP on 127.0.0.1."""
+    options = _model_parser(doc)
+    options.add_argument("--port", type=int, required=True)
+    options.add_argument("--clients", type=int, default=8, help="that are served at the same time (default: 8)")
+    text = "tokens of the longest prompt with its answer (default: 2048)"
+    options.add_argument("--context", type=int, default=2048, help=text)
+    return options
+
+
+def _model_parser(doc: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+    text = "the model's folder: model_dir in `knn-ssd doctor --json`"
+    options.add_argument("--model", type=Path, required=True, metavar="DIR", help=text)
     options.add_argument("--threads", type=int, default=physical_cores(), help="default: the physical cores")
     return options
 
@@ -86,7 +105,9 @@ def longest(jobs: list[Job]) -> int:
     return max(len(job.token_ids) + max(job.count, WARM_UP_TOKENS) for job in jobs)
 
 
-def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, lossy: bool = False) -> None:
+def measure(
+    run: Path, method: str, jobs: list[Job], generate: Generate, *, lossy: bool = False, on_request: bool = False
+) -> None:
     """Runs every prompt once, after a warm-up, and writes `peers/METHOD.jsonl` whole into the run's folder.
 
     Args:
@@ -95,7 +116,11 @@ def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, loss
         jobs: the prompts of the run.
         generate: runs the program.
         lossy: whether its weights or KV cache are rounded to fewer bits than the model's own.
+        on_request: run the prompts that are asked for instead, and write no records.
     """
+    if on_request:
+        answer_requests(method, jobs, generate)
+        return
     ends = json.loads((run / "run.json").read_text("utf-8")).get("eos_token_ids")
     if ends is None:
         fail(f"'{run}/run.json' does not say which tokens end an output: an older version wrote it, make the run anew")
@@ -120,6 +145,26 @@ def measure(run: Path, method: str, jobs: list[Job], generate: Generate, *, loss
     print(
         f"{path} is written: repeat the `knn-ssd bench` command of the run, and its tables include it", file=sys.stderr
     )
+
+
+def answer_requests(method: str, jobs: list[Job], generate: Generate) -> None:
+    """After a warm-up, runs the prompt at the place that each line of standard input gives.
+
+    Writes a line of JSON with the method's name once the program is ready, and one with `seconds` and `token_ids` for
+    each prompt. What the program itself writes to standard output goes to standard error instead.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    generate(jobs[0].token_ids[:WARM_UP_PROMPT], WARM_UP_TOKENS)
+    answers.write(json.dumps({"method": method}) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        job = jobs[int(line)]
+        started = time.perf_counter()
+        token_ids, _ = generate(job.token_ids, job.count)
+        seconds = time.perf_counter() - started
+        answers.write(json.dumps({"seconds": seconds, "token_ids": list(token_ids)}) + "\n")
+        answers.flush()
 
 
 def peak_bytes() -> int:

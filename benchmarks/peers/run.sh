@@ -1,15 +1,25 @@
 #!/bin/sh
-# Runs another program on the prompts of a finished benchmark, in an environment of its own, which it makes:
+# Runs another program on the prompts of a finished benchmark, or its server, in an environment of its own, which it makes:
 #
 #     benchmarks/peers/run.sh llama_cpp|economize|vllm_cpu|openvino_genai RUN_FOLDER --model DIR [options]
+#     benchmarks/peers/run.sh serve llama_cpp|vllm_cpu --model DIR --port P [options]
 #
 # See docs/benchmarking.md; --help after the program's name lists its options.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
+kind=run
+if [ "${1:-}" = serve ]; then
+    kind=serve
+    shift
+fi
 peer=${1:-}
 wanted="$here/requirements/$peer.txt"
 if [ -z "$peer" ] || [ ! -f "$wanted" ]; then
     echo "error: there is no program '$peer': choose llama_cpp, economize, vllm_cpu or openvino_genai" >&2
+    exit 2
+fi
+if [ ! -f "$here/${kind}_$peer.py" ]; then
+    echo "error: there is no server of '$peer' here: choose llama_cpp or vllm_cpu" >&2
     exit 2
 fi
 shift
@@ -26,4 +36,4 @@ if [ ! "$venv/.ready" -nt "$wanted" ]; then
     fi
     touch "$venv/.ready"
 fi
-exec "$venv/bin/python" "$here/run_$peer.py" "$@"
+exec "$venv/bin/python" "$here/${kind}_$peer.py" "$@"

@@ -54,7 +54,7 @@ def main() -> None:
         }
         return result.tokens.tolist(), details
 
-    measure(args.run, f"economize-{args.technique}", jobs, generate)
+    measure(args.run, f"economize-{args.technique}", jobs, generate, on_request=args.on_request)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,42 @@
 """Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits.
 
-    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4]
+    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4] [--kv-bits 32|16]
 
 The model is converted by the script that comes with llama.cpp, in bfloat16, and quantised by llama.cpp itself, to Q8_0
 or Q4_0, the 8- and 4-bit types that its CPU kernels are fastest with. With 16 bits the KV cache is in float32, which
-rounds nothing; otherwise it is in float16, the default of llama.cpp. Models that its converter does not support cannot
-be measured, and end with an error.
+rounds nothing; otherwise it is in float16, the default of llama.cpp. `--kv-bits` chooses another; the method is then
+named after it, too. Models that its converter does not support cannot be measured, and end with an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common import convert, fail, kept, longest, measure, parser, read_jobs, weights_dtype
 
+OWN_KV_BITS = {16: 32, 8: 16, 4: 16}  # by default, by the bits of the weights
+
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the weights (default: 16)")
+    add_bits(options)
     args = options.parse_args()
     jobs = read_jobs(args.run)
 
     import llama_cpp
 
-    gguf = kept(args.model, "bf16.gguf", lambda path: to_gguf(args.model, path))
-    if args.bits < 16:
-        whole = gguf
-        gguf = kept(args.model, f"{args.bits}-bit.gguf", lambda path: quantised(whole, path, args.bits, args.threads))
-    cache = llama_cpp.GGML_TYPE_F32 if args.bits == 16 else llama_cpp.GGML_TYPE_F16
+    cache = llama_cpp.GGML_TYPE_F32 if kv_bits(args) == 32 else llama_cpp.GGML_TYPE_F16
     model = llama_cpp.Llama(
-        str(gguf),
+        str(gguf_file(args.model, args.bits, args.threads)),
         n_ctx=longest(jobs),
         n_threads=args.threads,
         n_threads_batch=args.threads,
@@ -56,20 +57,47 @@ def main() -> None:
         stream.close()
         return tokens, {"prefill_sec": prefill_sec, "rounds": count}
 
-    lossy = args.bits < 16 or weights_dtype(args.model) != "bfloat16"
-    measure(args.run, f"llama-cpp-{args.bits}", jobs, generate, lossy=lossy)
+    lossy = args.bits < 16 or kv_bits(args) < 32 or weights_dtype(args.model) != "bfloat16"
+    name = f"llama-cpp-{args.bits}" + (f"-kv{args.kv_bits}" if kv_bits(args) != OWN_KV_BITS[args.bits] else "")
+    measure(args.run, name, jobs, generate, lossy=lossy, on_request=args.on_request)
 
 
-def to_gguf(model: Path, path: Path) -> None:
-    """Converts with the script in the source of the llama-cpp-python that is installed."""
+def add_bits(options: argparse.ArgumentParser) -> None:
+    """Adds the options of precision, which the server has as well."""
+    options.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the weights (default: 16)")
+    text = "of the KV cache (default: 32 with weights of 16 bits, else 16)"
+    options.add_argument("--kv-bits", type=int, choices=(32, 16), help=text)
+
+
+def kv_bits(args: argparse.Namespace) -> int:
+    """Bits of a number in the KV cache, as asked for or by default."""
+    return args.kv_bits or OWN_KV_BITS[args.bits]
+
+
+def gguf_file(model: Path, bits: int, threads: int) -> Path:
+    """The model as a GGUF file with weights of the given bits, made at first use."""
+    whole = kept(model, "bf16.gguf", lambda path: to_gguf(model, path))
+    if bits == 16:
+        return whole
+    return kept(model, f"{bits}-bit.gguf", lambda path: quantised(whole, path, bits, threads))
+
+
+@contextmanager
+def llama_cpp_source() -> Iterator[Path]:
+    """A temporary folder with the source of llama.cpp that belongs to the llama-cpp-python that is installed."""
     name = f"llama-cpp-python=={version('llama-cpp-python')}"
     with tempfile.TemporaryDirectory() as folder:
         fetch = ["pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, name]
-        convert([sys.executable, "-m", *fetch], "pip cannot fetch the source of llama.cpp's converter")
+        convert([sys.executable, "-m", *fetch], "pip cannot fetch the source of llama.cpp")
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
-        script = next(Path(folder).glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
-        command = [sys.executable, script, model, "--outtype", "bf16", "--outfile", path]
+        yield next(Path(folder).glob("*/vendor/llama.cpp"))
+
+
+def to_gguf(model: Path, path: Path) -> None:
+    """Converts with the script that comes with llama.cpp."""
+    with llama_cpp_source() as source:
+        command = [sys.executable, source / "convert_hf_to_gguf.py", model, "--outtype", "bf16", "--outfile", path]
         convert(command, f"llama.cpp's converter cannot convert '{model}'")
 
 

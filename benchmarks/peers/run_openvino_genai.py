@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import convert, kept, measure, parser, read_jobs
+from common import convert, kept, longest, measure, parser, read_jobs
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     folder = kept(args.model, f"openvino-{args.weights}", lambda path: export(args.model, path, args.weights))
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
+    scheduler.max_num_batched_tokens = longest(jobs)  # a prompt in one piece, as without a scheduler's config
     asked = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": args.threads, "scheduler_config": scheduler}
     model = openvino_genai.LLMPipeline(str(folder), "CPU", **asked, **({"prompt_lookup": True} if args.lookup else {}))
 
@@ -40,16 +41,16 @@ def main() -> None:
         return list(answer.tokens[0]), {"prefill_sec": answer.perf_metrics.get_ttft().mean / 1e3}
 
     name = f"openvino-genai-{args.weights}{'-lookup' if args.lookup else ''}"
-    measure(args.run, name, jobs, generate, lossy=True)
+    measure(args.run, name, jobs, generate, lossy=True, on_request=args.on_request)
 
 
 def export(model: Path, path: Path, weights: str) -> None:
     """Converts with optimum-intel."""
-    program = Path(sys.prefix) / "bin" / "optimum-cli"
+    program = [sys.executable, "-m", "optimum.commands.optimum_cli"]
     task = ["--task", "text-generation-with-past", "--weight-format", weights]
     if weights == "int4":  # groups are of 128 columns, and widths need not be multiples of that
         task += ["--group-size-fallback", "adjust"]
-    convert([program, "export", "openvino", "--model", model, *task, path], f"optimum-intel cannot export '{model}'")
+    convert([*program, "export", "openvino", "--model", model, *task, path], f"optimum-intel cannot export '{model}'")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
         (answer,) = model.generate({"prompt_token_ids": token_ids}, params, use_tqdm=False)
         return list(answer.outputs[0].token_ids), {"prefill_sec": answer.metrics.first_token_latency}
 
-    measure(args.run, "vllm-cpu-lookup" if args.lookup else "vllm-cpu", jobs, generate)
+    measure(args.run, "vllm-cpu-lookup" if args.lookup else "vllm-cpu", jobs, generate, on_request=args.on_request)
 
 
 if __name__ == "__main__":

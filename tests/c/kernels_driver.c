@@ -77,14 +77,22 @@ static float *take_floats(int64_t count, float low, float scale) {
 typedef struct {
     int64_t head_dim, heads, kv_heads, kind, mlp_kind, hidden, inner, window, vocab;
     int bias, qk_norm;
+    int64_t kv_kind;
 } Sizes;
 
 static const Sizes NAMED[] = {
-    {32, 1, 1, FLOAT32, FLOAT32, 96, 160, 0, 33, 1, 0},     {32, 6, 2, BFLOAT16, BFLOAT16, 96, 160, 9, 101, 0, 0},
-    {64, 9, 3, BFLOAT16, BFLOAT16, 608, 160, 0, 101, 1, 0}, {64, 4, 1, INT4, INT4, 96, 160, 40, 101, 0, 1},
-    {96, 4, 2, INT4, INT4, 96, 160, 0, 7, 1, 0},            {96, 5, 1, FLOAT32, INT4, 96, 608, 0, 101, 0, 1},
-    {128, 8, 2, BFLOAT16, INT4, 96, 160, 33, 101, 0, 1},    {128, 7, 1, INT4, BFLOAT16, 96, 608, 0, 129, 0, 0},
-    {256, 2, 2, FLOAT32, FLOAT32, 96, 160, 40, 101, 1, 0},  {256, 4, 1, BFLOAT16, BFLOAT16, 96, 160, 0, 101, 0, 1}};
+    {32, 1, 1, FLOAT32, FLOAT32, 96, 160, 0, 33, 1, 0, FLOAT32},
+    {32, 6, 2, BFLOAT16, BFLOAT16, 96, 160, 9, 101, 0, 0, FLOAT32},
+    {64, 9, 3, BFLOAT16, BFLOAT16, 608, 160, 0, 101, 1, 0, FLOAT32},
+    {64, 4, 1, INT4, INT4, 96, 160, 40, 101, 0, 1, FLOAT32},
+    {96, 4, 2, INT4, INT4, 96, 160, 0, 7, 1, 0, FLOAT32},
+    {96, 5, 1, FLOAT32, INT4, 96, 608, 0, 101, 0, 1, FLOAT32},
+    {128, 8, 2, BFLOAT16, INT4, 96, 160, 33, 101, 0, 1, FLOAT32},
+    {128, 7, 1, INT4, BFLOAT16, 96, 608, 0, 129, 0, 0, FLOAT32},
+    {256, 2, 2, FLOAT32, FLOAT32, 96, 160, 40, 101, 1, 0, FLOAT32},
+    {256, 4, 1, BFLOAT16, BFLOAT16, 96, 160, 0, 101, 0, 1, FLOAT32},
+    {64, 6, 2, BFLOAT16, BFLOAT16, 96, 160, 40, 101, 0, 1, BFLOAT16},
+    {128, 5, 1, FLOAT32, INT4, 96, 160, 0, 101, 1, 0, BFLOAT16}};
 enum { N_NAMED = sizeof NAMED / sizeof *NAMED };
 
 static Sizes random_sizes(void) {
@@ -99,7 +107,8 @@ static Sizes random_sizes(void) {
                    .window = random_below(2) * (1 + random_below(CAPACITY)),
                    .vocab = 1 + random_below(150),
                    .bias = (int)random_below(2),
-                   .qk_norm = (int)random_below(2)};
+                   .qk_norm = (int)random_below(2),
+                   .kv_kind = random_below(2) ? BFLOAT16 : FLOAT32};
 }
 
 typedef struct {
@@ -230,7 +239,10 @@ typedef struct {
 } Cache;
 
 /* Bytes of a position of one head in each part. */
-static int64_t part_size(const Model *m, int part) { return part < 2 ? 4 * m->sizes.head_dim : part < 4 ? m->sizes.head_dim : 4; }
+static int64_t part_size(const Model *m, int part) {
+    if (part < 2) return (m->sizes.kv_kind == BFLOAT16 ? 2 : 4) * m->sizes.head_dim;
+    return part < 4 ? m->sizes.head_dim : 4;
+}
 
 static int64_t num_vectors(const Model *m) { return LAYERS * m->sizes.kv_heads; }
 
@@ -259,7 +271,8 @@ static int same_cache(const Model *m, const Cache *a, const Cache *b, int64_t le
 
 static BatchEntry entry_of(const Model *m, const Cache *c, int64_t position, int64_t run_length, int64_t n_rows) {
     void *const *p = c->parts;
-    return (BatchEntry){m->cosines, m->sines, {p[0], p[1], p[2], p[3], p[4], p[5]}, CAPACITY, position, run_length, n_rows};
+    return (BatchEntry){m->cosines, m->sines,   {p[0], p[1], p[2], p[3], p[4], p[5]}, CAPACITY,
+                        position,   run_length, n_rows,                               m->sizes.kv_kind};
 }
 
 /* Floats of a row's outputs: its last state, normalised too, and its logits. */
@@ -511,6 +524,7 @@ static void contract(uint64_t seed) {
     REFUSES(entry.position, INT64_MAX);
     REFUSES(entry.capacity, CAPACITY - 1);
     REFUSES(entry.run_length, -1);
+    REFUSES(entry.kv_kind, INT4);
     REFUSES(m.attentions[1].head_dim, 63);
     REFUSES(m.attentions[1].kv_heads, 3);
     REFUSES(m.attentions[0].heads, 0);

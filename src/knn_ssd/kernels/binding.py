@@ -60,12 +60,12 @@ class Mlp(ctypes.Structure):
 
 
 class BatchEntry(ctypes.Structure):
-    """The rows of one session in a batch: rotary tables, KV cache, first position, run length and number of rows."""
+    """The rows of one session in a batch: rotary tables, KV cache, first position, run length, number of rows, kind."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("cosines", "sines")),
         *((name, c_void_p) for name in ("keys", "values", "int8_keys", "int8_values", "key_scales", "value_scales")),
-        *((name, c_int64) for name in ("capacity", "position", "run_length", "n_rows")),
+        *((name, c_int64) for name in ("capacity", "position", "run_length", "n_rows", "kv_kind")),
     )
 
 

@@ -1,8 +1,9 @@
 """The native backend: Llama, Mistral, Qwen2, Qwen3 and kin on the CPU, a whole forward pass in one call of C code.
 
-Weights have the checkpoint's values, in the formats of `kernels/weights.py`; activations, keys and values are float32.
-By construction, a row's logits have the same bits in whatever block of rows it is computed. So speculative output
-equals plain decoding's bit for bit, and bfloat16 weights give what the same weights give in float32.
+Weights have the checkpoint's values, in the formats of `kernels/weights.py`; activations are float32, and so are keys
+and values, unless bfloat16 is asked for. By construction, a row's logits have the same bits in whatever block of rows
+it is computed. So speculative output equals plain decoding's bit for bit, and with keys and values in float32, bfloat16
+weights give what the same weights give in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from knn_ssd.backends.base import (
 )
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.exactness import probe
-from knn_ssd.backends.native.kv_cache import KVCache
+from knn_ssd.backends.native.kv_cache import KV_DTYPES, KVCache
 from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
 from knn_ssd.backends.native.packed import PackedWeights
@@ -38,6 +39,7 @@ from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.structure import context_length, find_structure
+from knn_ssd.checks import require
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels
 from knn_ssd.kernels.quantisation import sample_tokens
@@ -58,12 +60,20 @@ class NativeBackend:
     Args:
         model: a model on the CPU, in float32 or bfloat16; it is not changed.
         weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
+        kv_dtype: of keys and values, float32 or bfloat16, which takes half the memory and rounds.
 
     Raises:
         UnsupportedModelError: the model is of another kind, or there are no kernels; the message says why.
+        UsageError: another dtype of keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, weight_cache: WeightCache | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weight_cache: WeightCache | None = None,
+        *,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         if reason := native_obstacle(model):
             raise UnsupportedModelError(f"{type(model).__name__} cannot run on the native backend: {reason}")
         self.structure = find_structure(model)
@@ -74,6 +84,8 @@ class NativeBackend:
         self.context_length = context_length(config)
         self.device = torch.device("cpu")
         self.kernels = kernels()
+        require(kv_dtype in KV_DTYPES, "kv_dtype must be float32 or bfloat16", kv_dtype)
+        self.kv_dtype = kv_dtype
         self._packed = PackedWeights(weight_cache)
         self.attentions: list[Attention] = []
         self.mlps: list[Mlp] = []
@@ -175,8 +187,7 @@ class NativeBackend:
         plan = self._resolve(None)
         x = states.clone(memory_format=torch.contiguous_format)
         attention, mlp = ((ctypes.c_void_p * 1)(addresses[layer]) for addresses in (plan.attentions, plan.mlps))
-        tensors = (*self._rotary_tables(position + 1), *(part[layer] for part in cache.tensors))
-        entry = BatchEntry(*map(address, tensors), cache.capacity, position, 1, 1)
+        entry = cache.layer_entry(layer, position, self._rotary_tables(position + 1))
         entries = (BatchEntry * len(states))(*[entry] * len(states))
         self.kernels.knn_ssd_forward(attention, mlp, 1, entries, len(states), address(x))
         return x
@@ -262,7 +273,7 @@ class NativeBackend:
 
     def _kv_cache(self, capacity: int) -> KVCache:
         first = self.attentions[0]
-        return KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim)
+        return KVCache(self.num_layers, first.kv_heads, capacity, first.head_dim, self.kv_dtype)
 
     def _attention(self, index: int, layer: Any) -> Attention:
         module = layer.self_attn

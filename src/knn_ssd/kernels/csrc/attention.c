@@ -19,10 +19,10 @@ typedef struct {
 } NewRows;
 
 /* The cache from its vector number `index` on. */
-static KVCache cache_from(KVCache c, int64_t index, int64_t head_dim) {
-    const int64_t offset = index * head_dim;
-    return (KVCache){c.keys + offset,        c.values + offset,    c.int8_keys + offset,
-                     c.int8_values + offset, c.key_scales + index, c.value_scales + index};
+INLINE KVCache cache_from(KVCache c, int64_t index, int64_t head_dim, int64_t kv_kind) {
+    const int64_t offset = index * head_dim, bytes = offset * (kv_kind == BFLOAT16 ? 2 : 4);
+    return (KVCache){(char *)c.keys + bytes, (char *)c.values + bytes, c.int8_keys + offset,
+                     c.int8_values + offset, c.key_scales + index,     c.value_scales + index};
 }
 
 /* Applies the rotary position embedding to the first `size` components of a head. */
@@ -87,16 +87,24 @@ INLINE void score_keys(const float *query, const float *keys, const int64_t head
     store(scores, horizontal_sums(sums) * scale);
 }
 
+/* LANES components, `offset` from the first one on, of keys or values or their 8-bit copies. */
+INLINE Floats load_part(const void *whole, const int8_t *copies, int64_t offset, const enum Read read) {
+    if (read == READ_INT8) return load_int8(copies + offset);
+    return read == READ_BFLOAT16 ? load_bfloat16((const uint16_t *)whole + offset) : load((const float *)whole + offset);
+}
+
 /* Writes the scores of a span's keys from scores[…][first] on. */
-INLINE void score_span(const Queries *q, const Span *span, int64_t first, const int64_t head_dim, const int use_int8,
+INLINE void score_span(const Queries *q, const Span *span, int64_t first, const int64_t head_dim, const enum Read read,
                        float scale) {
-    float dequantised[use_int8 ? LANES * head_dim : 1];
+    const int is_float32 = read == READ_FLOAT32, use_int8 = read == READ_INT8;
+    float widened[is_float32 ? 1 : LANES * head_dim];
     for (int64_t t = 0; t < span->count; t += LANES) {
         const int64_t n_keys = min_int(span->count - t, LANES);
-        const float *keys = use_int8 ? dequantised : span->cache.keys + t * head_dim;
+        const float *keys = is_float32 ? (const float *)span->cache.keys + t * head_dim : widened;
         const int8_t *int8_keys = span->cache.int8_keys + t * head_dim;
         for (int64_t i = 0; use_int8 && i < LANES * head_dim; i += 64) __builtin_prefetch(int8_keys + PREFETCH_BYTES + i);
-        for (int64_t i = 0; use_int8 && i < n_keys * head_dim; i += LANES) store(dequantised + i, load_int8(int8_keys + i));
+        for (int64_t i = 0; !is_float32 && i < n_keys * head_dim; i += LANES)
+            store(widened + i, load_part(span->cache.keys, span->cache.int8_keys, t * head_dim + i, read));
         for (int64_t j = 0; j < q->count; j++) {
             float *out = q->scores[j] + first + t;
             score_keys(q->queries[j], keys, head_dim, n_keys, scale, out);
@@ -132,14 +140,10 @@ static float softmax(float *scores, int64_t total, float sink) {
     return 1.0f / (horizontal_sum(sums) + (sink > -INFINITY ? exponential(splat(sink - max))[0] : 0));
 }
 
-INLINE Floats load_values(const KVCache *c, int64_t offset, const int use_int8) {
-    return use_int8 ? load_int8(c->int8_values + offset) : load(c->values + offset);
-}
-
 /* Adds to out[q][i:], for n_vectors vectors of components from i on, the products of a span's values with each query's
  * weights. The positions are added in their order. */
 INLINE void weighted_sum(const Span *span, int64_t head_dim, float *const *weights, int64_t first, int64_t i,
-                         const int n_vectors, const int n_queries, const int use_int8, float *const *out) {
+                         const int n_vectors, const int n_queries, const enum Read read, float *const *out) {
     Floats sum[MAX_QUERIES][4];
 #pragma GCC unroll 4
     for (int q = 0; q < n_queries; q++)
@@ -147,9 +151,10 @@ INLINE void weighted_sum(const Span *span, int64_t head_dim, float *const *weigh
         for (int j = 0; j < n_vectors; j++) sum[q][j] = load(out[q] + i + j * LANES);
     for (int64_t t = 0; t < span->count; t++) {
         Floats value[4];
-        if (use_int8) __builtin_prefetch(span->cache.int8_values + t * head_dim + i + PREFETCH_BYTES);
+        if (read == READ_INT8) __builtin_prefetch(span->cache.int8_values + t * head_dim + i + PREFETCH_BYTES);
 #pragma GCC unroll 4
-        for (int j = 0; j < n_vectors; j++) value[j] = load_values(&span->cache, t * head_dim + i + j * LANES, use_int8);
+        for (int j = 0; j < n_vectors; j++)
+            value[j] = load_part(span->cache.values, span->cache.int8_values, t * head_dim + i + j * LANES, read);
 #pragma GCC unroll 4
         for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
@@ -162,44 +167,44 @@ INLINE void weighted_sum(const Span *span, int64_t head_dim, float *const *weigh
 }
 
 INLINE void weighted_sums_of(const Span *span, int64_t head_dim, float *const *weights, int64_t first, const int n_queries,
-                             const int use_int8, float *const *out) {
+                             const enum Read read, float *const *out) {
     int64_t i = 0;
     for (; i + 4 * LANES <= head_dim; i += 4 * LANES)
-        weighted_sum(span, head_dim, weights, first, i, 4, n_queries, use_int8, out);
-    for (; i < head_dim; i += LANES) weighted_sum(span, head_dim, weights, first, i, 1, n_queries, use_int8, out);
+        weighted_sum(span, head_dim, weights, first, i, 4, n_queries, read, out);
+    for (; i < head_dim; i += LANES) weighted_sum(span, head_dim, weights, first, i, 1, n_queries, read, out);
 }
 
 /* The same for any number of queries and all components. weights[q][first + t] belongs to the span's position t. */
 INLINE void weighted_sums(const Span *span, int64_t head_dim, float *const *weights, int64_t first, int64_t count,
-                          const int use_int8, float *const *out) {
+                          const enum Read read, float *const *out) {
     for (int64_t q = 0, n; q < count; q += n) {
         n = min_int(count - q, MAX_QUERIES);
-        if (n == 4) weighted_sums_of(span, head_dim, weights + q, first, 4, use_int8, out + q);
-        else if (n == 3) weighted_sums_of(span, head_dim, weights + q, first, 3, use_int8, out + q);
-        else if (n == 2) weighted_sums_of(span, head_dim, weights + q, first, 2, use_int8, out + q);
-        else weighted_sums_of(span, head_dim, weights + q, first, 1, use_int8, out + q);
+        if (n == 4) weighted_sums_of(span, head_dim, weights + q, first, 4, read, out + q);
+        else if (n == 3) weighted_sums_of(span, head_dim, weights + q, first, 3, read, out + q);
+        else if (n == 2) weighted_sums_of(span, head_dim, weights + q, first, 2, read, out + q);
+        else weighted_sums_of(span, head_dim, weights + q, first, 1, read, out + q);
     }
 }
 
 /* Adds the values of positions `from` .. `to` - 1 of a span, whose first position is `first`, to `count` outputs. */
 INLINE void sum_positions(const Queries *q, int64_t index, int64_t count, const Span *span, int64_t first, int64_t from,
-                          int64_t to, int64_t head_dim, const int use_int8) {
-    const Span part = {cache_from(span->cache, from - first, head_dim), to - from};
-    if (from < to) weighted_sums(&part, head_dim, q->scores + index, from, count, use_int8, q->out + index);
+                          int64_t to, int64_t head_dim, const enum Read read) {
+    const Span part = {cache_from(span->cache, from - first, head_dim, read), to - from};
+    if (from < to) weighted_sums(&part, head_dim, q->scores + index, from, count, read, q->out + index);
 }
 
 /* Adds a span's values to all outputs. What all queries attend to is read once for all of them. */
-INLINE void sum_span(const Queries *q, const Span *span, int64_t first, int64_t head_dim, const int use_int8) {
+INLINE void sum_span(const Queries *q, const Span *span, int64_t first, int64_t head_dim, const enum Read read) {
     const int64_t last = first + span->count;
     int64_t from = first, to = last; /* of what is common */
     for (int64_t j = 0; j < q->count; j++) from = max_int(from, q->begin[j]), to = min_int(to, q->end[j]);
     to = max_int(from, to);
     for (int64_t j = 0; j < q->count; j++)
-        sum_positions(q, j, 1, span, first, max_int(q->begin[j], first), min_int(from, min_int(q->end[j], last)), head_dim, use_int8);
+        sum_positions(q, j, 1, span, first, max_int(q->begin[j], first), min_int(from, min_int(q->end[j], last)), head_dim, read);
     for (int64_t t = from; t < to; t += POSITIONS)
-        sum_positions(q, 0, q->count, span, first, t, min_int(t + POSITIONS, to), head_dim, use_int8);
+        sum_positions(q, 0, q->count, span, first, t, min_int(t + POSITIONS, to), head_dim, read);
     for (int64_t j = 0; j < q->count; j++)
-        sum_positions(q, j, 1, span, first, max_int(q->begin[j], to), min_int(q->end[j], last), head_dim, use_int8);
+        sum_positions(q, j, 1, span, first, max_int(q->begin[j], to), min_int(q->end[j], last), head_dim, read);
 }
 
 /* Multiplies a query's weights with the scales of the 8-bit values that they belong to. */
@@ -209,31 +214,32 @@ static void scale_weights(const Span spans[2], float *weights, int64_t begin, in
             weights[t] *= spans[s].cache.value_scales[t - first];
 }
 
-INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const int use_int8,
+INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const enum Read read,
                         const Scoring *scoring) {
     const float scale = scoring->scale;
     float inverse[ITEM_QUERIES];
     for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) { /* the usual sizes are constants for the compiler */
-        if (head_dim == 64) score_span(q, spans + s, first, 64, use_int8, scale);
-        else if (head_dim == 128) score_span(q, spans + s, first, 128, use_int8, scale);
-        else score_span(q, spans + s, first, head_dim, use_int8, scale);
+        if (head_dim == 64) score_span(q, spans + s, first, 64, read, scale);
+        else if (head_dim == 128) score_span(q, spans + s, first, 128, read, scale);
+        else score_span(q, spans + s, first, head_dim, read, scale);
     }
     for (int64_t j = 0; j < q->count; j++) {
         float *scores = q->scores[j] + q->begin[j];
         const int64_t total = q->end[j] - q->begin[j];
         if (scoring->softcap > 0) cap_scores(scores, total, scoring->softcap);
         inverse[j] = softmax(scores, total, scoring->sinks ? scoring->sinks[j] : -INFINITY);
-        if (use_int8) scale_weights(spans, q->scores[j], q->begin[j], q->end[j]);
+        if (read == READ_INT8) scale_weights(spans, q->scores[j], q->begin[j], q->end[j]);
         memset(q->out[j], 0, (size_t)4 * head_dim);
     }
-    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) sum_span(q, spans + s, first, head_dim, use_int8);
+    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) sum_span(q, spans + s, first, head_dim, read);
     for (int64_t j = 0; j < q->count; j++)
         for (int64_t i = 0; i < head_dim; i += LANES) store(q->out[j] + i, load(q->out[j] + i) * inverse[j]);
 }
 
-void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, const Scoring *scoring) {
-    if (use_int8) attend_with(q, spans, head_dim, 1, scoring);
-    else attend_with(q, spans, head_dim, 0, scoring);
+void attend(const Queries *q, const Span spans[2], int64_t head_dim, enum Read read, const Scoring *scoring) {
+    if (read == READ_INT8) attend_with(q, spans, head_dim, READ_INT8, scoring);
+    else if (read == READ_BFLOAT16) attend_with(q, spans, head_dim, READ_BFLOAT16, scoring);
+    else attend_with(q, spans, head_dim, READ_FLOAT32, scoring);
 }
 
 static int uses_int8(const Attention *a) { return a->q.kind == INT4; }
@@ -245,6 +251,13 @@ typedef struct {
     float *q, *k; /* of the entry's first row */
     const float *v;
 } Storing;
+
+static void store_vector(const float *x, int64_t size, int64_t kv_kind, void *to) {
+    uint16_t *halves = to;
+    if (kv_kind == FLOAT32) memcpy(to, x, (size_t)4 * size);
+    else
+        for (int64_t i = 0; i < size; i++) halves[i] = float_to_bfloat16(x[i]);
+}
 
 /* Normalises and rotates the queries and keys of rows `first` .. `last` - 1 of an entry, and stores keys and values. */
 static void store_rows(void *context, int64_t first, int64_t last, int thread) {
@@ -266,12 +279,12 @@ static void store_rows(void *context, int64_t first, int64_t last, int thread) {
             const float *value = c->v + (r * a->kv_heads + h) * size;
             if (a->k_norm) rms_norm(head, size, a->k_norm, a->epsilon, head);
             rotate(head, cosines, sines, a->rotary_dim);
-            const KVCache to = cache_from(c->new->cache, h * c->new->stride + r, size);
+            const KVCache to = cache_from(c->new->cache, h * c->new->stride + r, size, e->kv_kind);
             quantise_vector(head, size, to.int8_keys, to.key_scales);
             quantise_vector(value, size, to.int8_values, to.value_scales);
             if (uses_int8(a)) continue;
-            memcpy(to.keys, head, (size_t)4 * size);
-            memcpy(to.values, value, (size_t)4 * size);
+            store_vector(head, size, e->kv_kind, to.keys);
+            store_vector(value, size, e->kv_kind, to.values);
         }
     }
 }
@@ -283,7 +296,7 @@ static KVCache scratch_cache(int64_t n_rows, int64_t kv_heads, int64_t head_dim)
 }
 
 static KVCache layer_cache(const Attention *a, const BatchEntry *e, int64_t layer) {
-    return cache_from(e->cache, layer * a->kv_heads * e->capacity, a->head_dim);
+    return cache_from(e->cache, layer * a->kv_heads * e->capacity, a->head_dim, e->kv_kind);
 }
 
 /* How the queries of a forward pass are divided into items of work. An item has the queries of some query heads, which
@@ -357,12 +370,13 @@ static void attend_items(void *context, int64_t first, int64_t last, int thread)
         const int64_t head = item % per_group * c->division.shared, kv = head / (a->heads / a->kv_heads);
         const int64_t position = e->position + g->row, lowest = lowest_position(a, position);
         const int64_t first_new = max_int(lowest, e->position + (e->run_length ? g->row - g->row % e->run_length : 0));
-        const KVCache cached = cache_from(layer_cache(a, e, c->layer), kv * e->capacity + lowest, a->head_dim);
-        const KVCache added = cache_from(new->cache, kv * new->stride + first_new - e->position, a->head_dim);
+        const int64_t kind = e->kv_kind, size = a->head_dim;
+        const KVCache cached = cache_from(layer_cache(a, e, c->layer), kv * e->capacity + lowest, size, kind);
+        const KVCache added = cache_from(new->cache, kv * new->stride + first_new - e->position, size, kind);
         const Span spans[2] = {{cached, first_new - lowest}, {added, position + g->rows - first_new}};
         const Queries q = queries_of(c, g, position, head, thread);
         const Scoring scoring = {(float)a->scale, 0, NULL};
-        attend(&q, spans, a->head_dim, uses_int8(a), &scoring);
+        attend(&q, spans, size, uses_int8(a) ? READ_INT8 : (enum Read)kind, &scoring);
     }
 }
 
@@ -382,7 +396,7 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
     for (int64_t i = 0; new && i < n_entries; i++) {
         const BatchEntry *e = entries + i;
         if (e->run_length) new[i] = (NewRows){scratch_cache(e->n_rows, a->kv_heads, a->head_dim), e->n_rows};
-        else new[i] = (NewRows){cache_from(layer_cache(a, e, layer), e->position, a->head_dim), e->capacity};
+        else new[i] = (NewRows){cache_from(layer_cache(a, e, layer), e->position, a->head_dim, e->kv_kind), e->capacity};
     }
     if (scratch_failed()) return OUT_OF_MEMORY;
     normalise_rows(x, n, width, a->norm, a->epsilon, normed);

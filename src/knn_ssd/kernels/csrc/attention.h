@@ -9,6 +9,9 @@ int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, 
 
 #define ITEM_QUERIES 128 /* that read keys and values together, at most */
 
+/* What attention reads of a KV cache: its keys and values, float32 or bfloat16, or their 8-bit copies. */
+enum Read { READ_FLOAT32 = FLOAT32, READ_BFLOAT16 = BFLOAT16, READ_INT8 };
+
 /* Keys and values of successive positions, of one head. */
 typedef struct {
     KVCache cache;
@@ -33,6 +36,6 @@ typedef struct {
 } Queries;
 
 /* The outputs of queries over the keys and values of two spans, one after the other. */
-void attend(const Queries *q, const Span spans[2], int64_t head_dim, int use_int8, const Scoring *scoring);
+void attend(const Queries *q, const Span spans[2], int64_t head_dim, enum Read read, const Scoring *scoring);
 
 #endif

@@ -44,7 +44,7 @@ static void attend_items(void *context, int64_t first, int64_t last, int thread)
             q.begin[h] = 0;
             q.end[h] = row->end - row->first;
         }
-        attend(&q, spans, a->head_dim, 0, &scoring);
+        attend(&q, spans, a->head_dim, READ_FLOAT32, &scoring);
     }
 }
 

@@ -32,6 +32,7 @@ static int is_valid_mlp(const Mlp *m, int64_t width) {
 /* In teacher-forced scoring, the KV cache is read up to the start of the last run; else it is written for every row. */
 static int is_valid_entry(const BatchEntry *e) {
     if (e->n_rows < 0 || e->run_length < 0 || e->position < 0 || e->position > e->capacity) return 0;
+    if (e->kv_kind != FLOAT32 && e->kv_kind != BFLOAT16) return 0;
     const int64_t cached = e->run_length ? max_int(e->n_rows - 1, 0) / e->run_length * e->run_length : e->n_rows;
     return cached <= e->capacity - e->position;
 }

@@ -3,8 +3,8 @@
  * The sublayers of a Llama-like decoder run here on the CPU, for a few rows at a time. A row's result has the same bits
  * whatever other rows are in its batch, however many threads work, and wherever a block of rows begins: every sum runs in
  * an order that depends on the row alone. So a forward pass that verifies eight draft tokens computes what eight single
- * steps would have computed. Activations, keys and values are float32; weights have the values of the checkpoint, float32 or
- * bfloat16, or are 4-bit copies for drafting.
+ * steps would have computed. Activations are float32, and so are keys and values unless a session keeps them in bfloat16;
+ * weights have the values of the checkpoint, float32 or bfloat16, or are 4-bit copies for drafting.
  *
  * A matrix has (rows, cols): y[i] = dot(weight row i, x) + bias[i].
  */
@@ -53,7 +53,7 @@ typedef struct {
 
 /* Keys and values, and their 8-bit copies, which 4-bit attention sublayers read and write. */
 typedef struct {
-    float *keys, *values;             /* (…, head_dim) */
+    void *keys, *values;              /* (…, head_dim) float32 or bfloat16 */
     int8_t *int8_keys, *int8_values;  /* (…, head_dim) */
     float *key_scales, *value_scales; /* (…,) */
 } KVCache;
@@ -64,6 +64,7 @@ typedef struct {
     const float *cosines, *sines; /* (context, rotary_dim) */
     KVCache cache;                /* (layers, kv_heads, capacity, …) */
     int64_t capacity, position, run_length, n_rows; /* without a run length, position + n_rows <= capacity */
+    int64_t kv_kind; /* of keys and values: FLOAT32 or BFLOAT16, to which new ones are rounded before they are used */
 } BatchEntry;
 
 /* The attention of one layer of a model that runs outside this library. */

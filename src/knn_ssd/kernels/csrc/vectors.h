@@ -91,6 +91,25 @@ INLINE Floats load_int8(const int8_t *p) {
 #endif
 }
 
+/* LANES bfloat16 values as float32. */
+INLINE Floats load_bfloat16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#elif defined(__aarch64__)
+    const uint16x8_t halves = vld1q_u16(p);
+    const uint32x4_t words[2] = {vshll_n_u16(vget_low_u16(halves), 16), vshll_n_u16(vget_high_u16(halves), 16)};
+    Floats result;
+    memcpy(&result, words, sizeof result);
+    return result;
+#else
+    Uints words;
+    for (int i = 0; i < LANES; i++) words[i] = (uint32_t)p[i] << 16;
+    return (Floats)words;
+#endif
+}
+
 /* exp(x) as in the Cephes library; the relative error is about 1e-7. */
 INLINE Floats exponential(Floats x) {
     const Floats lowest = splat(-87.0f), highest = splat(88.0f);
