@@ -141,7 +141,7 @@ class LowBitCopies:
                 self._low(each)
                 progress.advance()
             if self._cache is not None:
-                self._cache.store(_cache_key(), self._tensors)
+                self._cache.store(copies_cache_key(), self._tensors)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Replaces all copies, and returns those of before.
@@ -161,11 +161,10 @@ class LowBitCopies:
 
     def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
         """The best kept copies; empty if there are none."""
-        for key in (_fitted_cache_key(), _cache_key()):
-            kept = cache.load(key)
-            if kept is not None and _are_copies_of(matrices, kept):
-                return {name: self._arena.copy(tensor) for name, tensor in kept.items()}
-        return {}
+        forms = {
+            name: form for each in matrices for name, form in zip(each.names, copy_forms(each.matrix), strict=True)
+        }
+        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], forms, self._arena)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:
@@ -222,21 +221,38 @@ class LowBitCopies:
         return address(self._importance[layer, name])
 
 
-def _are_copies_of(sources: Sequence[_Source], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
-    expected = {name: form for each in sources for name, form in zip(each.names, copy_forms(each.matrix), strict=True)}
-    are_copies = expected == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if not are_copies:
+def kept_copies(
+    cache: WeightCache, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]], arena: Arena
+) -> dict[str, torch.Tensor]:
+    """The copies that are kept under the first of some keys; empty if there are none. A warning says if the kernels
+    could not read what is kept.
+
+    Args:
+        cache: where they are kept.
+        keys: in the order of preference.
+        forms: the shapes and dtypes of all levels and scales, by name.
+        arena: gives the memory.
+    """
+    for key in keys:
+        if (kept := cache.load(key)) is None:
+            continue
+        if forms == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}:
+            return {name: arena.copy(tensor) for name, tensor in kept.items()}
         logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
-    return are_copies
+    return {}
 
 
-def _cache_key() -> str:
-    """Everything beside a model's weights that decides the bytes of its copies."""
+def copies_cache_key(scheme: str = "") -> str:
+    """Everything beside a model's weights that decides the names and the bytes of its copies.
+
+    Args:
+        scheme: says how matrices are named if it is in another way than here.
+    """
     unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
+    names = f", {scheme}" if scheme else ""
     return (
         f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
-        f"{NUM_RANGES} ranges, importance at least {MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
+        f"{NUM_RANGES} ranges, importance at least {MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}{names}"
     )
 
 
