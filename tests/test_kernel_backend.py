@@ -225,6 +225,22 @@ def test_experts_that_are_not_understood_stay_torchs(change: Any, reason: str) -
     assert list(generation.token_ids) == transformers_output(model, PROMPT, 12)
 
 
+def test_experts_that_are_called_in_another_way_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = endless(tiny_model("mixtral"))
+    gate = type(model.model.layers[0].mlp.gate)
+    own = gate.forward
+
+    def with_weights_of_all_experts(self: Any, hidden_states: torch.Tensor) -> Any:
+        logits, weights, chosen = own(self, hidden_states)
+        return logits, torch.zeros(len(chosen), 4, dtype=weights.dtype).scatter(1, chosen, weights), chosen
+
+    monkeypatch.setattr(gate, "forward", with_weights_of_all_experts)
+    model.config._experts_implementation = "eager"
+    backend = select_backend(model)
+    assert type(backend) is TransformersBackend
+    assert "with the kernels, it does not run (RuntimeError" in (backend.refused or "")
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_of_a_width_that_the_kernels_do_not_take_stay_torchs_and_the_output_is_right(family: str) -> None:
     width = "moe_intermediate_size" if family == "qwen2_moe" else "intermediate_size"

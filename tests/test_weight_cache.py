@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from knn_ssd.backends.native import low_bit, packed
+from knn_ssd.backends import kept_copies, packed
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.transformers import linears
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend
@@ -282,7 +282,7 @@ def test_other_weights_are_another_model(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [low_bit.copies_cache_key()]
+    keys = [kept_copies.copies_cache_key()]
     for name, value in (
         ("_VERSION", 0),
         ("GROUP_SIZE", 32),
@@ -293,8 +293,8 @@ def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatc
         ("kernels", lambda: type("Kernels", (), {"knn_ssd_lanes": staticmethod(lambda: 4)})),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(low_bit, name, value)
-            keys.append(low_bit.copies_cache_key())
+            patch.setattr(kept_copies, name, value)
+            keys.append(kept_copies.copies_cache_key())
     assert len(set(keys)) == len(keys) == 8
 
 
@@ -306,8 +306,8 @@ GOLDEN = {  # by lanes
 
 @needs_kernels
 def test_copies_change_with_their_version_only() -> None:
-    """Whoever changes how copies are made increases `low_bit._VERSION`, so that none made before is taken."""
-    digest = hashlib.sha256(f"{low_bit._VERSION}".encode())
+    """Whoever changes how copies are made increases `kept_copies._VERSION`, so that none made before is taken."""
+    digest = hashlib.sha256(f"{kept_copies._VERSION}".encode())
     for dtype in (torch.float32, torch.bfloat16):
         linear = nn.Linear(160, 40, bias=False, dtype=dtype)
         numbers = torch.arange(40 * 160).view(40, 160)
@@ -379,7 +379,9 @@ def test_tensors_of_other_forms_never_reach_the_kernels(
         tensors |= {"another": moved} if change == "name" else {}
     else:
         tensors["another"] = torch.zeros(1)
-    WeightCache.of(Engine.from_pretrained(model, device="cpu").model, model).store(low_bit.copies_cache_key(), tensors)
+    WeightCache.of(Engine.from_pretrained(model, device="cpu").model, model).store(
+        kept_copies.copies_cache_key(), tensors
+    )
     with caplog.at_level(logging.WARNING):
         _, made = prepared(model)
     assert "are not those of this model" in caplog.text

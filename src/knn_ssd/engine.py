@@ -86,7 +86,7 @@ class Engine:
         threads: int | None = None,
         backend: Backend | None = None,
     ) -> None:
-        _use_threads(threads)
+        set_threads(threads)
         require_whole("neighbours", neighbours)
         require_whole("prefix_cache", prefix_cache)
         require(prefix_cache >= 0, "prefix_cache must be 0 or more bytes", prefix_cache)
@@ -130,7 +130,7 @@ class Engine:
         Args:
             name: which model.
             atlas: an atlas, or the folder of one.
-            dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
+            dtype: "auto" is the checkpoint's own where the device, or the kernels, compute it natively, else float32.
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
             weight_cache: keep packed weights and 4-bit copies in the cache directory, and take them from there.
@@ -141,7 +141,7 @@ class Engine:
         """
         from knn_ssd.loading.resolve import load_model
 
-        _use_threads(threads)  # before weights are packed
+        set_threads(threads)  # before weights are packed
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device, revision=revision)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}
@@ -346,9 +346,3 @@ class Engine:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, wanted.stop_strings, wanted.min_tokens)
-
-
-def _use_threads(count: int | None) -> None:
-    if count is not None:
-        require_whole("threads", count)
-        set_threads(count)

@@ -79,7 +79,7 @@ def load_model(
     Args:
         name: a directory, a GGUF file, a Hub id, with or without the name of a GGUF file after a colon, or None for the
             embedded default.
-        dtype: `auto` is the checkpoint's own where the device computes it natively, else float32.
+        dtype: `auto` is the checkpoint's own where the device, or the kernels, compute it natively, else float32.
         device: None is CUDA if available, else MPS, else the CPU.
         revision: a branch, tag or commit on the Hub; None is the main branch.
 
@@ -218,7 +218,7 @@ def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
 
 
 def _kernels_read(config: PreTrainedConfig) -> bool:
-    """Whether the kernels read the weights of a model with this config, as far as its structure tells."""
+    """Whether the kernels read the weights of a model with this config, as far as its structure says."""
     if kernels_obstacle() is not None:
         return False
     if config.model_type in NATIVE_FAMILIES:

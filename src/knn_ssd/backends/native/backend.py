@@ -33,10 +33,10 @@ from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KVCache
 from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
-from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
+from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels

@@ -11,7 +11,6 @@ well as text does.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,24 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
 from knn_ssd.kernels.arena import Arena
-from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels, uses_tiles
-from knn_ssd.kernels.quantisation import (
-    MIN_IMPORTANCE,
-    NUM_RANGES,
-    SAMPLE_TOKENS,
-    copy_forms,
-    low_matrix,
-    quantise,
-    relative_importance,
-)
+from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
-logger = logging.getLogger(__name__)
-
-_VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
@@ -219,41 +208,6 @@ class LowBitCopies:
     def _new_input_squares(self, layer: int, name: str, matrix: Matrix) -> int | None:
         self._importance[layer, name] = torch.zeros(matrix.cols)
         return address(self._importance[layer, name])
-
-
-def kept_copies(
-    cache: WeightCache, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]], arena: Arena
-) -> dict[str, torch.Tensor]:
-    """The copies that are kept under the first of some keys; empty if there are none. A warning says if the kernels
-    could not read what is kept.
-
-    Args:
-        cache: where they are kept.
-        keys: in the order of preference.
-        forms: the shapes and dtypes of all levels and scales, by name.
-        arena: gives the memory.
-    """
-    for key in keys:
-        if (kept := cache.load(key)) is None:
-            continue
-        if forms == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}:
-            return {name: arena.copy(tensor) for name, tensor in kept.items()}
-        logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
-    return {}
-
-
-def copies_cache_key(scheme: str = "") -> str:
-    """Everything beside a model's weights that decides the names and the bytes of its copies.
-
-    Args:
-        scheme: says how matrices are named if it is in another way than here.
-    """
-    unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
-    names = f", {scheme}" if scheme else ""
-    return (
-        f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
-        f"{NUM_RANGES} ranges, importance at least {MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}{names}"
-    )
 
 
 def _fitted_cache_key() -> str:

@@ -152,8 +152,11 @@ class KernelLinearBackend(TransformersBackend):
 
     def _check_logits(self, expected: torch.Tensor) -> None:
         """Checks that the logits with the kernels are those of the model's own modules, up to rounding."""
-        with self.skipping(None):
-            found = self._trial_logits()
+        try:
+            with self.skipping(None):
+                found = self._trial_logits()
+        except Exception as error:
+            raise KernelsRefusedError(f"with the kernels, it does not run ({type(error).__name__}: {error})") from error
         if not (difference := self._difference(found, expected)) <= _TOLERANCE[self.model.dtype]:
             raise KernelsRefusedError(f"with the kernels, its logits differ by {difference:.2g} of their size")
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from knn_ssd.backends.native.low_bit import copies_cache_key, kept_copies
-from knn_ssd.backends.native.packed import PackedWeights
+from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
+from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
