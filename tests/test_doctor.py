@@ -34,9 +34,18 @@ def test_a_token_reads_all_of_an_embedding_that_is_the_head() -> None:
     assert doctor.read_bytes_per_token(model) == FLOAT_BYTES * sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_a_token_reads_the_experts_that_are_asked(family: str) -> None:
-    model = tiny_model(family, tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("gpt_oss", {}),
+        ("glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
+        ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
+    ],
+)
+def test_a_token_reads_the_experts_that_are_asked(family: str, sizes: dict[str, int]) -> None:
+    model = tiny_model(family, tie_word_embeddings=True, **sizes)
     weights = {name: FLOAT_BYTES * weight.numel() for name, weight in model.named_parameters()}
     experts = sum(size for name, size in weights.items() if ".experts." in name)
     assert experts > 0

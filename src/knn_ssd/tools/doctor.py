@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,7 @@ _CPU_FLAGS = (
 
 _BANDWIDTH_BYTES = 256 * 2**20
 _BANDWIDTH_REPEATS = 5
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "moe_k", "moe_topk")  # in configs: how many experts run for a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,16 +258,20 @@ def _compared_steps(backend: Backend) -> dict[str, Any]:
 def read_bytes_per_token(model: PreTrainedModel) -> int:
     """Size of the weights that one decode step reads: one row of the embedding, and the experts that are active."""
     config = model.config.get_text_config()
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / num_experts)
+    settings = (getattr(config, name, None) for name in _ACTIVE_EXPERTS)
+    num_active = next((value for value in settings if isinstance(value, int)), 1)
+    num_listed = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     total = 0.0
     for name, weight in model.named_parameters():  # tied weights are listed once
-        num_bytes = weight.numel() * weight.element_size()
+        num_bytes: float = weight.numel() * weight.element_size()
         if weight is embedding and (head is None or head.weight is not embedding):
             num_bytes //= len(embedding)
-        total += num_bytes * share if ".experts." in name else num_bytes
+        if ".experts." in name:  # all experts' weights in one, or each expert a module with a number
+            num_experts = num_listed if re.search(r"\.experts\.\d", name) else len(weight)
+            num_bytes *= min(1.0, num_active / num_experts)
+        total += num_bytes
     return round(total)
 
 
