@@ -187,11 +187,16 @@ def test_each_chosen_expert_runs_once_over_the_rows_that_chose_it(monkeypatch: p
     monkeypatch.setattr(experts, "multiplied_by", counted)
     (module,) = [each for each in backend._linears._modules if each.name == "model.layers.0.mlp.experts"]
     matrices = [make_matrix(weight.contiguous(), bias, backend._linears._keeper) for weight, bias in module.weights]
+    gated: list[int] = []
+    gate = module.module._apply_gate
+    monkeypatch.setattr(module.module, "_apply_gate", lambda x: (gated.append(len(x)), gate(x))[1], raising=False)
     rows, chosen = torch.randn(3, 32), torch.tensor([[2, 0], [0, 2], [0, 1]])
     weights = torch.rand(3, 2)
     found = module.forward(matrices)(rows, chosen, weights)
+    monkeypatch.undo()
     torch.testing.assert_close(found, module.module(rows, chosen, weights), rtol=1e-4, atol=1e-4)
     assert sorted(runs) == [1, 1, 2, 2, 3, 3]  # both matrices of experts 1, 2 and 0
+    assert gated == [1] * 6  # a row alone
 
 
 class OtherExperts(nn.Module):
