@@ -588,6 +588,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     **{key: {**TWO, **SHARED} for key in ("dots1", "glm4_moe")},
     "ernie4_5_moe": {**TWO, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "afmoe": {**TWO, "num_experts": 4, "num_dense_layers": 1},
+    "granitemoeshared": {**TWO, "num_local_experts": 4, "shared_intermediate_size": 32},
 }
 
 

@@ -225,7 +225,8 @@ def _kernels_read(config: PreTrainedConfig) -> bool:
         return True
     try:
         with quiet_transformers(), torch.device("meta"):  # without memory
-            return experts_obstacle(AutoModelForCausalLM.from_config(config)) is None
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return experts_obstacle(model) is None
     except Exception:  # loading the model will say why
         return False
 
@@ -244,8 +245,8 @@ def default_dtype(
         config: the model's; None says nothing of the kernels.
     """
     if checkpoint_dtype == torch.bfloat16:
-        by_kernels = device.type == "cpu" and config is not None
-        native = _has_bfloat16(device) or (by_kernels and _kernels_read(config))
+        on_cpu = device.type == "cpu"
+        native = _has_bfloat16(device) or (on_cpu and config is not None and _kernels_read(config))
     else:
         native = checkpoint_dtype == torch.float16 and device.type != "cpu"
     return checkpoint_dtype if native else torch.float32

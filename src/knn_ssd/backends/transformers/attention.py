@@ -139,7 +139,7 @@ class SharedPass(Cache):
         kernels().knn_ssd_attend(
             *(ctypes.byref(outer), caches, len(caches), visible.ctypes.data, n, address(rows), address(outputs))
         )
-        return outputs[None, :, :, : values.shape[-1]]
+        return outputs[None, :, :, : values.shape[-1]].contiguous()  # as some models view it in another shape
 
     def _visible_keys(self, mask: torch.Tensor) -> np.ndarray[Any, Any]:
         """`VisibleKeys` (n, 4) of each row under a mask that a layer uses. (Models make masks that none uses, too.)"""

@@ -189,7 +189,8 @@ class KernelLinears:
         2306.00978). That of all matrices is measured in one forward pass, at the first call.
         """
         if not self._importance:
-            measuring, sums = [], {}
+            measuring: list[Replacement] = []
+            sums: dict[str, torch.Tensor] = {}
             for each, matrices in zip(self._modules, self._matrices, strict=True):
                 squares = {of: torch.zeros(matrix.cols) for of, matrix in zip(each.inputs, matrices, strict=True)}
                 sums |= {name: squares[of] for name, of in zip(each.matrix_names, each.inputs, strict=True)}
