@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,14 @@ import torch
 
 from knn_ssd.backends.base import Exactness
 from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.cli import doctor as cli_doctor
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.binding import kernels_obstacle
-from knn_ssd.loading.resolve import EMBEDDED_MODEL
+from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tools import doctor
+from knn_ssd.tools.memory import FreeMemory
+from knn_ssd.tools.step_times import measure_step
 
 FLOAT_BYTES = 4
 
@@ -31,9 +34,18 @@ def test_a_token_reads_all_of_an_embedding_that_is_the_head() -> None:
     assert doctor.read_bytes_per_token(model) == FLOAT_BYTES * sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_a_token_reads_the_experts_that_are_asked(family: str) -> None:
-    model = tiny_model(family, tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("gpt_oss", {}),
+        ("glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
+        ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
+    ],
+)
+def test_a_token_reads_the_experts_that_are_asked(family: str, sizes: dict[str, int]) -> None:
+    model = tiny_model(family, tie_word_embeddings=True, **sizes)
     weights = {name: FLOAT_BYTES * weight.numel() for name, weight in model.named_parameters()}
     experts = sum(size for name, size in weights.items() if ".experts." in name)
     assert experts > 0
@@ -71,6 +83,33 @@ def test_a_report_of_a_model_on_the_native_backend(tmp_path: Path) -> None:
     assert 0 < report.low_bit_bytes < report.weight_bytes / 6  # of float32
 
 
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
+def test_the_backends_of_a_model_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama", hidden_size=128, head_dim=32).save_pretrained(tmp_path / "llama")
+    tiny_model("olmo2").save_pretrained(tmp_path / "olmo2")
+    report = doctor.examine(str(tmp_path / "llama")).model
+    assert report is not None
+    assert report.not_compared is None
+    assert report.step_sec is not None
+    assert report.transformers_step_sec is not None
+    faster = replace(report, step_sec=0.001, transformers_step_sec=0.002)
+    slower = replace(report, step_sec=0.002, transformers_step_sec=0.001)
+    for each, reason in ((faster, "it is the faster one here"), (slower, "though it is slower here")):
+        text = cli_doctor._model_rows(each)["backends compared"]
+        assert "transformers with the kernels: " in text
+        assert text.endswith(reason)
+    monkeypatch.setattr(doctor, "free_memory", lambda: FreeMemory(1, 2**30, "this machine"))
+    short = doctor.examine_model(
+        LoadedModel(tiny_model("llama", hidden_size=128, head_dim=32), None, "tiny", None), 1e9
+    )
+    assert short.transformers_step_sec is None
+    assert "of memory" in cli_doctor._model_rows(short)["backends compared"]
+    alone = doctor.examine(str(tmp_path / "olmo2")).model
+    assert alone is not None
+    assert alone.transformers_step_sec is alone.not_compared is None
+    assert "backends compared" not in cli_doctor._model_rows(alone)
+
+
 @pytest.mark.parametrize(
     ("found", "source"),
     [
@@ -90,7 +129,7 @@ def test_a_model_is_left_as_it_was() -> None:
     backend = TransformersBackend(tiny_model())
     prompt = [1, 2, 3]
     before = backend.open(3).prefill(prompt).logits
-    assert doctor.measure_step(backend) > 0
+    assert measure_step(backend) > 0
     assert torch.equal(backend.open(3).prefill(prompt).logits, before)
 
 
@@ -120,21 +159,25 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
         ("llama", "whole forward passes", Exactness.BITWISE),
         ("gemma3_text", "linear layers and attention", Exactness.BITWISE),
         ("falcon", "linear layers; its attention stays torch's: ", Exactness.NUMERICAL),
-        ("mixtral", "nothing; its linear layers stay torch's: it has weights outside", Exactness.NUMERICAL),
+        ("mixtral", "linear layers and attention", Exactness.BITWISE),
+        ("odd mixtral", "nothing; its linear layers stay torch's: it has weights outside", Exactness.NUMERICAL),
     ],
 )
 def test_a_report_says_what_the_kernels_run_of_a_model_and_why_not_more(
     family: str, kernels_run: str, exactness: Exactness, tmp_path: Path
 ) -> None:
+    is_odd = family.startswith("odd ")
     sizes = {} if family == "falcon" else {"head_dim": 32}
-    tiny_model(family, hidden_size=64, **sizes).save_pretrained(tmp_path)
+    if is_odd:
+        sizes["intermediate_size"] = 72
+    tiny_model(family.removeprefix("odd "), hidden_size=64, **sizes).save_pretrained(tmp_path)
     report = doctor.examine(str(tmp_path), "bfloat16", "cpu").model
     assert report is not None
     assert report.kernels_run is not None
     assert report.kernels_run.startswith(kernels_run)
     assert report.exactness is exactness
-    assert (report.draft_step_sec is not None) == (family != "mixtral")
-    assert bool(report.low_bit_bytes) == (family != "mixtral")
+    assert (report.draft_step_sec is not None) == (not is_odd)
+    assert bool(report.low_bit_bytes) == (not is_odd)
 
 
 @pytest.mark.parametrize("family", ["mamba", "t5"])

@@ -23,6 +23,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 
+from knn_ssd import engine as engine_module
 from knn_ssd.atlas import Atlas, DomainEntry
 from knn_ssd.backends.base import Pooling
 from knn_ssd.backends.transformers.backend import TransformersBackend
@@ -422,3 +423,13 @@ def test_logits_that_are_not_finite_are_an_error_and_accept_no_draft(value: floa
         model.get_output_embeddings().weight.fill_(value)
     with pytest.raises(ModelError, match="not finite"):
         Engine(model).generate(PROMPT, max_new_tokens=8, **options)
+
+
+def test_weights_are_packed_by_the_threads_that_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    order: list[object] = []
+    real = engine_module.select_backend
+    monkeypatch.setattr(engine_module, "set_threads", order.append)
+    monkeypatch.setattr(engine_module, "select_backend", lambda *args: (order.append("packing"), real(*args))[1])
+    Engine.from_pretrained(tmp_path, device="cpu", threads=1)
+    assert order[:2] == [1, "packing"]

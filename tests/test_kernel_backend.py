@@ -1,10 +1,11 @@
-"""The transformers backend with the kernels: any dense decoder drafts in 4 bits, and says what it says plainly."""
+"""The transformers backend with the kernels: any decoder drafts in 4 bits, and says what it says plainly."""
 
 from __future__ import annotations
 
 import ctypes
 import random
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,14 +25,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from knn_ssd.backends.base import Exactness, ForwardRequest
+from knn_ssd.backends.base import Exactness, ForwardRequest, SharesPasses
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.select import select_backend
+from knn_ssd.backends.transformers import experts, kernel_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
-from knn_ssd.backends.transformers.linears import find_linears
-from knn_ssd.backends.transformers.row_wise import row_wise_replacements
+from knn_ssd.backends.transformers.linears import find_linears, places_of
+from knn_ssd.backends.transformers.row_wise import row_by_row, row_wise_replacements
 from knn_ssd.engine import Engine
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.weights import TensorKeeper, make_matrix
@@ -40,15 +42,15 @@ from knn_ssd.testing import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
 
-MIXTURES = ("mixtral", "qwen2_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "gpt_oss")
 ROUND_EMBEDDINGS = ("gemma2", "gemma3_text")  # scaled in the model's dtype, before they become float32
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 MIXED = ["sliding_attention", "full_attention"] * 2
 DTYPES = (torch.float32, torch.bfloat16)
 LONG = [3 + 7 * i % 120 for i in range(40)]
 ALL_LOW = Plan.low(NUM_LAYERS, Policy(max_draft=4, threshold=0.0))
-every_dense_family = pytest.mark.parametrize("family", DENSE)
-every_bitwise_family = pytest.mark.parametrize("family", [family for family in DENSE if family != "falcon"])
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_bitwise_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "falcon"])
 
 
 @cache
@@ -119,7 +121,7 @@ class Renamed(nn.Linear):
 
 
 def found_in(model: Any) -> set[nn.Module]:
-    return {each.module for each in find_linears(model, TransformersBackend(model).structure)}
+    return {each.module for each in find_linears(model, places_of(TransformersBackend(model).structure))}
 
 
 def test_all_linear_layers_of_a_model_are_found() -> None:
@@ -168,6 +170,103 @@ def test_an_activation_gives_a_row_the_same_bits_in_any_block(activation: str, w
     torch.testing.assert_close(together, function(x))
     for i in range(17):
         assert torch.equal(replacement.value(x[:, i : i + 1])[0, 0], together[0, i])
+
+
+# --- Mixtures of experts
+
+
+def test_each_chosen_expert_runs_once_over_the_rows_that_chose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backend_of("mixtral", torch.float32)
+    runs: list[int] = []
+    real = experts.multiplied_by
+
+    def counted(matrix: binding.Matrix) -> Any:
+        multiply = real(matrix)
+        return lambda inputs: (runs.append(len(inputs)), multiply(inputs))[1]
+
+    monkeypatch.setattr(experts, "multiplied_by", counted)
+    (module,) = [each for each in backend._linears._modules if each.name == "model.layers.0.mlp.experts"]
+    matrices = [make_matrix(weight.contiguous(), bias, backend._linears._keeper) for weight, bias in module.weights]
+    gated: list[int] = []
+    gate = module.module._apply_gate
+    monkeypatch.setattr(module.module, "_apply_gate", lambda x: (gated.append(len(x)), gate(x))[1], raising=False)
+    rows, chosen = torch.randn(3, 32), torch.tensor([[2, 0], [0, 2], [0, 1]])
+    weights = torch.rand(3, 2)
+    found = module.forward(matrices)(rows, chosen, weights)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, module.module(rows, chosen, weights), rtol=1e-4, atol=1e-4)
+    assert sorted(runs) == [1, 1, 2, 2, 3, 3]  # both matrices of experts 1, 2 and 0
+    assert gated == [1] * 6  # a row alone
+
+
+class OtherExperts(nn.Module):
+    """Experts in a layout of their own."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.ups, self.gates = (nn.Parameter(each) for each in experts.gate_up_proj.chunk(2, dim=1))
+        self.experts = experts
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.experts(*args)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda mlp: setattr(mlp, "experts", OtherExperts(mlp.experts)), "OtherExperts is not laid out as"),
+        (lambda mlp: setattr(mlp.experts, "has_gate", "no"), "MixtralExperts has has_gate=no"),
+        (lambda mlp: setattr(mlp.experts, "forward", mlp.experts.forward), "MixtralExperts is hooked"),
+    ],
+)
+def test_experts_that_are_not_understood_stay_torchs(change: Any, reason: str) -> None:
+    model = endless(tiny_model("mixtral"))
+    change(model.model.layers[1].mlp)
+    backend = select_backend(model)
+    assert type(backend) is TransformersBackend
+    assert "outside linear layers (model.layers.1.mlp.experts" in (backend.refused or "")
+    assert reason in (backend.refused or "")
+    generation = Engine(model, backend=backend).generate(PROMPT, max_new_tokens=12)
+    assert list(generation.token_ids) == transformers_output(model, PROMPT, 12)
+
+
+def test_experts_that_are_called_in_another_way_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = endless(tiny_model("mixtral"))
+    gate = type(model.model.layers[0].mlp.gate)
+    own = gate.forward
+
+    def with_weights_of_all_experts(self: Any, hidden_states: torch.Tensor) -> Any:
+        logits, weights, chosen = own(self, hidden_states)
+        return logits, torch.zeros(len(chosen), 4, dtype=weights.dtype).scatter(1, chosen, weights), chosen
+
+    monkeypatch.setattr(gate, "forward", with_weights_of_all_experts)
+    model.config._experts_implementation = "eager"
+    backend = select_backend(model)
+    assert type(backend) is TransformersBackend
+    assert "with the kernels, it does not run (RuntimeError" in (backend.refused or "")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_of_a_width_that_the_kernels_do_not_take_stay_torchs_and_the_output_is_right(family: str) -> None:
+    width = "moe_intermediate_size" if family == "qwen2_moe" else "intermediate_size"
+    model = endless(tiny_model(family, **{width: 72}))
+    backend = select_backend(model)
+    assert type(backend) is TransformersBackend
+    assert "an expert has 72 inputs, which is not a multiple of" in (backend.refused or "")
+    generation = Engine(model, backend=backend).generate(PROMPT, max_new_tokens=12)
+    assert list(generation.token_ids) == transformers_output(model, PROMPT, 12)
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, partial(torch.softmax, dim=-1), partial(torch.topk, k=2)])
+def test_a_function_of_a_router_gives_a_row_the_same_bits_in_any_block(function: Any) -> None:
+    x = torch.randn(17, 5, generator=torch.Generator().manual_seed(0))
+    together = row_by_row(function)(x)
+    torch.testing.assert_close(together, function(x))
+    for i in range(17):
+        alone = row_by_row(function)(x[i : i + 1])
+        pairs = (each if isinstance(each, tuple) else (each,) for each in (alone, together))
+        for part, whole in zip(*pairs, strict=True):
+            assert torch.equal(part[0], whole[i])
 
 
 # --- Attention
@@ -364,6 +463,18 @@ def test_attention_that_asks_for_what_the_kernels_do_not_know_stays_torchs() -> 
     assert list(generation.token_ids) == transformers_output(model, PROMPT, 20)
 
 
+def test_what_is_refused_is_known_before_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[object] = []
+    real = kernel_backend.KernelLinears
+    monkeypatch.setattr(
+        kernel_backend, "KernelLinears", lambda *arguments: (packed.append(arguments), real(*arguments))[1]
+    )
+    assert type(select_backend(tiny_model("falcon", dtype=torch.bfloat16))) is KernelLinearBackend
+    assert len(packed) == 1
+    assert type(select_backend(tiny_model("mixtral", intermediate_size=72))) is TransformersBackend
+    assert len(packed) == 1
+
+
 def test_attention_outside_of_transformers_interface_stays_torchs() -> None:
     with pytest.raises(KernelsRefusedError, match="does not run through transformers' attention interface"):
         KernelBackend(tiny_model("falcon"))
@@ -373,7 +484,7 @@ def test_attention_outside_of_transformers_interface_stays_torchs() -> None:
 # --- Lossless
 
 
-@every_dense_family
+@every_family
 @settings(max_examples=2)
 @given(plan=any_plans(), prompt=prompts(), max_new_tokens=st.integers(1, 12))
 @example(plan=ALL_LOW, prompt=LONG, max_new_tokens=12)
@@ -386,7 +497,7 @@ def test_greedy_output_is_that_of_transformers_for_drafts_of_every_mode(
     assert list(generation.token_ids) == transformers_output(backend.model, prompt, max_new_tokens)
 
 
-@every_dense_family
+@every_family
 @settings(max_examples=2)
 @given(plan=any_plans(), prompt=prompts())
 @example(plan=ALL_LOW, prompt=LONG)
@@ -402,7 +513,7 @@ def test_in_bfloat16_output_is_that_of_plain_decoding(family: str, plan: Plan, p
         assert drafted.logprobs == plain.logprobs
 
 
-@pytest.mark.parametrize("family", [family for family in DENSE if family not in ROUND_EMBEDDINGS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ROUND_EMBEDDINGS])
 def test_bfloat16_weights_give_what_they_give_in_float32(family: str) -> None:
     rounded = tiny_model(family, dtype=torch.bfloat16)
     expected = transformers_output(tiny_model(family, dtype=torch.bfloat16).float(), PROMPT, 8)
@@ -410,7 +521,7 @@ def test_bfloat16_weights_give_what_they_give_in_float32(family: str) -> None:
     assert list(generation.token_ids) == expected
 
 
-@every_dense_family
+@every_family
 def test_4_bit_drafts_agree_with_the_model_far_more_often_than_by_chance(family: str) -> None:
     backend = backend_of(family, torch.float32)
     session = backend.open(60)
@@ -447,30 +558,43 @@ def test_the_native_backend_is_taken_first_and_the_kernels_wherever_they_can_be(
     assert type(select_backend(tiny_model("qwen3", hidden_size=96, head_dim=32))) is NativeBackend
     assert type(select_backend(tiny_model("olmo2"))) is KernelBackend
     assert type(select_backend(tiny_model("falcon"))) is KernelLinearBackend
-    assert type(select_backend(tiny_model("mixtral"))) is TransformersBackend
+    assert type(select_backend(tiny_model("mixtral"))) is KernelBackend
+    assert type(select_backend(tiny_model("mixtral", intermediate_size=72))) is TransformersBackend
 
 
 def test_only_a_model_that_does_not_get_everything_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     select_backend(tiny_model("gemma3_text"))
     assert not caplog.records
-    for family, lacks in (("falcon", "drafts may change its output by rounding"), ("mixtral", "no 4-bit drafts")):
-        select_backend(tiny_model(family))
+    for family, intermediate_size, lacks in (
+        ("falcon", 64, "drafts may change its output by rounding"),
+        ("mixtral", 72, "no 4-bit drafts"),
+    ):
+        select_backend(tiny_model(family, intermediate_size=intermediate_size))
         assert lacks in caplog.records[-1].getMessage()
         assert f"the architecture {family} is not among" in caplog.records[-1].getMessage()
     assert len(caplog.records) == 2
 
 
+TWO = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 OTHERS: dict[str, dict[str, Any]] = {
     **{key: {} for key in ("apertus", "arcee", "bitnet", "ernie4_5", "gemma", "glm", "helium", "hunyuan_v1_dense")},
     **{key: {} for key in ("ministral3", "nemotron", "olmo", "seed_oss")},
     **{key: {"head_dim": None} for key in ("cohere", "gpt_bigcode", "persimmon", "phi")},
     **{key: {"sliding_window": 16, "layer_types": MIXED} for key in ("exaone4", "ministral")},
     "starcoder2": {"sliding_window": 16, "head_dim": None},
+    **{key: {**TWO, "num_experts": 4} for key in ("flex_olmo", "olmoe", "qwen3_moe")},
+    **{key: {**TWO, "num_local_experts": 4} for key in ("granitemoe", "minimax_m2", "phimoe")},
+    **{key: {**TWO, **SHARED} for key in ("dots1", "glm4_moe")},
+    "ernie4_5_moe": {**TWO, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "afmoe": {**TWO, "num_experts": 4, "num_dense_layers": 1},
+    "granitemoeshared": {**TWO, "num_local_experts": 4, "shared_intermediate_size": 32},
 }
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_dense_families_get_the_same(family: str) -> None:
+def test_other_families_get_the_same(family: str) -> None:
     model = endless(tiny_model(family, **OTHERS[family]))
     backend = select_backend(model)
     assert type(backend) is KernelBackend
@@ -479,12 +603,69 @@ def test_other_dense_families_get_the_same(family: str) -> None:
     assert list(generation.token_ids) == transformers_output(model, LONG, 12)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_of_experts_is_refused_with_what_was_found(family: str) -> None:
-    with pytest.raises(KernelsRefusedError, match=r"outside linear layers .*mlp.experts.*as in a mixture of experts"):
-        KernelLinearBackend(tiny_model(family))
-
-
 def test_weights_in_another_dtype_are_refused() -> None:
     with pytest.raises(KernelsRefusedError, match="weights in float16"):
         KernelLinearBackend(tiny_model("olmo2", dtype=torch.float16))
+
+
+# --- The README's table of models
+
+ROWS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
+    ("Llama, Mistral", {"head_dim": 32, "hidden_size": 64}, torch.float32, "llama", "native"),
+    (
+        "other dense decoders",
+        {},
+        torch.bfloat16,
+        "gemma2",
+        "transformers, with the kernels' linear layers and attention",
+    ),
+    (
+        *("mixtures of experts on the CPU", {}, torch.bfloat16, "mixtral"),
+        "transformers, with the kernels' linear layers, experts and attention",
+    ),
+    ("where attention does not", {}, torch.float32, "falcon", "transformers, with the kernels' linear layers"),
+    ("mixtures whose experts", {"intermediate_size": 72}, torch.float32, "mixtral", "transformers"),
+    ("mixtures whose experts", {}, torch.float16, "olmo2", "transformers"),
+]
+NAMES = {
+    **{"Gemma": "gemma", "Gemma 2": "gemma2", "Gemma 3": "gemma3_text", "Phi-2": "phi", "Phi-3": "phi3"},
+    **{"Phi-4": "phi3", "Granite": "granite", "OLMo to OLMo 3": "olmo3", "StableLM": "stablelm"},
+    **{"Command R (Cohere": "cohere", "Cohere 2)": "cohere2", "GLM-4": "glm4", "SmolLM3": "smollm3"},
+    **{"StarCoder 2": "starcoder2", "Nemotron": "nemotron", "EXAONE 4": "exaone4", "Seed-OSS": "seed_oss"},
+    **{"Ministral": "ministral", "ERNIE 4.5": "ernie4_5", "Apertus": "apertus", "GPT-2": "gpt2"},
+    **{"GPT-NeoX and others": "gpt_neox", "Mixtral": "mixtral", "Qwen2-MoE": "qwen2_moe", "Qwen3-MoE": "qwen3_moe"},
+    **{"gpt-oss": "gpt_oss", "OLMoE": "olmoe", "FlexOlmo": "flex_olmo", "Granite-MoE": "granitemoe"},
+    **{"Phi-3.5-MoE": "phimoe", "GLM-4-MoE": "glm4_moe", "dots.llm1": "dots1", "MiniMax-M2": "minimax_m2"},
+    **{"ERNIE 4.5 MoE": "ernie4_5_moe", "Hunyuan-MoE and others": "hunyuan_v1_moe", "Falcon": "falcon"},
+}
+
+
+def table_of_models() -> list[list[str]]:
+    """The cells of each row of the README's table of models."""
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    lines = text.partition("## Which models get what\n")[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+
+
+@pytest.mark.parametrize(("begins", "overrides", "dtype", "family", "backend_cell"), ROWS)
+def test_the_readmes_table_says_what_backends_say(
+    begins: str, overrides: dict[str, Any], dtype: torch.dtype, family: str, backend_cell: str
+) -> None:
+    (row,) = [each for each in table_of_models() if each[0].startswith(begins)]
+    backend = select_backend(tiny_model(family, dtype=dtype, **overrides))
+    drafts = "4-bit, skipping, copies" if Mode.LOW in backend.modes else "skipping, copies"
+    shares = "yes" if isinstance(backend, SharesPasses) else "no"
+    is_native = isinstance(backend, NativeBackend)
+    assert row[1:] == [backend_cell, drafts, backend.exactness.value, shares]
+    assert backend_cell.startswith("native" if is_native else "transformers")
+    if not is_native:
+        expected = {"nothing": "transformers"}.get(backend.kernels_run, f"the kernels' {backend.kernels_run}")
+        assert backend_cell.replace("layers, experts", "layers").endswith(expected)
+
+
+def test_the_readmes_table_names_only_models_whose_row_is_tested() -> None:
+    dense, mixture, falcon = (table_of_models()[index][0] for index in (1, 2, 3))
+    for cell in (dense, mixture, falcon):
+        for name in cell.partition(": ")[2].split(", "):
+            assert NAMES[name] in {*FAMILIES, *OTHERS}, name
+    assert len(table_of_models()) == len({row[0] for row in ROWS})

@@ -34,7 +34,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from knn_ssd import testing
 from knn_ssd.errors import KnnSsdError, ModelError, OutputError, UnsupportedModelError, UsageError
+from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading import checkpoint, download, gguf, gguf_file, pretrained, resolve
 from knn_ssd.loading.hub_name import HubName, cached, gguf_files
 from knn_ssd.loading.resolve import (
@@ -567,12 +569,26 @@ def test_bfloat16_asked_of_an_older_torch(monkeypatch: pytest.MonkeyPatch, nativ
     assert resolve._cpu_has_bfloat16() is bool(native)
 
 
-def test_bfloat16_is_kept_where_the_native_backend_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "sizes", "is_kept"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, True),
+        ("falcon", {}, True),
+        ("mixtral", {}, True),
+        ("mixtral", {"intermediate_size": 72}, False),
+    ],
+)
+def test_bfloat16_is_kept_where_the_kernels_read_it(
+    family: str, sizes: dict[str, int], is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: False)
-    for unavailable, expected in ((None, torch.bfloat16), ("no kernels", torch.float32)):
+    config = testing.tiny_model(family, **sizes).config
+    for unavailable in (kernels_obstacle(), "no kernels"):
         monkeypatch.setattr(resolve, "kernels_obstacle", lambda unavailable=unavailable: unavailable)
-        assert default_dtype(torch.bfloat16, CPU, "llama") == expected
-        assert default_dtype(torch.bfloat16, CPU, "gpt2") == torch.float32
+        expected = torch.bfloat16 if is_kept and unavailable is None else torch.float32
+        assert default_dtype(torch.bfloat16, CPU, config) == expected
+    assert default_dtype(torch.bfloat16, CPU) == torch.float32
 
 
 def test_other_dtypes() -> None:

@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from knn_ssd.backends.native import low_bit, packed
+from knn_ssd.backends import kept_copies, packed
 from knn_ssd.backends.native.backend import NativeBackend
+from knn_ssd.backends.transformers import linears
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import UsageError
@@ -155,6 +157,88 @@ def test_a_plan_that_skips_keeps_what_any_plan_takes(model: Path) -> None:
     assert copies(plain) == {}
 
 
+# ---- The transformers backend with the kernels
+
+
+@pytest.fixture
+def other(model: Path) -> Path:
+    """The directory of a model that the kernels run on the transformers backend: a mixture."""
+    return saved_mixture(model.parent / "other")
+
+
+def saved_mixture(directory: Path, seed: int = 0) -> Path:
+    tiny_model("gpt_oss", seed=seed).save_pretrained(directory)
+    tiny_tokenizer(chat=True).save_pretrained(directory)
+    return directory
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_transformers_backend_takes_what_the_first_start_made(
+    other: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, made = prepared(other, dtype=dtype)
+    assert type(first.backend) is KernelBackend
+    matrices = 4 * (4 + 2 * 4) + 1  # q, k, v and o, two for each expert, and the head
+    assert made.stages == [("making 4-bit copies", matrices)]
+    assert made.steps == matrices
+    assert len(kept()) == 1
+    tiles = dtype == "bfloat16" and binding.uses_tiles()
+    assert len(kept("weights in blocks")) == (0 if tiles else 1)
+    if not tiles:
+        monkeypatch.setattr(packed, "best_blocks", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(linears, "quantise", lambda *_: pytest.fail("quantised again"))
+    second, taken = prepared(other, dtype=dtype)
+    assert taken.stages == []
+    assert torch.equal(draft_logits(first), draft_logits(second))
+    assert torch.equal(*[engine.backend.open(9).prefill(PROMPT).logits for engine in (first, second)])
+    assert first.memory.low_bit == second.memory.low_bit > 0
+    assert first.memory.weights == second.memory.weights > 0
+
+
+@needs_kernels
+def test_the_transformers_backend_never_takes_what_was_made_of_another_checkpoint(other: Path) -> None:
+    prepared(other)
+    saved_mixture(other, seed=1)
+    changed, made = prepared(other)
+    fresh, _ = prepared(other, weight_cache=False)
+    assert made.steps > 0
+    assert torch.equal(draft_logits(changed), draft_logits(fresh))
+
+
+@needs_kernels
+def test_the_transformers_backend_keeps_nothing_without_the_weight_cache(other: Path) -> None:
+    prepared(other, weight_cache=False)
+    assert kept() == kept("weights in blocks") == []
+
+
+@needs_kernels
+def test_the_transformers_backend_makes_again_what_it_cannot_read(
+    other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = prepared(other)
+    for file in (*kept(), *kept("weights in blocks")):
+        tensors, key = load_file(file), key_of(file)
+        name = next(name for name in tensors if "experts.5" in name and tensors[name].dim() > 1)
+        tensors[name] = tensors[name][:-1].clone()
+        save_file(tensors, file, metadata={"key": key})
+    second, _ = prepared(other)
+    assert caplog.text.count("are not those of this model") == 2
+    assert torch.equal(draft_logits(first), draft_logits(second))
+
+
+@needs_kernels
+def test_one_checkpoint_on_both_backends_keeps_both(model: Path) -> None:
+    native, _ = prepared(model)
+    cache = WeightCache.of(native.model, model)
+    backend = KernelBackend(native.model, None, cache)
+    backend.prepare(LOW)
+    assert len(kept()) == len(kept("weights in blocks")) == 2
+
+
+# ---- What identifies a model
+
+
 def identities_of_changes(directory: Path) -> list[str]:
     """What identifies a model's weights: at first, and after each of several changes to its files."""
 
@@ -198,7 +282,7 @@ def test_other_weights_are_another_model(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [low_bit._cache_key()]
+    keys = [kept_copies.copies_cache_key()]
     for name, value in (
         ("_VERSION", 0),
         ("GROUP_SIZE", 32),
@@ -209,8 +293,8 @@ def test_the_key_takes_whatever_decides_the_bytes(monkeypatch: pytest.MonkeyPatc
         ("kernels", lambda: type("Kernels", (), {"knn_ssd_lanes": staticmethod(lambda: 4)})),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(low_bit, name, value)
-            keys.append(low_bit._cache_key())
+            patch.setattr(kept_copies, name, value)
+            keys.append(kept_copies.copies_cache_key())
     assert len(set(keys)) == len(keys) == 8
 
 
@@ -222,8 +306,8 @@ GOLDEN = {  # by lanes
 
 @needs_kernels
 def test_copies_change_with_their_version_only() -> None:
-    """Whoever changes how copies are made increases `low_bit._VERSION`, so that none made before is taken."""
-    digest = hashlib.sha256(f"{low_bit._VERSION}".encode())
+    """Whoever changes how copies are made increases `kept_copies._VERSION`, so that none made before is taken."""
+    digest = hashlib.sha256(f"{kept_copies._VERSION}".encode())
     for dtype in (torch.float32, torch.bfloat16):
         linear = nn.Linear(160, 40, bias=False, dtype=dtype)
         numbers = torch.arange(40 * 160).view(40, 160)
@@ -295,7 +379,9 @@ def test_tensors_of_other_forms_never_reach_the_kernels(
         tensors |= {"another": moved} if change == "name" else {}
     else:
         tensors["another"] = torch.zeros(1)
-    WeightCache.of(Engine.from_pretrained(model, device="cpu").model, model).store(low_bit._cache_key(), tensors)
+    WeightCache.of(Engine.from_pretrained(model, device="cpu").model, model).store(
+        kept_copies.copies_cache_key(), tensors
+    )
     with caplog.at_level(logging.WARNING):
         _, made = prepared(model)
     assert "are not those of this model" in caplog.text

@@ -146,7 +146,7 @@ class TimedProcess:
     CODE = """
     import sys
     from knn_ssd import Engine, Mode, Plan
-    from knn_ssd.tools.doctor import measure_step
+    from knn_ssd.tools.step_times import measure_step
     backend = Engine.from_pretrained().backend
     plans = [None, Plan.low(backend.num_layers)] if Mode.LOW in backend.modes else [None]
     print(type(backend).__name__, flush=True)

@@ -86,9 +86,7 @@ class Engine:
         threads: int | None = None,
         backend: Backend | None = None,
     ) -> None:
-        if threads is not None:
-            require_whole("threads", threads)
-            set_threads(threads)
+        set_threads(threads)
         require_whole("neighbours", neighbours)
         require_whole("prefix_cache", prefix_cache)
         require(prefix_cache >= 0, "prefix_cache must be 0 or more bytes", prefix_cache)
@@ -132,10 +130,10 @@ class Engine:
         Args:
             name: which model.
             atlas: an atlas, or the folder of one.
-            dtype: "auto" is the checkpoint's own where the device computes it natively, else float32.
+            dtype: "auto" is the checkpoint's own where the device, or the kernels, compute it natively, else float32.
             device: None takes an accelerator if there is one.
             neighbours, answers, prefix_cache, threads: see the class.
-            weight_cache: keep 4-bit copies of the weights in the cache directory, and take them from there.
+            weight_cache: keep packed weights and 4-bit copies in the cache directory, and take them from there.
             revision: a branch, tag or commit of a model on the Hub; None is its main branch.
 
         Raises:
@@ -143,6 +141,7 @@ class Engine:
         """
         from knn_ssd.loading.resolve import load_model
 
+        set_threads(threads)  # before weights are packed
         atlas = Atlas.load(atlas) if isinstance(atlas, str | Path) else atlas
         loaded = load_model(name, dtype=dtype, device=device, revision=revision)
         options: dict[str, Any] = {"answers": answers, "prefix_cache": prefix_cache, "threads": threads}

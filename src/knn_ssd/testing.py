@@ -67,7 +67,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "falcon": {"num_key_value_heads": None, "head_dim": None},
     "mixtral": {**_MOE, "num_local_experts": 4, "sliding_window": None},
-    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    "qwen2_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "gpt_oss": {
+        **{**_MOE, "num_local_experts": 4, "sliding_window": 16},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
 }
 
 

@@ -12,6 +12,7 @@ from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
+from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,18 @@ def select_backend(model: PreTrainedModel, directory: Path | None = None) -> Bac
 
     Args:
         model: the model.
-        directory: the directory that it was loaded from, unchanged; the 4-bit copies of its weights are then kept in
-            the weight cache. None keeps none.
+        directory: the directory that it was loaded from, unchanged; its packed weights and their 4-bit copies are then
+            kept in the weight cache. None keeps none.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says what was looked for.
         UsageError: $KNN_SSD_WEIGHT_CACHE is not a number of GiB.
     """
     obstacle = native_obstacle(model)
+    cache = WeightCache.of(model, directory) if directory is not None and kernels_obstacle() is None else None
     if obstacle is None:
-        return NativeBackend(model, WeightCache.of(model, directory) if directory is not None else None)
-    backend = _transformers_backend(model)
+        return NativeBackend(model, cache)
+    backend = _transformers_backend(model, cache)
     if lacks := _LACKS.get(backend.kernels_run):
         refused = backend.refused or ""
         reasons = refused if obstacle in refused else f"{obstacle}; {refused}"
@@ -47,12 +49,12 @@ def select_backend(model: PreTrainedModel, directory: Path | None = None) -> Bac
     return backend
 
 
-def _transformers_backend(model: PreTrainedModel) -> TransformersBackend:
+def _transformers_backend(model: PreTrainedModel, cache: WeightCache | None) -> TransformersBackend:
     """The transformers backend, with as much of the kernels as the model can use."""
     refused = None
     for kind in (KernelBackend, KernelLinearBackend):
         try:
-            return kind(model, refused)
+            return kind(model, refused, cache)
         except KernelsRefusedError as error:
             refused = str(error)
     return TransformersBackend(model, refused)

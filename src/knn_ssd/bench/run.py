@@ -25,7 +25,8 @@ from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.progress import Progress
 from knn_ssd.prompts import Prompt
 from knn_ssd.tokenization import eos_token_ids
-from knn_ssd.tools.doctor import measure_bandwidth, measure_step, read_bytes_per_token
+from knn_ssd.tools.doctor import measure_bandwidth, read_bytes_per_token
+from knn_ssd.tools.step_times import measure_step
 
 SCHEMA = 1
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 8

@@ -19,7 +19,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         description="Shows what this machine offers (kernels, read bandwidth) and how fast a model can run on it: "
-        "whether it is supported, its backend and exactness, and the lower bound of seconds per token.",
+        "whether it is supported, its backend and exactness, and the lower bound of seconds per token. A model that "
+        "the native backend runs is run by the transformers backend as well, and eight plain steps of each are timed "
+        "in turn.",
     )
     parser.add_argument("--no-model", action="store_true", help="examine the machine only")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -81,6 +83,7 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "backend": report.backend and ": ".join(filter(None, (report.backend, report.why_not_native))),
         "kernels run": report.kernels_run,
         "plain step": report.step_sec and f"{_speed(report.step_sec)}, measured{_share(report)}",
+        "backends compared": _comparison(report),
         "draft step": report.draft_step_sec
         and f"{_speed(report.draft_step_sec)}, in 4 bits; the 4-bit copies take {_megabytes(report.low_bit_bytes)}",
         "exactness": report.exactness and report.exactness.value,
@@ -94,6 +97,19 @@ def _share(report: ModelReport) -> str:
     if not report.floor_sec_per_token or not report.step_sec:
         return ""
     return f"; uses {report.floor_sec_per_token / report.step_sec:.0%} of the read bandwidth"
+
+
+def _comparison(report: ModelReport) -> str | None:
+    """How fast the transformers backend is beside the native one, and which of the two is taken."""
+    if report.not_compared:
+        return f"the transformers backend was not measured: {report.not_compared}"
+    if not report.transformers_step_sec or not report.step_sec:
+        return None
+    native, other = report.step_sec, report.transformers_step_sec
+    measured = f"transformers with the kernels: {_speed(other)}; native: {_speed(native)}"
+    if native <= other:
+        return f"{measured}. The native backend is taken: it is the faster one here"
+    return f"{measured}. The native backend is taken, as for all models that it supports, though it is slower here"
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from knn_ssd.checks import require_whole
 from knn_ssd.errors import KnnSsdError, UsageError
 from knn_ssd.kernels.build import KernelsUnavailable, library_path
 from knn_ssd.kernels.threads import thread_count
@@ -198,15 +199,18 @@ def uses_tiles() -> bool:
     return kernels_obstacle() is None and bool(kernels().knn_ssd_uses_tiles())
 
 
-def set_threads(threads: int) -> None:
+def set_threads(threads: int | None) -> None:
     """Sets how many threads run the kernels and torch's own operations in this process.
 
     Args:
-        threads: at least 1; the calling thread is one of them.
+        threads: at least 1; the calling thread is one of them. None changes nothing.
 
     Raises:
-        UsageError: a number below 1.
+        UsageError: no whole number, or one below 1.
     """
+    if threads is None:
+        return
+    require_whole("threads", threads)
     if threads < 1:
         raise UsageError(f"threads must be 1 or more, got {threads}")
     torch.set_num_threads(threads)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from knn_ssd.backends.native.obstacles import NATIVE_FAMILIES
+from knn_ssd.backends.transformers.experts import experts_obstacle
 from knn_ssd.errors import ModelError, UsageError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
@@ -77,7 +79,7 @@ def load_model(
     Args:
         name: a directory, a GGUF file, a Hub id, with or without the name of a GGUF file after a colon, or None for the
             embedded default.
-        dtype: `auto` is the checkpoint's own where the device computes it natively, else float32.
+        dtype: `auto` is the checkpoint's own where the device, or the kernels, compute it natively, else float32.
         device: None is CUDA if available, else MPS, else the CPU.
         revision: a branch, tag or commit on the Hub; None is the main branch.
 
@@ -192,11 +194,11 @@ def _load_weights(
 
     own = getattr(config, "dtype", None)
     if wanted is None and own is not None:
-        wanted = default_dtype(own, device, config.model_type)
+        wanted = default_dtype(own, device, config)
     model = load(wanted or "auto")
     # Where the config names no dtype, it is known once the weights are loaded. Casting them would also cast buffers
     # that have to stay in float32 (rotary frequencies), so they are loaded again.
-    if wanted is None and (native := default_dtype(model.dtype, device, config.model_type)) != model.dtype:
+    if wanted is None and (native := default_dtype(model.dtype, device, config)) != model.dtype:
         model = load(native)
     if own is not None and model.dtype != own:
         logger.info("weights stored in %s run in %s on %s", own, model.dtype, device)
@@ -206,24 +208,45 @@ def _load_weights(
 def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
     """Memory of a model on the CPU over the size of its weights in a dtype.
 
-    Weights of the files' own dtype are mapped. Where the native backend stores them anew, in 12 bits instead of 16 and
-    a little for those without a code, the mapped ones are released, but converted ones stay.
+    Weights of the files' own dtype are mapped. Where the kernels store them anew, in 12 bits instead of 16 and a little
+    for those without a code, the mapped ones are released, but converted ones stay.
     """
-    native = config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
-    if dtype is None or not native or (dtype == torch.bfloat16 and uses_tiles()):
+    if dtype is None or (dtype == torch.bfloat16 and uses_tiles()) or not _kernels_read(config):
         return 1.0
     converted_copy = 0.0 if dtype == getattr(config, "dtype", None) else 1.0
     return converted_copy + (0.8 if dtype == torch.bfloat16 else 1.0)
 
 
+def _kernels_read(config: PreTrainedConfig) -> bool:
+    """Whether the kernels read the weights of a model with this config, as far as its structure says."""
+    if kernels_obstacle() is not None:
+        return False
+    if config.model_type in NATIVE_FAMILIES:
+        return True
+    try:
+        with quiet_transformers(), torch.device("meta"):  # without memory
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return experts_obstacle(model) is None
+    except Exception:  # loading the model will say why
+        return False
+
+
 # ---- In which dtype, on which device
 
 
-def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device, model_type: str = "") -> torch.dtype:
-    """The checkpoint's own dtype where the device or the native backend's kernels compute it natively, else float32."""
+def default_dtype(
+    checkpoint_dtype: torch.dtype, device: torch.device, config: PreTrainedConfig | None = None
+) -> torch.dtype:
+    """The checkpoint's own dtype where the device computes it natively, or the kernels do, else float32.
+
+    Args:
+        checkpoint_dtype: the dtype of the checkpoint's weights.
+        device: where the model will run.
+        config: the model's; None says nothing of the kernels.
+    """
     if checkpoint_dtype == torch.bfloat16:
-        kernels = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
-        native = kernels or _has_bfloat16(device)
+        on_cpu = device.type == "cpu"
+        native = _has_bfloat16(device) or (on_cpu and config is not None and _kernels_read(config))
     else:
         native = checkpoint_dtype == torch.float16 and device.type != "cpu"
     return checkpoint_dtype if native else torch.float32

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,14 +23,15 @@ from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.obstacles import native_obstacle
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelsRefusedError
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
 from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.sampling import most_likely
-from knn_ssd.tools.memory import free_memory
+from knn_ssd.tools.memory import free_memory, size
+from knn_ssd.tools.step_times import measure_step, measure_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +42,7 @@ _CPU_FLAGS = (
 
 _BANDWIDTH_BYTES = 256 * 2**20
 _BANDWIDTH_REPEATS = 5
-_PROMPT_LENGTH = 16
-_STEPS = 8
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "moe_k", "moe_topk")  # in configs: how many experts run for a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,9 @@ class ModelReport:
         kernels_run: what of the model the kernels run, and why not more.
         exactness: what the backend's forward passes guarantee.
         step_sec: median seconds of a plain decode step.
+        transformers_step_sec: for a model on the native backend, that of the same model on the transformers backend
+            with the kernels, measured in turn with `step_sec`; None where it is not measured.
+        not_compared: why it is not measured.
         draft_step_sec: median seconds of a draft step with all weights in 4 bits; None where the backend has none.
         low_bit_bytes: memory of the 4-bit copies.
     """
@@ -122,6 +125,8 @@ class ModelReport:
     kernels_run: str | None = None
     exactness: Exactness | None = None
     step_sec: float | None = None
+    transformers_step_sec: float | None = None
+    not_compared: str | None = None
     draft_step_sec: float | None = None
     low_bit_bytes: int | None = None
 
@@ -215,7 +220,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         why_not_native=native_obstacle(model),
         kernels_run=_kernels_run(backend),
         exactness=backend.exactness,
-        step_sec=measure_step(backend),
+        **_compared_steps(backend),
     )
     if Mode.LOW in backend.modes:
         low = Plan.low(backend.num_layers)
@@ -236,38 +241,37 @@ def measure_bandwidth(device: torch.device) -> float:
     return _BANDWIDTH_BYTES / min(_time(lambda: values.sum().item()) for _ in range(_BANDWIDTH_REPEATS))
 
 
-def measure_step(backend: Backend, plan: Plan | None = None) -> float:
-    """Median seconds of a plain decode step, or of a draft step under a plan."""
-    if plan is not None:
-        backend.prepare(plan)
-    session = backend.open(_PROMPT_LENGTH + _STEPS + 1)
+def _compared_steps(backend: Backend) -> dict[str, Any]:
+    """The times of plain steps for a report: on a backend and, if it is the native one, on the other one in turn."""
+    if not isinstance(backend, NativeBackend):
+        return {"step_sec": measure_step(backend)}
+    free, needed = free_memory(), backend.weight_bytes
+    if free is not None and needed > free.bytes:  # it stores its weights once more
+        return {"step_sec": measure_step(backend), "not_compared": f"it takes {size(needed)} of memory; {free}"}
     try:
-        (token,) = most_likely(session.prefill([0] * _PROMPT_LENGTH).logits[None])
-
-        def step() -> None:
-            nonlocal token
-            (token,) = most_likely(session.forward([token], plan))
-            session.commit(1)
-
-        step()
-        return statistics.median(_time(step) for _ in range(_STEPS))
-    finally:
-        session.close()
+        other = KernelBackend(backend.model)
+    except KernelsRefusedError as error:
+        return {"step_sec": measure_step(backend), "not_compared": str(error)}
+    return dict(zip(("step_sec", "transformers_step_sec"), measure_steps([backend, other]), strict=True))
 
 
 def read_bytes_per_token(model: PreTrainedModel) -> int:
     """Size of the weights that one decode step reads: one row of the embedding, and the experts that are active."""
     config = model.config.get_text_config()
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / num_experts)
+    settings = (getattr(config, name, None) for name in _ACTIVE_EXPERTS)
+    num_active = next((value for value in settings if isinstance(value, int)), 1)
+    num_listed = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     total = 0.0
     for name, weight in model.named_parameters():  # tied weights are listed once
-        size = weight.numel() * weight.element_size()
+        num_bytes: float = weight.numel() * weight.element_size()
         if weight is embedding and (head is None or head.weight is not embedding):
-            size //= len(embedding)
-        total += size * share if ".experts." in name else size
+            num_bytes //= len(embedding)
+        if ".experts." in name:  # all experts' weights in one, or each expert a module with a number
+            num_experts = num_listed if re.search(r"\.experts\.\d", name) else len(weight)
+            num_bytes *= min(1.0, num_active / num_experts)
+        total += num_bytes
     return round(total)
 
 

@@ -34,10 +34,10 @@ from knn_ssd.backends.exactness import probe
 from knn_ssd.backends.native.kv_cache import KV_DTYPES, KVCache
 from knn_ssd.backends.native.low_bit import LowBitCopies
 from knn_ssd.backends.native.obstacles import native_obstacle, sliding_window
-from knn_ssd.backends.native.packed import PackedWeights
 from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.resolved_plan import ResolvedPlan, sublayer_addresses
 from knn_ssd.backends.native.session import NativeSession
+from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.checks import require
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
@@ -100,7 +100,7 @@ class NativeBackend:
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = self._packed.matrix("head", output)
+        self.head = self._matrix("head", output)
         self._is_tied = output.weight is base.embed_tokens.weight and is_in_blocks(self.head)
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
         self._packed.finish()
@@ -280,7 +280,7 @@ class NativeBackend:
         config = module.config
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         return Attention(
-            *(self._packed.matrix(f"{index}.{name}", getattr(module, f"{name}_proj")) for name in "qkvo"),
+            *(self._matrix(f"{index}.{name}", getattr(module, f"{name}_proj")) for name in "qkvo"),
             address(self._float(layer.input_layernorm.weight)),
             None if q_norm is None else address(self._float(q_norm.weight)),
             None if k_norm is None else address(self._float(k_norm.weight)),
@@ -295,13 +295,13 @@ class NativeBackend:
 
     def _mlp(self, index: int, layer: Any) -> Mlp:
         return Mlp(
-            *(
-                self._packed.matrix(f"{index}.{name}", getattr(layer.mlp, f"{name}_proj"))
-                for name in ("gate", "up", "down")
-            ),
+            *(self._matrix(f"{index}.{name}", getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
             address(self._float(layer.post_attention_layernorm.weight)),
             float(layer.post_attention_layernorm.variance_epsilon),
         )
+
+    def _matrix(self, name: str, linear: Any) -> Matrix:
+        return self._packed.matrix(name, linear.weight, linear.bias)
 
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()

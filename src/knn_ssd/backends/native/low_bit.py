@@ -11,7 +11,6 @@ well as text does.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,24 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
 from knn_ssd.kernels.arena import Arena
-from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels, uses_tiles
-from knn_ssd.kernels.quantisation import (
-    MIN_IMPORTANCE,
-    NUM_RANGES,
-    SAMPLE_TOKENS,
-    copy_forms,
-    low_matrix,
-    quantise,
-    relative_importance,
-)
+from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
-logger = logging.getLogger(__name__)
-
-_VERSION = 1  # increased whenever the same weights and settings give other bytes than before
 _Made = TypeVar("_Made", Attention, Mlp, Matrix)
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 # The first of the matrices that share their inputs.
@@ -141,7 +130,7 @@ class LowBitCopies:
                 self._low(each)
                 progress.advance()
             if self._cache is not None:
-                self._cache.store(_cache_key(), self._tensors)
+                self._cache.store(copies_cache_key(), self._tensors)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Replaces all copies, and returns those of before.
@@ -161,11 +150,10 @@ class LowBitCopies:
 
     def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
         """The best kept copies; empty if there are none."""
-        for key in (_fitted_cache_key(), _cache_key()):
-            kept = cache.load(key)
-            if kept is not None and _are_copies_of(matrices, kept):
-                return {name: self._arena.copy(tensor) for name, tensor in kept.items()}
-        return {}
+        forms = {
+            name: form for each in matrices for name, form in zip(each.names, copy_forms(each.matrix), strict=True)
+        }
+        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], forms, self._arena)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:
@@ -220,24 +208,6 @@ class LowBitCopies:
     def _new_input_squares(self, layer: int, name: str, matrix: Matrix) -> int | None:
         self._importance[layer, name] = torch.zeros(matrix.cols)
         return address(self._importance[layer, name])
-
-
-def _are_copies_of(sources: Sequence[_Source], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the kernels can read kept tensors as the copies of these matrices; a warning says if not."""
-    expected = {name: form for each in sources for name, form in zip(each.names, copy_forms(each.matrix), strict=True)}
-    are_copies = expected == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if not are_copies:
-        logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
-    return are_copies
-
-
-def _cache_key() -> str:
-    """Everything beside a model's weights that decides the bytes of its copies."""
-    unit = "tile unit" if uses_tiles() else "vectors"  # it rounds the sample's activations
-    return (
-        f"4-bit copies, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes, groups of {GROUP_SIZE}, "
-        f"{NUM_RANGES} ranges, importance at least {MIN_IMPORTANCE:g}, from {SAMPLE_TOKENS} tokens, {unit}"
-    )
 
 
 def _fitted_cache_key() -> str:

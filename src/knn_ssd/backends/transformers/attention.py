@@ -68,7 +68,8 @@ class SharedPass(Cache):
         self._sessions = [
             _SessionRows(each, start, end) for each, start, end in zip(requests, [0, *ends], ends, strict=False)
         ]
-        self._seen: dict[int, _Seen] = {}  # by the id of a mask
+        self._masks: dict[int, torch.Tensor] = {}  # by their ids
+        self._visible: dict[int, np.ndarray[Any, Any]] = {}  # the keys that rows see, by the id of a mask
         self._stored: tuple[int, torch.Tensor, torch.Tensor] | None = None
         caches: KernelCache = requests[0].cache
         super().__init__(layers=[_Layer(self, index) for index in range(caches.num_layers)])
@@ -117,14 +118,14 @@ class SharedPass(Cache):
             positions = torch.arange(rows.total)
             queries = positions[rows.request.position :, None]  # (n, 1)
             mask[0, 0, rows.start : rows.end, : rows.total] = is_visible(zero, zero, queries, positions)
-        self._seen[id(mask)] = _Seen(mask, self._visible_keys(mask[0, 0].numpy()))
+        self._masks[id(mask)] = mask
         return mask
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, mask: Any, attention: _Scoring) -> torch.Tensor:
         """The outputs (1, n, heads, D) of queries (1, heads, n, D) over the keys that were stored last."""
-        seen = self._seen.get(id(mask))
-        if self._stored is None or key is not self._stored[1] or seen is None:
+        if self._stored is None or key is not self._stored[1] or id(mask) not in self._masks:
             raise UnsupportedModelError("its attention does not use keys or masks as they were made")
+        visible = self._visible_keys(mask)
         (layer, keys, values), self._stored = self._stored, None
         cache: KernelCache = self._sessions[0].request.cache
         head_dim, width = cache.head_dim(layer), query.shape[-1]
@@ -136,12 +137,18 @@ class SharedPass(Cache):
         outer = OuterAttention(scale, attention.softcap, address(attention.sinks), heads, keys.shape[1], head_dim)
         caches = (OuterCache * len(self._sessions))(*[_outer_cache(each, layer) for each in self._sessions])
         kernels().knn_ssd_attend(
-            *(ctypes.byref(outer), caches, len(caches), seen.keys.ctypes.data, n, address(rows), address(outputs))
+            *(ctypes.byref(outer), caches, len(caches), visible.ctypes.data, n, address(rows), address(outputs))
         )
-        return outputs[None, :, :, : values.shape[-1]]
+        return outputs[None, :, :, : values.shape[-1]].contiguous()  # as some models view it in another shape
 
-    def _visible_keys(self, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """`VisibleKeys` (n, 4) of each row: its session, its first position, the first new one, the end."""
+    def _visible_keys(self, mask: torch.Tensor) -> np.ndarray[Any, Any]:
+        """`VisibleKeys` (n, 4) of each row under a mask that a layer uses. (Models make masks that none uses, too.)"""
+        if id(mask) not in self._visible:
+            self._visible[id(mask)] = self._find_visible(mask[0, 0].numpy())
+        return self._visible[id(mask)]
+
+    def _find_visible(self, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Of each row: its session, its first position, the first new one, the end."""
         first = mask.argmax(axis=1)
         end = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
         if not np.array_equal(mask.sum(axis=1), end - first):
@@ -154,14 +161,6 @@ class SharedPass(Cache):
                 split[rows.start : rows.end] = rows.request.position + run_starts
         split = split.clip(first, end)
         return np.ascontiguousarray(np.stack([session, first, split, end], axis=1), dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Seen:
-    """A mask and the keys that its rows see."""
-
-    mask: torch.Tensor
-    keys: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

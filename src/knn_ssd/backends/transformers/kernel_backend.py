@@ -1,6 +1,7 @@
-"""The transformers backend with the kernels: a dense decoder on the CPU gets what the native backend's families have.
+"""The transformers backend with the kernels: a decoder on the CPU gets what the native backend's families have.
 
-A model's linear layers run by the kernels, in the mode that a plan gives to their sublayer: so it drafts in 4 bits.
+A model's linear layers, and the experts of a mixture, run by the kernels, in the mode that a plan gives to their
+sublayer: so it drafts in 4 bits.
 Where its attention runs by the kernels as well, a row's bits do not depend on the other rows of its forward pass: so
 output is that of plain decoding bit for bit, sessions can share passes, and the prefix cache can be used. All other
 modules are the model's own; they compute in float32.
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest, PlanModes, modes_of, run_by_modes
@@ -20,15 +22,18 @@ from knn_ssd.backends.native.prefix_cache import PrefixCache
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.transformers.attention import SharedPass, attention_replacements
 from knn_ssd.backends.transformers.backend import TransformersBackend, last_hidden_state
+from knn_ssd.backends.transformers.experts import experts_obstacle, find_experts, mixtures
 from knn_ssd.backends.transformers.kv_cache import KernelCache, StaticCache
-from knn_ssd.backends.transformers.linears import KernelLinears, find_linears
-from knn_ssd.backends.transformers.replacement import Replacement, replaced
+from knn_ssd.backends.transformers.linears import KernelLinears, KernelModule, find_linears, places_of
+from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels.binding import kernels, kernels_obstacle
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import KINDS, release_unpacked
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import Progress
+from knn_ssd.weight_cache import WeightCache
 
 _TRIAL_TOKENS = 5
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative difference of the logits of the trial
@@ -47,8 +52,8 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
         yield f"it has weights in {str(odd.pop()).removeprefix('torch.')}"
     if unavailable := kernels_obstacle():
         yield unavailable
-    if stacked := [name for name, weight in weights.items() if weight.dim() > 2]:
-        yield f"it has weights outside linear layers ({stacked[0]}, as in a mixture of experts)"
+    if reason := experts_obstacle(model):
+        yield reason
 
 
 class KernelsRefusedError(UnsupportedModelError):
@@ -61,6 +66,7 @@ class KernelLinearBackend(TransformersBackend):
     Args:
         model: a causal language model on the CPU, in float32 or bfloat16; it is left as it is.
         refused: as for `TransformersBackend`.
+        weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says why.
@@ -70,20 +76,25 @@ class KernelLinearBackend(TransformersBackend):
     modes = frozenset({Mode.KEEP, Mode.SKIP, Mode.LOW})
     kernels_run = "linear layers"
 
-    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, refused: str | None = None, weight_cache: WeightCache | None = None
+    ) -> None:
         self._linears: KernelLinears | None = None  # until they are made
         super().__init__(model, refused)
         if reason := linear_obstacle(model):
             raise KernelsRefusedError(f"its linear layers stay torch's: {reason}")
-        expected = self._trial_logits()
-        found = find_linears(model, self.structure)
+        places, cache = places_of(self.structure), self._trial_cache()
+        expected = self._run(self._trial_tokens(), cache, logits_to_keep=_TRIAL_TOKENS).float()
+        found = (*find_linears(model, places), *find_experts(model, places))
         if not found:
             raise KernelsRefusedError("no linear layer that the kernels can run was found")
-        self._linears = KernelLinears(found, self._run_sample)
-        release_unpacked(model.parameters())
-        self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found})
-        self._resolved: dict[PlanModes, list[Replacement]] = {}
+        self._mixtures = mixtures(model, self.structure.mlp)
+        self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found}, self._mixtures)
         self._activation_dtype = torch.float32
+        self._check_before_packing(found, cache, expected)
+        self._linears = KernelLinears(found, self._run_sample, weight_cache)
+        release_unpacked(model.parameters())
+        self._resolved: dict[PlanModes, list[Replacement]] = {}
         self._check_logits(expected)
 
     @property
@@ -100,6 +111,13 @@ class KernelLinearBackend(TransformersBackend):
     def low_bit_bytes(self) -> int:
         return self._linears.bytes if self._linears is not None else 0
 
+    def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
+        assert self._linears is not None
+        with self.lock:
+            self._check_plan(plan)
+            self._linears.forwards(plan, progress)
+
     def _replacements(self, plan: Plan | None) -> list[Replacement]:
         key = modes_of(plan)
         if key not in self._resolved:
@@ -107,6 +125,15 @@ class KernelLinearBackend(TransformersBackend):
             assert self._linears is not None
             self._resolved[key] = [*self._row_wise, *self._linears.forwards(plan), *skipped]
         return self._resolved[key]
+
+    def _check_before_packing(self, found: Sequence[KernelModule], cache: StaticCache, expected: torch.Tensor) -> None:
+        """Refuses what can be known before the weights are packed, which takes long.
+
+        Args:
+            found: what the kernels will run.
+            cache: the KV cache of a trial with the model as it is.
+            expected: its logits (n, V).
+        """
 
     def _run_sample(self, forwards: Sequence[Replacement]) -> None:
         """Runs tokens spread over the vocabulary through the model with other forwards of its linear layers."""
@@ -125,10 +152,21 @@ class KernelLinearBackend(TransformersBackend):
 
     def _check_logits(self, expected: torch.Tensor) -> None:
         """Checks that the logits with the kernels are those of the model's own modules, up to rounding."""
-        with self.skipping(None):
-            found = self._trial_logits()
-        if not (difference := _difference(found, expected)) <= _TOLERANCE[self.model.dtype]:
+        try:
+            with self.skipping(None):
+                found = self._trial_logits()
+        except Exception as error:
+            raise KernelsRefusedError(f"with the kernels, it does not run ({type(error).__name__}: {error})") from error
+        if not (difference := self._difference(found, expected)) <= _TOLERANCE[self.model.dtype]:
             raise KernelsRefusedError(f"with the kernels, its logits differ by {difference:.2g} of their size")
+
+    def _difference(self, found: torch.Tensor, expected: torch.Tensor) -> float:
+        """The difference of logits (n, V), relative to their size. In a mixture, rounding can lead a row to other
+        experts, so there it is the median over the rows.
+        """
+        if self._mixtures:
+            return float((found - expected).norm(dim=-1).median() / expected.norm(dim=-1).mean())
+        return float((found - expected).norm() / expected.norm())
 
 
 class KernelBackend(KernelLinearBackend):
@@ -137,7 +175,7 @@ class KernelBackend(KernelLinearBackend):
     Sessions can share forward passes; see `base.Backend` and `base.SharesPasses`.
 
     Args:
-        model, refused: as for `KernelLinearBackend`.
+        model, refused, weight_cache: as for `KernelLinearBackend`.
 
     Raises:
         UnsupportedModelError: the model cannot draft for itself; the message says why.
@@ -146,18 +184,16 @@ class KernelBackend(KernelLinearBackend):
 
     kernels_run = "linear layers and attention"
 
-    def __init__(self, model: PreTrainedModel, refused: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, refused: str | None = None, weight_cache: WeightCache | None = None
+    ) -> None:
         self._attention: list[Replacement] = []  # torch's until its results are known
-        super().__init__(model, refused)
-        if "position_ids" not in self._options:
-            raise KernelsRefusedError("its attention stays torch's: the model takes no position_ids")
-        cache = self._trial_cache()
+        super().__init__(model, refused, weight_cache)
         with self.skipping(None):
-            expected = self._run(self._trial_tokens(), cache, logits_to_keep=_TRIAL_TOKENS)
-        layers: Any = cache.layers
-        self._cache_shapes = [_cache_shape(layer.keys, layer.values) for layer in layers]
+            expected = self._trial_logits()
         self._attention = attention_replacements(model)
-        self._check_attention(expected)
+        with self.skipping(None):
+            self._check_attention(expected, _TOLERANCE[torch.float32])
 
     def open(
         self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None
@@ -183,23 +219,38 @@ class KernelBackend(KernelLinearBackend):
     def _replacements(self, plan: Plan | None) -> list[Replacement]:
         return [*super()._replacements(plan), *self._attention]
 
+    def _check_before_packing(self, found: Sequence[KernelModule], cache: StaticCache, expected: torch.Tensor) -> None:
+        if "position_ids" not in self._options:
+            raise KernelsRefusedError("its attention stays torch's: the model takes no position_ids")
+        layers: Any = cache.layers
+        self._cache_shapes = [_cache_shape(layer.keys, layer.values) for layer in layers]
+        unpacked = [_with_float32_outputs(each.module, self.model.dtype) for each in found]
+        with self.lock, replaced([*self._row_wise, *unpacked, *attention_replacements(self.model)]):
+            self._check_attention(expected, _TOLERANCE[self.model.dtype])
+
     def _run_rows(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
+        with self.skipping(requests[0].plan):
+            return self._run_replaced(requests)
+
+    def _run_replaced(self, requests: Sequence[ForwardRequest]) -> list[ForwardOutput]:
+        """Runs the rows of several sessions through the model with the replacements that are in place."""
         counts = [len(request.token_ids) for request in requests]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         rows = [row for end, r in zip(ends, requests, strict=True) for row in range(end - r.num_logits, end)]
         positions = [r.position + i for r, count in zip(requests, counts, strict=True) for i in range(count)]
         tokens, kept = [token for r in requests for token in r.token_ids], torch.tensor(rows, dtype=torch.long)
         shared = SharedPass(requests)
-        with self.skipping(requests[0].plan), last_hidden_state(self.model) as captured, shared.running():
+        with last_hidden_state(self.model) as captured, shared.running():
             logits = self._call(tokens, positions, shared, kept)
         if "logits_to_keep" not in self._options:
             logits = logits[kept]
         split = torch.split(captured[0][0], counts), torch.split(logits, [r.num_logits for r in requests])
         return [ForwardOutput(*pair) for pair in zip(*split, strict=True)]
 
-    def _check_attention(self, expected: torch.Tensor) -> None:
-        """Checks that the logits with the kernels' attention are those with torch's, up to rounding."""
-        session, tokens = self.open(_TRIAL_TOKENS), self._trial_tokens()
+    def _check_attention(self, expected: torch.Tensor, tolerance: float) -> None:
+        """Checks that the logits with the kernels' attention, which is in place, are those with torch's."""
+        session = self.open(_TRIAL_TOKENS, forward=lambda request: self._run_replaced([request])[0])
+        tokens = self._trial_tokens()
         try:
             first = session.forward(tokens[:2])
             session.commit(2)
@@ -211,15 +262,21 @@ class KernelBackend(KernelLinearBackend):
                 "its attention stays torch's: it does not run through transformers' attention interface "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if not (difference := _difference(found, expected)) <= _TOLERANCE[torch.float32]:
+        if not (difference := self._difference(found, expected)) <= tolerance:
             raise KernelsRefusedError(
                 f"its attention stays torch's: with the kernels', logits differ by {difference:.2g}"
             )
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The difference of logits, relative to their size."""
-    return float((found - expected).norm() / expected.norm())
+def _with_float32_outputs(module: nn.Module, dtype: torch.dtype) -> Replacement:
+    """A module's own forward in the dtype of its weights, between modules that compute in float32."""
+    own = module.forward
+
+    def forward(*args: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = own(*[each.to(dtype) if each.is_floating_point() else each for each in args])
+        return outputs.float()
+
+    return forward_of(module, forward)
 
 
 def _cache_shape(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:

@@ -1,13 +1,14 @@
-"""The linear layers of a model of transformers, run by the kernels: with the checkpoint's weights, or in 4 bits.
+"""The modules of a model of transformers that the kernels run: with the checkpoint's weights, or in 4 bits.
 
-It finds `nn.Linear`, its subclasses that compute the same, and transformers' `Conv1D`. Weights have the formats of
-`kernels/weights.py`. Layers whose number of inputs the kernels do not take stay as they are.
+It finds `nn.Linear`, its subclasses that compute the same, and transformers' `Conv1D`; `experts.py` finds the experts
+of mixtures. Weights have the formats of `kernels/weights.py`. Layers whose number of inputs the kernels do not take
+stay as they are.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,119 +17,191 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
+from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
-from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
-from knn_ssd.kernels.weights import KINDS, TensorKeeper, best_blocks, is_read_in_place, make_matrix
+from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
+from knn_ssd.kernels.weights import KINDS
 from knn_ssd.plan import Mode, Plan
+from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.weight_cache import WeightCache
 
-_HEAD, _ELSEWHERE = -1, -2
+_SCHEME = "by module"  # how matrices are named in the weight cache
+_HEAD, ELSEWHERE = -1, -2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KernelLinear:
-    """A linear layer that the kernels can run.
+class KernelModule:
+    """A module that the kernels can run: a linear layer, or the experts of a layer.
 
     Args:
-        module: the layer.
-        matrix: its weight and bias.
-        keeper: keeps what the matrix points to.
+        module: the module.
+        name: its name in the model.
         place: index of its sublayer in `Plan.modes`, or where else it is.
+        weights: the weight (rows, cols) and the bias (rows,) of each of its matrices; they may be views.
+        inputs: for each matrix, the number of the input that it multiplies; matrices may share one.
+        forward: makes a `forward` of the module that applies given matrices.
     """
 
     module: nn.Module
-    matrix: Matrix
-    keeper: TensorKeeper
+    name: str
     place: int
+    weights: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+    inputs: tuple[int, ...]
+    forward: Callable[[Sequence[Matrix]], Callable[..., torch.Tensor]]
 
     def mode(self, plan: Plan | None) -> Mode:
         """The mode in which it runs under a plan; None is the full model."""
-        if plan is None or self.place == _ELSEWHERE:
+        if plan is None or self.place == ELSEWHERE:
             return Mode.KEEP
         return plan.head if self.place == _HEAD else plan.modes[self.place]
 
+    @property
+    def matrix_names(self) -> list[str]:
+        """A name for each of its matrices, the same at every start."""
+        return [f"{self.name}.{index}" for index in range(len(self.weights))]
 
-def find_linears(model: PreTrainedModel, structure: Structure) -> tuple[KernelLinear, ...]:
-    """The linear layers of a model that the kernels can run."""
-    places = {
+
+def places_of(structure: Structure) -> dict[nn.Module, int]:
+    """For each module within a sublayer, the index of the sublayer in `Plan.modes`."""
+    return {
         module: 2 * layer + offset
         for layer, pair in enumerate(zip(structure.attention, structure.mlp, strict=True))
         for offset, sublayer in enumerate(pair)
         for module in sublayer.modules()
     }
+
+
+def find_linears(model: PreTrainedModel, places: Mapping[nn.Module, int]) -> Iterator[KernelModule]:
+    """The linear layers of a model that the kernels can run.
+
+    Args:
+        model: the model.
+        places: of the modules within sublayers; see `KernelModule`.
+    """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    arena = Arena()
-    return tuple(
-        _kernel_linear(module, _HEAD if module is head else places.get(module, _ELSEWHERE), arena)
-        for module in model.modules()
-        if _is_runnable(module)
-    )
+    module: Any
+    for name, module in model.named_modules():
+        if _is_runnable(module):
+            place = _HEAD if module is head else places.get(module, ELSEWHERE)
+            weights = ((_weight(module), None if module.bias is None else module.bias.detach()),)
+            yield KernelModule(module, name, place, weights, (0,), lambda matrices: multiplied_by(matrices[0]))
 
 
 class KernelLinears:
-    """Runs a model's linear layers by the kernels; the 4-bit copies are made at first use, for all plans.
+    """Runs modules of a model by the kernels; 4-bit copies are made at first use, for all plans.
+
+    With a weight cache, the first use takes all copies from there, or makes all and leaves them there.
 
     Args:
-        linears: the layers.
-        run_sample: runs a sample of tokens through the model with other forwards of these layers, to measure the inputs
-            that the 4-bit copies are fitted to.
+        modules: what is run.
+        run_sample: runs a sample of tokens through the model with other forwards of these modules, to measure the
+            inputs that the 4-bit copies are fitted to.
+        cache: where packed weights and copies are kept; None keeps none.
     """
 
-    def __init__(self, linears: Sequence[KernelLinear], run_sample: Callable[[Sequence[Replacement]], None]) -> None:
-        self._linears, self._run_sample = linears, run_sample
-        self._kept = [forward_of(each.module, _forward(each.matrix)) for each in linears]
+    def __init__(
+        self,
+        modules: Sequence[KernelModule],
+        run_sample: Callable[[Sequence[Replacement]], None],
+        cache: WeightCache | None = None,
+    ) -> None:
+        self._modules, self._run_sample, self._cache = modules, run_sample, cache
+        packed = PackedWeights(cache, _SCHEME)
+        self._matrices = [
+            [packed.matrix(name, *weight) for name, weight in zip(each.matrix_names, each.weights, strict=True)]
+            for each in modules
+        ]
+        packed.finish()
+        self._keeper = packed.keeper
+        self._kept = [_forward_of(each, matrices) for each, matrices in zip(modules, self._matrices, strict=True)]
         self._low: dict[int, Replacement] = {}
         self._arena = Arena()
-        self._importance: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor] = []
+        self._importance: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, torch.Tensor] = {}  # levels and scales, by the names of `_names_of_copy`
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The layers."""
-        return [each.module for each in self._linears]
+        """The modules."""
+        return [each.module for each in self._modules]
 
     @property
     def weight_bytes(self) -> int:
         """Memory of the checkpoint's weights as the kernels read them."""
-        return sum(each.keeper.bytes for each in self._linears)
+        return self._keeper.bytes
 
     @property
     def bytes(self) -> int:
         """Memory of the 4-bit copies made so far."""
-        return sum(tensor.nbytes for tensor in self._copies)
+        return sum(tensor.nbytes for tensor in self._copies.values())
 
-    def forwards(self, plan: Plan | None) -> Iterator[Replacement]:
-        """The forwards of all layers under a plan. Sublayers that it skips do not run, whatever their forwards are."""
-        for index, linear in enumerate(self._linears):
-            yield self._low_forward(index) if linear.mode(plan) is Mode.LOW else self._kept[index]
+    def forwards(self, plan: Plan | None, progress: Progress | None = None) -> list[Replacement]:
+        """The forwards of all modules under a plan. Sublayers that it skips do not run, whatever their forwards are.
+
+        Args:
+            plan: the plan; None is the full model.
+            progress: receives a stage if copies are made, with a step for each matrix.
+        """
+        low = {index for index, each in enumerate(self._modules) if each.mode(plan) is Mode.LOW}
+        if low - self._low.keys():
+            self._make_copies(low, progress or NoProgress())
+        return [self._low[i] if i in low else kept for i, kept in enumerate(self._kept)]
+
+    def _make_copies(self, low: set[int], progress: Progress) -> None:
+        """Makes, or takes from the weight cache, the copies of the modules with these indices."""
+        if self._cache is not None and not self._copies:
+            forms = {
+                name: form
+                for matrix_name, matrix in self._named(range(len(self._modules)))
+                for name, form in zip(_names_of_copy(matrix_name), copy_forms(matrix), strict=True)
+            }
+            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], forms, self._arena)
+        wanted = self._named(low if self._cache is None else range(len(self._modules)))
+        if missing := [each for each in wanted if _names_of_copy(each[0])[0] not in self._copies]:
+            progress.stage("making 4-bit copies", len(missing))
+            for name, matrix in missing:
+                tensors = quantise(matrix, self._column_importance(name), self._arena)
+                self._copies.update(zip(_names_of_copy(name), tensors, strict=True))
+                progress.advance()
+            if self._cache is not None:
+                self._cache.store(copies_cache_key(_SCHEME), self._copies)
+        self._low |= {index: self._low_forward(index) for index in low}
 
     def _low_forward(self, index: int) -> Replacement:
-        if index not in self._low:
-            linear = self._linears[index]
-            tensors = quantise(linear.matrix, self._column_importance(index), self._arena)
-            self._copies += tensors
-            self._low[index] = forward_of(linear.module, _forward(low_matrix(linear.matrix, *tensors)))
-        return self._low[index]
+        return _forward_of(
+            self._modules[index],
+            [
+                low_matrix(matrix, *(self._copies[part] for part in _names_of_copy(name)))
+                for name, matrix in self._named([index])
+            ],
+        )
 
-    def _column_importance(self, index: int) -> torch.Tensor:
-        """Importance (cols,) of a layer's inputs: their mean square, relative to the mean of all (as in AWQ, arXiv
-        2306.00978). That of all layers is measured in one forward pass, at the first call.
+    def _named(self, indices: Iterable[int]) -> list[tuple[str, Matrix]]:
+        """The matrices of the modules with these indices, by name."""
+        pairs = ((self._modules[index].matrix_names, self._matrices[index]) for index in indices)
+        return [named for names, matrices in pairs for named in zip(names, matrices, strict=True)]
+
+    def _column_importance(self, name: str) -> torch.Tensor:
+        """Importance (cols,) of a matrix's inputs: their mean square, relative to the mean of all (as in AWQ, arXiv
+        2306.00978). That of all matrices is measured in one forward pass, at the first call.
         """
         if not self._importance:
-            sums = [torch.zeros(each.matrix.cols) for each in self._linears]
-            self._run_sample(
-                [
-                    forward_of(each.module, _forward(_measuring(each.matrix, squares)))
-                    for each, squares in zip(self._linears, sums, strict=True)
-                ]
-            )
-            self._importance = [relative_importance(each) for each in sums]
-        return self._importance[index]
+            measuring: list[Replacement] = []
+            sums: dict[str, torch.Tensor] = {}
+            for each, matrices in zip(self._modules, self._matrices, strict=True):
+                squares = {of: torch.zeros(matrix.cols) for of, matrix in zip(each.inputs, matrices, strict=True)}
+                sums |= {name: squares[of] for name, of in zip(each.matrix_names, each.inputs, strict=True)}
+                measured = [_measuring(m, squares[of]) for m, of in zip(matrices, each.inputs, strict=True)]
+                measuring.append(_forward_of(each, measured))
+            self._run_sample(measuring)
+            self._importance = {name: relative_importance(each) for name, each in sums.items()}
+        return self._importance[name]
 
 
-def _forward(matrix: Matrix) -> Callable[[torch.Tensor], torch.Tensor]:
+def multiplied_by(matrix: Matrix) -> Callable[[torch.Tensor], torch.Tensor]:
     """A `forward` that applies a matrix to inputs (…, cols) of any dtype; its outputs (…, rows) are float32."""
     run, reference, rows, cols = kernels().knn_ssd_linear, ctypes.byref(matrix), matrix.rows, matrix.cols
 
@@ -148,10 +221,13 @@ def _measuring(matrix: Matrix, squares: torch.Tensor) -> Matrix:
     return measuring
 
 
-def _kernel_linear(module: Any, place: int, arena: Arena) -> KernelLinear:
-    keeper, weight = TensorKeeper(), _weight(module).contiguous()
-    blocks = None if is_read_in_place(weight) else best_blocks(weight, arena)
-    return KernelLinear(module, make_matrix(weight, module.bias, keeper, blocks), keeper, place)
+def _forward_of(module: KernelModule, matrices: Sequence[Matrix]) -> Replacement:
+    return forward_of(module.module, module.forward(matrices))
+
+
+def _names_of_copy(matrix_name: str) -> tuple[str, str]:
+    """The names of the levels and the scales of a matrix's copy."""
+    return f"{matrix_name}.levels", f"{matrix_name}.scales"
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -162,7 +238,7 @@ def _weight(module: Any) -> torch.Tensor:
 
 def _is_runnable(module: nn.Module) -> bool:
     """Whether the kernels compute what this module computes."""
-    if not isinstance(module, nn.Linear | Conv1D) or _is_modified(module):
+    if not isinstance(module, nn.Linear | Conv1D) or is_modified(module):
         return False
     weight = _weight(module)
     if weight.dtype not in KINDS or weight.shape[1] % (2 * kernels().knn_ssd_lanes()) or not len(weight):
@@ -170,7 +246,8 @@ def _is_runnable(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or type(module) is nn.Linear or _computes_a_linear(module)
 
 
-def _is_modified(module: nn.Module) -> bool:
+def is_modified(module: nn.Module) -> bool:
+    """Whether a module's `forward` was replaced or has hooks."""
     return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -180,5 +257,7 @@ def _computes_a_linear(module: nn.Linear) -> bool:
     with torch.no_grad():
         expected = nn.functional.linear(row, module.weight, module.bias)
         found = module(row)
+    if not isinstance(found, torch.Tensor):
+        return False
     tolerance = 4 * torch.finfo(row.dtype).eps
     return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())

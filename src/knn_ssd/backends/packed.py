@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, kernels, uses_tiles
@@ -23,40 +24,55 @@ class PackedWeights:
 
     Args:
         cache: where blocks are kept; None keeps none.
+        scheme: says how matrices are named if it is in another way than the native backend's.
     """
 
-    def __init__(self, cache: WeightCache | None) -> None:
+    def __init__(self, cache: WeightCache | None, scheme: str = "") -> None:
         self.keeper = TensorKeeper()
         self._arena = Arena()
         self._cache = None if uses_tiles() else cache
-        self._kept = (self._cache.load(_cache_key()) if self._cache is not None else None) or {}
+        self._key = _cache_key(scheme)
+        self._kept = self._by_matrix((self._cache.load(self._key) if self._cache is not None else None) or {})
         self._made: dict[str, torch.Tensor] = {}
 
-    def matrix(self, name: str, linear: nn.Linear) -> Matrix:
-        """The matrix of a linear layer; its bias becomes float32.
+    def matrix(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+        """The matrix of a weight and a bias, which becomes float32.
 
         Args:
-            name: the same for the same layer at every start.
-            linear: the layer.
+            name: the same for the same matrix at every start.
+            weight: (rows, cols).
+            bias: (rows,) or None.
         """
-        weight = linear.weight.detach()
-        blocks = None if is_read_in_place(weight) else self._from_cache(name, weight) or self._new(name, weight)
-        return make_matrix(weight, linear.bias, self.keeper, blocks)
+        weight = weight.detach()
+        blocks = None
+        if not is_read_in_place(weight):
+            blocks = self._from_cache(name, weight) or self._new(name, weight.contiguous())
+        else:
+            weight = weight.contiguous()
+        return make_matrix(weight, bias, self.keeper, blocks)
 
     def finish(self) -> None:
         """Keeps what was made; to be called after the last matrix."""
         if self._made and self._cache is not None:
-            self._cache.store(_cache_key(), self._made)
+            self._cache.store(self._key, self._made)
         self._kept, self._made = {}, {}
 
     def _from_cache(self, name: str, weight: torch.Tensor) -> Blocks | None:
-        start = f"{name}."
-        tensors = {key.removeprefix(start): tensor for key, tensor in self._kept.items() if key.startswith(start)}
+        tensors = self._kept.get(name, {})
         blocks = Blocks.of(weight, tensors) if "data" in tensors else None
         if blocks is None and self._kept:
             logger.warning("The kept weights are not those of this model, and are made again.")
             self._kept = {}
         return None if blocks is None else replace(blocks, data=self._arena.copy(blocks.data))
+
+    @staticmethod
+    def _by_matrix(kept: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """The parts of each matrix's blocks, by its name."""
+        matrices: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, tensor in kept.items():
+            name, _, part = key.rpartition(".")
+            matrices[name][part] = tensor
+        return matrices
 
     def _new(self, name: str, weight: torch.Tensor) -> Blocks:
         blocks = best_blocks(weight, self._arena)
@@ -65,6 +81,7 @@ class PackedWeights:
         return blocks
 
 
-def _cache_key() -> str:
-    """Everything beside a model's weights that decides the bytes of its blocks."""
-    return f"weights in blocks, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes"
+def _cache_key(scheme: str) -> str:
+    """Everything beside a model's weights that decides the names and the bytes of its blocks."""
+    names = f", {scheme}" if scheme else ""
+    return f"weights in blocks, version {_VERSION}, {kernels().knn_ssd_lanes()} lanes{names}"
