@@ -155,7 +155,7 @@ def _read(path: Path, mapped: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         file.seek(-sum(tensor.nbytes for tensor in mapped.values()), os.SEEK_END)
         for name, tensor in mapped.items():
             data = arena.empty((tensor.nbytes,), torch.uint8)
-            unread = memoryview(data.numpy())
+            unread = data.numpy().data
             while unread:
                 if not (count := file.readinto(unread)):
                     raise ValueError("it ends early")

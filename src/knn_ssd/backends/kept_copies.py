@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels, uses_tiles
 from knn_ssd.kernels.quantisation import MIN_IMPORTANCE, NUM_RANGES, SAMPLE_TOKENS
 from knn_ssd.weight_cache import WeightCache
@@ -18,7 +17,7 @@ _VERSION = 1  # increased whenever the same weights and settings give other byte
 
 
 def kept_copies(
-    cache: WeightCache, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]], arena: Arena
+    cache: WeightCache, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> dict[str, torch.Tensor]:
     """The copies that are kept under the first of some keys; empty if there are none. A warning says if the kernels
     could not read what is kept.
@@ -27,13 +26,12 @@ def kept_copies(
         cache: where they are kept.
         keys: in the order of preference.
         forms: the shapes and dtypes of all levels and scales, by name.
-        arena: gives the memory.
     """
     for key in keys:
         if (kept := cache.load(key)) is None:
             continue
         if forms == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}:
-            return {name: arena.copy(tensor) for name, tensor in kept.items()}
+            return kept
         logger.warning("The kept 4-bit copies are not those of this model, and are made again.")
     return {}
 

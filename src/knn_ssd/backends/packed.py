@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -63,7 +62,7 @@ class PackedWeights:
         if blocks is None and self._kept:
             logger.warning("The kept weights are not those of this model, and are made again.")
             self._kept = {}
-        return None if blocks is None else replace(blocks, data=self._arena.copy(blocks.data))
+        return blocks
 
     @staticmethod
     def _by_matrix(kept: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -38,10 +38,6 @@ class Arena:
         taken, self._chunk = self._chunk[:size], self._chunk[room:]
         return taken.view(dtype).view(*shape)
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor."""
-        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
-
 
 def _untouched(size: int) -> torch.Tensor:
     """Memory (size,) of its own mapping; what an allocator hands out may lie in small pages already."""

@@ -153,7 +153,7 @@ class LowBitCopies:
         forms = {
             name: form for each in matrices for name, form in zip(each.names, copy_forms(each.matrix), strict=True)
         }
-        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], forms, self._arena)
+        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], forms)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:

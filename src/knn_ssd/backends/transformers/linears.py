@@ -158,7 +158,7 @@ class KernelLinears:
                 for matrix_name, matrix in self._named(range(len(self._modules)))
                 for name, form in zip(_names_of_copy(matrix_name), copy_forms(matrix), strict=True)
             }
-            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], forms, self._arena)
+            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], forms)
         wanted = self._named(low if self._cache is None else range(len(self._modules)))
         if missing := [each for each in wanted if _names_of_copy(each[0])[0] not in self._copies]:
             progress.stage("making 4-bit copies", len(missing))
