@@ -143,11 +143,11 @@ class KernelLinears:
 
         Args:
             plan: the plan; None is the full model.
-            progress: receives a stage if copies are made, with a step for each matrix.
+            progress: receives a stage if copies are made to be kept, with a step for each matrix.
         """
         low = {index for index, each in enumerate(self._modules) if each.mode(plan) is Mode.LOW}
         if low - self._low.keys():
-            self._make_copies(low, progress or NoProgress())
+            self._make_copies(low, progress if progress is not None and self._cache is not None else NoProgress())
         return [self._low[i] if i in low else kept for i, kept in enumerate(self._kept)]
 
     def _make_copies(self, low: set[int], progress: Progress) -> None:
