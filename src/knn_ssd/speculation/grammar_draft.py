@@ -1,0 +1,34 @@
+"""Forced drafts: tokens that the request's grammar leaves no choice about, such as the keys of a JSON schema.
+
+They cost no forward pass. The target may still write the same bytes in other tokens, so they are verified like any
+draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from knn_ssd.grammar_state import GrammarState
+from knn_ssd.speculation.drafter import Draft, Outcome
+
+
+class GrammarDraft:
+    """Drafts what a grammar forces.
+
+    Args:
+        state: of the request's output.
+    """
+
+    def __init__(self, state: GrammarState) -> None:
+        self._state = state
+
+    def forced(self, context: Sequence[int], drafted: Sequence[int] = ()) -> list[int]:
+        """The tokens that have to follow a context and another drafter's tokens after it."""
+        return self._state.forced([*context[self._state.prompt_length :], *drafted])
+
+    def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
+        """At most `limit` of the forced tokens."""
+        return Draft(tuple(self.forced(context, drafted)[: max(limit, 0)]), drafter="grammar")
+
+    def learn(self, outcome: Outcome) -> None:
+        """Does nothing: what a grammar forces does not change."""
