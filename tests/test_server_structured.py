@@ -122,8 +122,8 @@ def test_a_format_that_cannot_be_used_is_refused_by_the_fields_name(
 
 def test_options_that_contradict_a_format_are_refused(served: Served) -> None:
     for options, words in (
-        ({"ignore_eos": True}, "ignore_eos cannot be used with a grammar"),
-        ({"min_tokens": 3}, "min_tokens cannot be used with a grammar"),
+        ({"ignore_eos": True}, "ignore_eos cannot be used with response_format"),
+        ({"min_tokens": 3}, "min_tokens cannot be used with response_format"),
         ({"tools": [PAINT]}, "response_format cannot be used with tools"),
     ):
         refused = chat(served, response_format=FORMAT, **options)
@@ -183,10 +183,10 @@ def test_tools_that_may_be_called_change_the_prompt_and_those_that_may_not_do_no
         ({"tools": [{"type": "function"}]}, "required"),
         (
             {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
-                "tool_choice": "required",
+                "tools": [PAINT, {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
             },
-            'tools.0.function.parameters: the JSON schema cannot be used: Unimplemented keys: ["not"]',
+            'tools.1.function.parameters: the JSON schema cannot be used: Unimplemented keys: ["not"]',
         ),
     ],
 )
@@ -226,6 +226,7 @@ REPLIES: list[tuple[str, str, str, int]] = [
     ("hermes", f"Sure.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "Sure.", 2),
     ("hermes", f"<tool_call>{CALL}", "", 1),
     ("hermes", CALL, "", 1),
+    ("hermes", f"<tool_call>\n{CALL}\n</tool_call> and </tool_call>\n", "", 1),
     ("hermes", "a < b and <tool", "a < b and <tool", 0),
     ("hermes", "<tool_call>\n{not json}\n</tool_call>", "<tool_call>\n{not json}\n</tool_call>", 0),
     ("hermes", CALL.replace("paint", "burn"), CALL.replace("paint", "burn"), 0),
@@ -250,6 +251,15 @@ def test_calls_are_found_in_a_familys_format_whole_and_in_pieces(family: str, te
     for call in whole.calls:
         assert (call.name, json.loads(call.arguments)) == ("paint", {"colour": "red", "size": 3})
         assert family != "mistral" or len(call.id) == 9
+
+
+def test_marks_within_arguments_are_part_of_them() -> None:
+    form = ToolFormat.of(HERMES)
+    arguments = json.dumps({"text": "</tool_call> <tool_call>"})
+    reply = ToolReply(form, ["write"], False)
+    call = '{"name": "write", "arguments": ' + arguments + "}"
+    assert reply.whole(f"<tool_call>\n{call}\n</tool_call>") == ""
+    assert [each.arguments for each in reply.calls] == [arguments]
 
 
 def test_a_template_without_tools_gets_them_in_a_system_message() -> None:

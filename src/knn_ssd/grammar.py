@@ -22,6 +22,7 @@ from knn_ssd.errors import UsageError
 if TYPE_CHECKING:
     pass
 
+MOST_CHARACTERS = 200_000  # of a grammar, all schemas in it included
 MOST_SCHEMA_CHARACTERS = 100_000
 MOST_SCHEMA_LEVELS = 500  # of all definitions together: what refers to what is compiled recursively
 MOST_MULTIPLE = 10_000  # least common multiple of all `multipleOf`: an automaton has as many states
@@ -50,6 +51,8 @@ class Grammar:
 
     def __post_init__(self) -> None:
         require_kind("a grammar's source", self.source, str, "text")
+        length = len(self.source)
+        require(length <= MOST_CHARACTERS, f"a grammar may have {MOST_CHARACTERS} characters", length)
         is_error, messages = grammar_library().LLMatcher.validate_grammar_with_warnings(self.source)
         if is_error:
             raise UsageError(f"the grammar cannot be used: {_first_line(messages[0])}")

@@ -48,19 +48,21 @@ class GrammarCompiler:
         Raises:
             UsageError: a grammar that is too complex, or a tokenizer that cannot be used with grammars.
         """
+        library = grammar_library()
         with self._lock:
-            if grammar not in self._compiled:
-                library = grammar_library()
-                if self._library_tokenizer is None:
-                    self._library_tokenizer = self._new_tokenizer(library)
-                matcher = library.LLMatcher(self._library_tokenizer, grammar.source, log_level=0)
-                if matcher.is_error():
-                    raise UsageError(f"the grammar cannot be used: {_reason(matcher)}", "Make it simpler.")
-                self._compiled[grammar] = matcher
-                if len(self._compiled) > _MOST_COMPILED:
-                    self._compiled.popitem(last=False)
+            if self._library_tokenizer is None:
+                self._library_tokenizer = self._new_tokenizer(library)
+            found = self._compiled.get(grammar)
+        if found is None:  # compiled outside the lock, so that it delays no other thread's requests
+            found = library.LLMatcher(self._library_tokenizer, grammar.source, log_level=0)
+            if found.is_error():
+                raise UsageError(f"the grammar cannot be used: {_reason(found)}", "Make it simpler.")
+        with self._lock:
+            self._compiled[grammar] = found
             self._compiled.move_to_end(grammar)
-            return self._compiled[grammar]
+            if len(self._compiled) > _MOST_COMPILED:
+                self._compiled.popitem(last=False)
+        return found
 
     def start(self, grammar: Grammar, prompt_length: int, end_token_ids: Collection[int]) -> GrammarState:
         """The state of an output that begins.
@@ -147,6 +149,13 @@ class GrammarState:
         allowed[self._ends] = self._matcher.is_accepting() or not allowed.any()
         return allowed
 
+    def mask(self, context: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+        """Scores (1, V) after a context, prompt included: minus infinity for tokens that cannot follow it."""
+        allowed = self.allowed(context[self.prompt_length :], scores.shape[-1])
+        if allowed is None:
+            return scores
+        return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), float("-inf"))
+
     def forced(self, output: Sequence[int]) -> list[int]:
         """The tokens that have to follow an output, as far as that is known: how the tokenizer writes the bytes that
         the grammar forces, and the end token after the last of them.
@@ -159,6 +168,14 @@ class GrammarState:
         if not self._matcher.is_error():
             self._matcher.rollback(consumed)
         return tokens + self._ends if is_complete and len(self._ends) == 1 else tokens
+
+    def count_allowed(self, output: Sequence[int], tokens: Sequence[int]) -> int:
+        """How many of the first tokens can follow an output, an end token included."""
+        end = next((place for place, token in enumerate(tokens) if token in self._all_ends), len(tokens))
+        if not self._move(output) or self._matcher.is_error():
+            return 0
+        count = int(self._matcher.validate_tokens(list(tokens[:end])))
+        return count + (count == end < len(tokens))
 
     def check_end(self, output: Sequence[int]) -> None:
         """Raises a `UsageError` if an output ends with an end token where the grammar is not complete.
@@ -198,10 +215,7 @@ class GrammarMask(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (1, V) after a context (1, T)."""
-        allowed = self._state.allowed(input_ids[0, self._state.prompt_length :].tolist(), scores.shape[-1])
-        if allowed is None:
-            return scores
-        return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), float("-inf"))
+        return self._state.mask(input_ids[0].tolist(), scores)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -134,6 +134,10 @@ class ChatRequest(_Request):
         if self.offers_tools and not isinstance(self.response_format, TextFormat):
             message = "response_format cannot be used with tools that may be called; set tool_choice to 'none'"
             raise PydanticCustomError("two_forms", message)
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name) and not isinstance(self.response_format, TextFormat):
+                message = f"{name} cannot be used with response_format, which decides where the answer may end"
+                raise PydanticCustomError("no_end", message)
         return self
 
     @property

@@ -80,7 +80,7 @@ class ToolFormat:
 
     def grammar(
         self,
-        functions: Sequence[FunctionDefinition],
+        functions: Mapping[int, FunctionDefinition],
         tokenizer: PreTrainedTokenizerBase,
         *,
         several: bool,
@@ -89,7 +89,7 @@ class ToolFormat:
         """The grammar of a reply that calls one of some functions.
 
         Args:
-            functions: those that may be called.
+            functions: those that may be called, by their place in the request.
             tokenizer: knows which of the format's marks are special tokens.
             several: whether it may call more than one.
             or_text: whether the reply may be free text, and calls may follow it.
@@ -97,8 +97,8 @@ class ToolFormat:
         Raises:
             FieldError: the schema of a function's arguments cannot be used.
         """
-        bodies = [f"body_{place}: {self._body(each, place)}" for place, each in enumerate(functions)]
-        names = " | ".join(f"body_{place}" for place in range(len(functions)))
+        bodies = [f"body_{place}: {self._body(each, place)}" for place, each in functions.items()]
+        names = " | ".join(f"body_{place}" for place in functions)
         gap = json.dumps(self.gap) if self.gap else ""
         opening, closing = (_mark(text, tokenizer) for text in (self.opening, self.closing))
         rest = '"[" body (", " body)* "]"' if self.is_list and several else '"[" body "]"' if self.is_list else "body"
@@ -108,9 +108,7 @@ class ToolFormat:
             more = f' ("\\n" {opening} {call})*' if repeats else ""
             lines = [f"start: {opening} {call}{more}"]
         elif self.opening:
-            lazy = (
-                "" if opening.startswith("<") else "[lazy]"
-            )  # other text than a special token ends the text before it
+            lazy = "" if opening.startswith("<") else "[lazy]"  # the first mark ends the text, unless it is a token
             lines = [f"start: (opened {call}){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {opening}"]
             lines.append(r"TEXT: /(.|\n)*/")
         else:
@@ -141,9 +139,15 @@ class ToolFormat:
         return before.rstrip(), [call for call in calls if call is not None]
 
     def _marked(self, text: str) -> tuple[str, list[Any]]:
-        before, *parts = text.split(self.opening)
-        ends = [part.partition(self.closing)[0] if self.closing else part for part in parts]
-        return before, [value for part in ends for value in _values(part) or [None]]
+        """The text before the first mark, and the JSON after each mark; None where there is none."""
+        first = place = text.find(self.opening)
+        found: list[Any] = []
+        while place >= 0:
+            rest = text[place + len(self.opening) :].lstrip()
+            value, length = _decoded(rest)
+            found += value if isinstance(value, list) else [value]
+            place = text.find(self.opening, len(text) - len(rest) + length)
+        return text[:first], found
 
     def _call(self, value: Any) -> ToolCallFound | None:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -207,16 +211,18 @@ class ToolUse:
         Raises:
             FieldError: the schema of a function's arguments cannot be used.
         """
-        functions = [tool.function for tool in self.tools]
+        functions = {place: tool.function for place, tool in enumerate(self.tools)}
         if isinstance(self.choice, NamedTool):
-            functions = [each for each in functions if each.name == self.choice.function.name]
+            functions = {n: each for n, each in functions.items() if each.name == self.choice.function.name}
             return self.format.grammar(functions, self.tokenizer, several=False, or_text=False)
         if self.choice == "required":
             return self.format.grammar(functions, self.tokenizer, several=self.several, or_text=False)
-        if not any(each.strict for each in functions):
+        if not any(each.strict for each in functions.values()):
             return None
         free = {"type": "object"}
-        functions = [each if each.strict else each.model_copy(update={"parameters": free}) for each in functions]
+        functions = {
+            n: each if each.strict else each.model_copy(update={"parameters": free}) for n, each in functions.items()
+        }
         return self.format.grammar(functions, self.tokenizer, several=self.several, or_text=True)
 
     def reply(self) -> ToolReply:
@@ -281,13 +287,20 @@ def _values(text: str) -> list[Any]:
     found: list[Any] = []
     rest = text.strip().removeprefix(_PYTHON_TAG).strip()
     while rest:
-        try:
-            value, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError):
+        value, length = _decoded(rest)
+        if not length:
             return []
         found += value if isinstance(value, list) else [value]
-        rest = rest[end:].strip().removeprefix(";").strip()
+        rest = rest[length:].strip().removeprefix(";").strip()
     return found
+
+
+def _decoded(text: str) -> tuple[Any, int]:
+    """The JSON that a text begins with, and its length; None and 0 if it begins with none."""
+    try:
+        return json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, 0
 
 
 def _mark(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -168,6 +168,10 @@ class Controller:
         """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
         if self.cost_model.needs_plain_timing or limit < 1:
             return Draft()
+        draft = self._propose(context, limit)
+        return draft if self.grammar is None else self.grammar.without_refused(context, draft)
+
+    def _propose(self, context: Sequence[int], limit: int) -> Draft:
         copy = self._best_copy(context)
         plain_sec = self.cost_model.verification_sec(1)
         self_draft = self._self_draft_choice(limit)

@@ -7,6 +7,7 @@ draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from knn_ssd.grammar_state import GrammarState
 from knn_ssd.speculation.drafter import Draft, Outcome
@@ -29,6 +30,14 @@ class GrammarDraft:
     def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
         """At most `limit` of the forced tokens."""
         return Draft(tuple(self.forced(context, drafted)[: max(limit, 0)]), drafter="grammar")
+
+    def without_refused(self, context: Sequence[int], draft: Draft) -> Draft:
+        """A draft up to the first of its copied tokens that the grammar refuses, which the target would reject."""
+        refused = len(draft.tokens) - self._state.count_allowed(context[self._state.prompt_length :], draft.tokens)
+        if not refused:
+            return draft
+        tokens = draft.tokens[: len(draft.tokens) - refused]
+        return replace(draft, tokens=tokens, num_copied=max(0, draft.num_copied - refused))
 
     def learn(self, outcome: Outcome) -> None:
         """Does nothing: what a grammar forces does not change."""
