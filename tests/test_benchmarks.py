@@ -229,6 +229,13 @@ def test_conversations_are_the_same_with_any_drafts_and_with_a_prefix_cache(run:
         assert all(float(row[2]) > 0.3 for row in found if row[0] == "2" and "cache" in row[1])
 
 
+def test_forced_drafts_are_compared_with_none_and_with_plain_decoding(run: Run, tiny: tuple[str, str]) -> None:
+    shown = run("structured.py", "--model", tiny[0], "--repeats", "1", "--limit", "1")
+    assert "all outputs the same: yes" in shown
+    assert [line.split("  ")[0] for line in shown.splitlines()[2:5]] == ["forced drafts", "without", "plain"]
+    assert shown.count("forced drafts are ") == 2
+
+
 def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path) -> None:
     """The methods skip what the search found, whatever judging would come to."""
     options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]

@@ -281,7 +281,40 @@ def test_a_file_that_cannot_be_written_and_names_given_twice_are_refused(
     assert "2 prompts have the id 'x'" in err
 
 
+def test_answers_are_json_by_the_schema_of_a_file(generate: Run, tmp_path: Path) -> None:
+    prompts, schema = tmp_path / "prompts.jsonl", tmp_path / "schema.json"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    schema.write_text('{"enum": ["red", "green"]}')
+    out = tmp_path / "out.jsonl"
+    assert generate("--prompts", prompts, "--json-schema", schema, "--out", out)[0] == 0
+    first = out.read_text()
+    assert {json.loads(each)["text"] for each in first.splitlines()} <= {'"red"', '"green"'}
+    assert generate("--prompts", prompts, "--json-schema", schema, "--out", out)[0] == 0
+    assert out.read_text() == first, "nothing is answered again"
+    schema.write_text('{"not": {}}')
+    code, _, err = generate("--prompts", prompts, "--json-schema", schema)
+    assert code == 2
+    assert 'the JSON schema cannot be used: Unimplemented keys: ["not"]' in err
+    assert "cannot be read" in generate("--prompts", prompts, "--json-schema", tmp_path / "none")[2]
+
+
 # --- OpenAI's batch files
+
+
+def test_a_response_format_of_a_batch_is_kept_and_tools_are_refused(generate: Run, tmp_path: Path) -> None:
+    path = tmp_path / "formats.jsonl"
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": {"enum": ["red", "green"]}}}
+    path.write_text(line("a", {**CHAT, "max_tokens": 20, "response_format": form}))
+    code, out, _ = generate("--prompts", path)
+    assert code == 0
+    assert json.loads(out)["response"]["body"]["choices"][0]["message"]["content"] in ('"red"', '"green"')
+    form["json_schema"]["schema"] = {"not": {}}  # type: ignore[index]
+    path.write_text(line("a", {**CHAT, "response_format": form}))
+    assert (
+        "line 1: response_format.json_schema.schema: the JSON schema cannot be used" in generate("--prompts", path)[2]
+    )
+    path.write_text(line("a", {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}))
+    assert "line 1 offers tools" in generate("--prompts", path)[2]
 
 
 USER = {"role": "user", "content": "What is 12 + 7?"}

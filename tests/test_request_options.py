@@ -36,6 +36,7 @@ WRONG: dict[str, list[Any]] = {
     "stop": [5, b"a", ["a", 1], [["a"]], {"a"}, "", ["a", ""]],
     "stop_token_ids": [5, "5", ["5"], [5.0], [-1], [128], [True]],
     "ignore_eos": NOT_FLAGS,
+    "grammar": ["json", 5, {"type": "object"}],
     "plain": NOT_FLAGS,
     "domain": [5, ["math"], "math"],
     "plan": ["low", {}, Plan.skipping(3, [0])],

@@ -132,7 +132,7 @@ def test_parts_of_text_and_a_developer_are_understood(served: Served) -> None:
         ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs' to be true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"knn_ssd": {"plane": True}}, "knn_ssd.plane", "'knn_ssd.plane' is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": 99}, "n", "less than or equal to 16"),

@@ -164,10 +164,7 @@ def test_all_defaults_at_once_and_nulls_for_all_are_accepted(served: Served) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("reasoning_effort", "high"),
         ("audio", {"voice": "alloy"}),

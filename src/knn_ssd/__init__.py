@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from knn_ssd.atlas import Atlas
     from knn_ssd.engine import Engine
     from knn_ssd.errors import KnnSsdError
+    from knn_ssd.grammar import Grammar
     from knn_ssd.outputs import Generation, Stream
     from knn_ssd.plan import Mode, Plan, Policy
     from knn_ssd.request_options import RequestOptions
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Atlas", "Engine", "Generation", "KnnSsdError", "Mode", "Plan", "Policy", "RequestOptions", "Round", "Route",
-    "Router", "SamplingParams", "Stream", "__version__",
+    "Atlas", "Engine", "Generation", "Grammar", "KnnSsdError", "Mode", "Plan", "Policy", "RequestOptions", "Round",
+    "Route", "Router", "SamplingParams", "Stream", "__version__",
 ]  # fmt: skip
 
 _HOMES = {
     "Atlas": "knn_ssd.atlas",
     "Engine": "knn_ssd.engine",
     "Generation": "knn_ssd.outputs",
+    "Grammar": "knn_ssd.grammar",
     "KnnSsdError": "knn_ssd.errors",
     "Mode": "knn_ssd.plan",
     "Plan": "knn_ssd.plan",

@@ -17,6 +17,7 @@ from knn_ssd.backends.select import select_backend
 from knn_ssd.batching import ContinuousBatcher
 from knn_ssd.checks import require, require_kind, require_whole
 from knn_ssd.errors import PromptError, UsageError
+from knn_ssd.grammar_state import GrammarCompiler
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.loading.fingerprint import fingerprint
 from knn_ssd.outputs import Generation, Stream
@@ -100,6 +101,7 @@ class Engine:
         self.owner = Owner(store, PrefixCache(prefix_cache) if prefix_cache else None)
         if atlas is not None:
             atlas.check(fingerprint(model, tokenizer))
+        self._grammars = GrammarCompiler(tokenizer, self.backend.vocab_size)
         self._plans = PlanChooser(self.backend, atlas, neighbours)
         profile = atlas.cost if atlas is not None else typical_profile(self.backend.num_layers)
         self._requests = RequestFactory(self.backend, self._plans, profile)
@@ -213,10 +215,11 @@ class Engine:
         limit = self._limit(len(token_ids), wanted.max_new_tokens)
         eos = eos_token_ids(self.model) | (self._end_of_turn if isinstance(token_ids, ChatIds) else frozenset())
         ends = end_at(() if wanted.ignore_eos else eos, wanted.stop_token_ids)
+        grammar = self._grammars.start(wanted.grammar, len(token_ids), eos) if wanted.grammar is not None else None
         request = self._open(
             token_ids,
             limit,
-            Sampler.from_params(wanted, self.backend.device, len(token_ids), {*eos, *wanted.stop_token_ids}),
+            Sampler.from_params(wanted, self.backend.device, len(token_ids), {*eos, *wanted.stop_token_ids}, grammar),
             ends,
             wanted.plan_request,
             owner=wanted.owner,
@@ -272,13 +275,9 @@ class Engine:
             UsageError: an option that cannot be used.
         """
         wanted = RequestOptions.of({**options, "repetition_penalty": self._repetition_penalty(options)})
-        for name in ("logit_bias", "stop_token_ids"):
-            if unknown := [token for token in getattr(wanted, name) if not 0 <= token < self.backend.vocab_size]:
-                raise UsageError(
-                    f"{name} has the token id {unknown[0]}, and the model's vocabulary is {self.backend.vocab_size}"
-                )
-        if wanted.stop_strings and self.tokenizer is None:
-            raise UsageError(f"stop strings need a tokenizer, got {list(wanted.stop_strings)} and a model without one")
+        wanted.check_tokens(self.backend.vocab_size, self.tokenizer is not None)
+        if wanted.grammar is not None:
+            self._grammars.compile(wanted.grammar)
         self._plans.check(wanted.plan_request)
         return wanted
 

@@ -134,6 +134,8 @@ class Request:
         rounds: list[Round] = []
         for current in self._decode():
             rounds.append(current)
+            if current.finish_reason is not None and self.sampler.grammar is not None:
+                self.sampler.grammar.check_end(self.context[self.num_prompt_tokens :])
             if current.finish_reason is not None and self.answers is not None:
                 self._keep(self.answers, rounds)
             yield current

@@ -9,6 +9,7 @@ from typing import Any
 
 from knn_ssd.checks import is_whole, require, require_kind, require_whole
 from knn_ssd.errors import UsageError
+from knn_ssd.grammar import Grammar
 from knn_ssd.owner import Owner
 from knn_ssd.plan import Plan
 from knn_ssd.routing.plan_choice import PlanRequest
@@ -32,6 +33,8 @@ class RequestOptions(SamplingParams):
         stop_token_ids: tokens that end the output besides the model's end-of-sequence tokens. They are part of the
             token ids and not of the text.
         ignore_eos: go on after an end-of-sequence token.
+        grammar: what the output must look like; it ends where that is complete. So neither `ignore_eos` nor
+            `min_tokens` can be given with it.
         plain: decode without drafts.
         domain: use this domain's plan, whatever the route.
         plan: use this plan, whatever the route.
@@ -51,6 +54,7 @@ class RequestOptions(SamplingParams):
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     plain: bool = False
     domain: str | None = None
     plan: Plan | None = None
@@ -77,6 +81,10 @@ class RequestOptions(SamplingParams):
         require_kind("domain", self.domain, (str, type(None)), "the name of a domain")
         require_kind("plan", self.plan, (Plan, type(None)), "a Plan")
         require_kind("owner", self.owner, (Owner, type(None)), "an Owner")
+        require_kind("grammar", self.grammar, (Grammar, type(None)), "a Grammar")
+        for name in ("ignore_eos", "min_tokens"):
+            if self.grammar is not None and getattr(self, name):
+                raise UsageError(f"{name} cannot be used with a grammar, which decides where the output may end")
         self._check_ends()
 
     def _check_ends(self) -> None:
@@ -87,6 +95,14 @@ class RequestOptions(SamplingParams):
         ids = self.stop_token_ids
         is_list = isinstance(ids, Sequence) and all(is_whole(each) and each >= 0 for each in ids)
         require(is_list and not isinstance(ids, str | bytes), "stop_token_ids must be a list of token ids", ids)
+
+    def check_tokens(self, vocab_size: int, has_tokenizer: bool) -> None:
+        """Raises a `UsageError` for tokens that a model lacks, and for stop strings without a tokenizer."""
+        for name in ("logit_bias", "stop_token_ids"):
+            if unknown := [token for token in getattr(self, name) if not 0 <= token < vocab_size]:
+                raise UsageError(f"{name} has the token id {unknown[0]}, and the model's vocabulary is {vocab_size}")
+        if self.stop_strings and not has_tokenizer:
+            raise UsageError(f"stop strings need a tokenizer, got {list(self.stop_strings)} and a model without one")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RequestOptions:

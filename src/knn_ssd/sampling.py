@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
 
 from knn_ssd.checks import fill_in_defaults, is_whole, require, require_kind, require_number, require_whole
 from knn_ssd.errors import UsageError
+from knn_ssd.grammar_state import GrammarMask, GrammarState
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -192,12 +193,21 @@ class Sampler:
         processors: logits processors for target and draft alike; each is a function of context and logits alone.
         greedy: whether to choose the most likely token instead of drawing one.
         generator: the source of random numbers; None takes torch's global one.
+        grammar: whose mask is put before the processors; None is free text.
     """
 
-    def __init__(self, processors: LogitsProcessorList, greedy: bool, generator: torch.Generator | None = None) -> None:
-        self.processors = processors
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        greedy: bool,
+        generator: torch.Generator | None = None,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        masks = [] if grammar is None else [GrammarMask(grammar)]
+        self.processors = LogitsProcessorList([*masks, *processors])
         self.greedy = greedy
         self.generator = generator
+        self.grammar = grammar
 
     @classmethod
     def from_params(
@@ -206,17 +216,18 @@ class Sampler:
         device: torch.device,
         prompt_length: int = 0,
         end_token_ids: Collection[int] = (),
+        grammar: GrammarState | None = None,
     ) -> Sampler:
-        """The sampler of a request; the arguments are those of `SamplingParams.processors`."""
+        """The sampler of a request; the arguments are those of `SamplingParams.processors` and of the class."""
         processors = params.processors(device, prompt_length, end_token_ids)
         if params.greedy:
-            return cls(processors, greedy=True)
+            return cls(processors, greedy=True, grammar=grammar)
         generator = torch.Generator(device=device)
         if params.seed is None:
             generator.seed()
         else:
             generator.manual_seed(int(params.seed))
-        return cls(processors, greedy=False, generator=generator)
+        return cls(processors, greedy=False, generator=generator, grammar=grammar)
 
     def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> Probs:
         """The distributions of the next token, (n, V) float32; `Certain` in greedy decoding.

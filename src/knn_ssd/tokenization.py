@@ -33,11 +33,13 @@ class TemplateOptions:
         continue_final_message: leave the last message open, so that the output continues it; no generation prompt is
             added then.
         variables: further variables that the template reads, by name.
+        tools: the tools that the answer may call, as JSON schemas in OpenAI's form.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class ChatIds(list[int]):
@@ -143,6 +145,7 @@ def _apply_template(
             add_generation_prompt=options.add_generation_prompt and not options.continue_final_message,
             continue_final_message=options.continue_final_message,
             tokenize=False,
+            tools=cast("Any", list(options.tools) or None),
             **options.variables,
         )
     except Exception as error:  # a template is a program of the model's author, which may raise anything

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from knn_ssd.errors import PromptError
+from knn_ssd.errors import PromptError, UsageError
 from knn_ssd.prompts import parse_line
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ def _parse(line: str, where: str) -> BatchLine:
         raise PromptError(
             f"{where}: a request of a batch has one answer, which is neither streamed nor echoed, got {given}"
         )
+    try:
+        request.options()
+    except UsageError as error:
+        raise PromptError(f"{where}: {error.message}", error.hint) from error
+    if isinstance(request, ChatRequest) and request.offers_tools:
+        raise PromptError(f"{where} offers tools", "Use `knn-ssd serve`, or set its tool_choice to 'none'.")
     return BatchLine(custom_id, url == _CHAT, request)
 
 

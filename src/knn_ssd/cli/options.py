@@ -18,6 +18,7 @@ from knn_ssd.errors import PromptError, UsageError
 if TYPE_CHECKING:
     from knn_ssd.atlas import Atlas
     from knn_ssd.engine import Engine
+    from knn_ssd.grammar import Grammar
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -149,6 +150,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
         text = "no end-of-sequence token and no stop token or text ends the output before N tokens"
         option(group, "--min-tokens", "N", text, whole_number(0))
+        text = "answer in JSON that is valid by the JSON schema in a file"
+        option(group, "--json-schema", "FILE", text, filled)
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -226,6 +229,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     if "logit_bias" in params:
         params["logit_bias"] = dict(params["logit_bias"])
     wanted = {**params, "max_new_tokens": args.max_new_tokens, "stop": args.stop or ()}
+    if getattr(args, "json_schema", None) is not None:
+        wanted["grammar"] = _grammar(args.json_schema)
     RequestOptions.of(wanted)
     idle = [name for name, off in _SAMPLING_ONLY.items() if params.get(name, off) != off]
     if idle and args.temperature == 0:
@@ -233,9 +238,20 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return wanted
 
 
+def _grammar(path: str) -> Grammar:
+    """The grammar of the JSON schema in a file."""
+    from knn_ssd.grammar import Grammar
+
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the file of --json-schema cannot be read: {error}") from error
+    return Grammar.json_schema(text)
+
+
 def refuse_output_options(args: argparse.Namespace, reason: str) -> None:
     """Raises a `UsageError` with the reason if an option of the output was given."""
-    names = [name for name in (*_OUTPUT_OPTIONS, "stop", "no_chat") if getattr(args, name)]
+    names = [name for name in (*_OUTPUT_OPTIONS, "stop", "no_chat", "json_schema") if getattr(args, name)]
     if names:
         raise UsageError(f"{_flag(names[0])} has no effect: {reason}", "Leave it out.")
 

@@ -115,7 +115,7 @@ def _identity(engine: Engine) -> str:
 def _key(model: str, name: str, token_ids: list[int], chosen: Mapping[str, Any]) -> str:
     """A digest of all that an output depends on: the model, the prompt with its name, and the options."""
     wanted = {each: value for each, value in sorted(chosen.items()) if each not in _UNCHANGING and value is not None}
-    return hashlib.sha256(json.dumps([model, name, token_ids, wanted]).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([model, name, token_ids, wanted], default=repr).encode()).hexdigest()[:24]
 
 
 def _generations(engine: Engine, tasks: Sequence[Task], args: argparse.Namespace) -> Iterator[tuple[int, Generation]]:

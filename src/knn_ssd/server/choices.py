@@ -13,6 +13,7 @@ from knn_ssd.routing.answers import Neighbour
 from knn_ssd.server.logprobs import Logprobs, joined
 from knn_ssd.server.scheduler import Job, PromptScored
 from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest
+from knn_ssd.server.tool_calls import ToolReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Choice:
         num_tokens: tokens that were generated so far.
         result: what was generated; None until then.
         is_done: whether nothing more comes.
+        tools: finds its tool calls; None where it may not call any.
     """
 
     index: int
@@ -59,12 +61,15 @@ class Choice:
     num_tokens: int = 0
     result: Generation | None = None
     is_done: bool = False
+    tools: ToolReply | None = None
 
     @property
     def reason(self) -> str | None:
         """The API's finish reason; None while more may come."""
         if not self.is_done:
             return None
+        if self.tools is not None and self.tools.calls:
+            return "tool_calls"
         return "length" if self.result is None else FINISH_REASONS[self.result.finish_reason]
 
 
@@ -92,11 +97,18 @@ class ChoiceWriter:
         """A finished choice."""
         text = "" if choice.result is None else choice.result.text
         if self._is_chat:
-            content: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+            content: dict[str, Any] = {"message": self._message(choice, text)}
         else:
             content = {"text": choice.prompt.text * self._request.echoes + text}
         logprobs = self._of(choice, choice.chunks, with_prompt=True)
         return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _message(self, choice: Choice, text: str) -> dict[str, Any]:
+        rest = text if choice.tools is None else choice.tools.whole(text)
+        if choice.tools is None or not choice.tools.calls:
+            return {"role": "assistant", "content": rest}
+        calls = [call.json() for call in choice.tools.calls]
+        return {"role": "assistant", "content": rest or None, "tool_calls": calls}
 
     def beginning(self, choice: Choice) -> dict[str, Any]:
         """What a stream says of a choice before it is generated: its role, or its prompt with `echo`."""
@@ -110,11 +122,19 @@ class ChoiceWriter:
         """One round of a choice."""
         logprobs = self._of(choice, [chunk], with_prompt=False)
         choice.offset += len(chunk.text)
-        return self._piece(choice, {"content" if self._is_chat else "text": chunk.text}, logprobs)
+        text = chunk.text if choice.tools is None else choice.tools.push(chunk.text)
+        return self._piece(choice, {"content" if self._is_chat else "text": text}, logprobs)
 
-    def end(self, choice: Choice) -> dict[str, Any]:
-        """The last piece of a choice, with its finish reason."""
-        return self._piece(choice, {} if self._is_chat else {"text": ""}, None)
+    def end(self, choice: Choice) -> list[dict[str, Any]]:
+        """The last pieces of a choice: text that was held back, tool calls, and the finish reason."""
+        pieces: list[dict[str, Any]] = []
+        if choice.tools is not None:
+            if rest := choice.tools.finish():
+                pieces.append({"content": rest})
+            if choice.tools.calls:
+                pieces.append({"tool_calls": [{"index": n, **c.json()} for n, c in enumerate(choice.tools.calls)]})
+        early = [{**self._piece(choice, piece, None), "finish_reason": None} for piece in pieces]
+        return [*early, self._piece(choice, {} if self._is_chat else {"text": ""}, None)]
 
     def _piece(self, choice: Choice, content: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
         content = {"delta": content} if self._is_chat else content

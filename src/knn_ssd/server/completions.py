@@ -7,8 +7,8 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.owner import Owner
@@ -20,7 +20,8 @@ from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
 from knn_ssd.server.schemas import ChatRequest, CompletionRequest
 from knn_ssd.server.streams import DONE, PING, PING_SEC, event
-from knn_ssd.tokenization import PromptLike, echoed
+from knn_ssd.server.tool_calls import ToolUse
+from knn_ssd.tokenization import Messages, PromptLike, echoed
 
 HEADERS_SEC = 1.0  # in which a stream's headers wait for the first prefill, which some of them report
 
@@ -117,8 +118,9 @@ class CompletionHandler:
         try:
             async with self._in_time():
                 encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
-            options = {**self.request.options(), "owner": self.owner}
+                options = await asyncio.to_thread(self._options)
             for choice in self.choices:
+                choice.tools = self._tools.reply() if self._tools is not None else None
                 choice.prompt = encoded[choice.index // n]
                 seeded = {**options, "seed": self.request.seed_of(choice.index % n)}
                 num_logprobs = self.request.num_prompt_logprobs
@@ -127,9 +129,30 @@ class CompletionHandler:
             self.cancel()
             raise
 
+    @property
+    def _tools(self) -> ToolUse | None:
+        """The tools that the answer may call."""
+        request, tokenizer = self.request, self.scheduler.engine.tokenizer
+        if not isinstance(request, ChatRequest) or not request.offers_tools or tokenizer is None:
+            return None
+        return ToolUse(request.tools, request.tool_choice, request.parallel_tool_calls, tokenizer)
+
+    def _options(self) -> dict[str, Any]:
+        """The options of `Engine.stream`, with a grammar that was compiled if there is one."""
+        options = {**self.request.options(), "owner": self.owner}
+        if self._tools is not None:
+            options["grammar"] = self._tools.grammar()
+        if options.get("grammar") is not None:
+            self.scheduler.engine.check_options(options)
+        return options
+
     def _encode(self, prompt: PromptLike) -> EncodedPrompt:
-        engine = self.scheduler.engine
-        token_ids = engine.encode(prompt, isinstance(self.request, ChatRequest), self.request.template)
+        engine, template = self.scheduler.engine, self.request.template
+        if self._tools is not None and template is not None:
+            tools, form = self._tools.described, self._tools.format
+            prompt = form.messages(cast("Messages", prompt), tools)
+            template = replace(template, tools=() if form.is_described else tools)
+        token_ids = engine.encode(prompt, isinstance(self.request, ChatRequest), template)
         if not self.request.echoes:
             return EncodedPrompt(token_ids)
         pieces = echoed(engine.tokenizer, token_ids)
@@ -191,7 +214,9 @@ class CompletionHandler:
         if isinstance(reported, Chunk) and (reported.text or self._is_detailed):
             fields = self._round_fields(choice, reported) if self.request.knn_ssd.rounds else None
             return self._event(self.writer.chunk(choice, reported), fields)
-        return self._event(self.writer.end(choice)) if isinstance(reported, Generation) else None
+        if not isinstance(reported, Generation):
+            return None
+        return "".join(self._event(piece) for piece in self.writer.end(choice))
 
     @property
     def _is_detailed(self) -> bool:

@@ -52,7 +52,7 @@ class FixedFields(Strict):
     logits_processors: Annotated[Any, _only([])] = None
     modalities: Annotated[Any, _only(["text"])] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None  # of a completion, as are tools
     skip_special_tokens: Annotated[Any, _only(True)] = None
     suffix: Annotated[Any, _only("")] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None

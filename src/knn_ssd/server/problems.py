@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from knn_ssd.errors import KnnSsdError, MemoryInUseError, MemoryLimitError, PromptError, UsageError
 from knn_ssd.server.scheduler import BusyError, ClosingError, DeadlineError, ModelThreadError
+from knn_ssd.server.structured import FieldError
 
 INVALID = "invalid_request_error"
 _STATUS = {
@@ -80,7 +81,9 @@ def add_errors(app: FastAPI) -> None:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
         kind = INVALID if status == 400 else "rate_limit_error" if status == 429 else "server_error"
         again = isinstance(error, BusyError | ClosingError | MemoryInUseError)
-        return JSONResponse(error_body(str(error), kind), status, {"retry-after": str(_RETRY_SEC)} if again else None)
+        param = error.field if isinstance(error, FieldError) else None
+        headers = {"retry-after": str(_RETRY_SEC)} if again else None
+        return JSONResponse(error_body(str(error), kind, param), status, headers)
 
     @app.exception_handler(StatusError)
     async def refused(_http: Request, error: StatusError) -> Response:

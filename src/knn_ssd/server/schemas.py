@@ -9,6 +9,15 @@ from pydantic_core import PydanticCustomError
 
 from knn_ssd.server.fields import FixedFields, InertFields, SamplingFields
 from knn_ssd.server.messages import Message, Strict
+from knn_ssd.server.structured import (
+    MOST_TOOLS,
+    ResponseFormat,
+    TextFormat,
+    Tool,
+    ToolChoice,
+    check_tools,
+    format_grammar,
+)
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.tokenization import PromptLike, TemplateOptions
 
@@ -107,6 +116,10 @@ class ChatRequest(_Request):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    response_format: ResponseFormat = TextFormat(type="text")
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @field_validator("top_logprobs")
     @classmethod
@@ -114,6 +127,23 @@ class ChatRequest(_Request):
         if most and not info.data.get("logprobs"):
             raise PydanticCustomError("needs_logprobs", "needs 'logprobs' to be true")
         return most
+
+    @model_validator(mode="after")
+    def _of_one_form(self) -> ChatRequest:
+        check_tools(self.tools, self.tool_choice)
+        if self.offers_tools and not isinstance(self.response_format, TextFormat):
+            message = "response_format cannot be used with tools that may be called; set tool_choice to 'none'"
+            raise PydanticCustomError("two_forms", message)
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name) and not isinstance(self.response_format, TextFormat):
+                message = f"{name} cannot be used with response_format, which decides where the answer may end"
+                raise PydanticCustomError("no_end", message)
+        return self
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -129,8 +159,13 @@ class ChatRequest(_Request):
         return TemplateOptions(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
     def options(self) -> dict[str, Any]:
-        """The options of `Engine.stream`."""
-        return {**self.sampling(), "max_new_tokens": _limit(self.max_completion_tokens or self.max_tokens)}
+        """The options of `Engine.stream`.
+
+        Raises:
+            FieldError: the schema of the response format cannot be used.
+        """
+        limit = _limit(self.max_completion_tokens or self.max_tokens)
+        return {**self.sampling(), "max_new_tokens": limit, "grammar": format_grammar(self.response_format)}
 
 
 class CompletionRequest(_Request):

@@ -18,6 +18,7 @@ _CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 _MATCH_EDGES = (3, 4, 6, 9, 17)  # tokens
 _MATCH_PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
 _PRIOR_LOW, _PRIOR_SKIP = 0.85, 0.6  # acceptance rate of self-drafts whose plan has no evidence
+_PRIOR_FORCED = 0.98  # of tokens that a grammar forces: a model may write the same bytes in other tokens
 _FIRST_INTERVAL, _MAX_INTERVAL = 16, 128  # rounds between two tries of a drafter that does not pay
 _CHEAPER = 0.95  # a relative cost below this share of the one at the last try is worth another try soon
 
@@ -84,7 +85,8 @@ class AcceptanceStats:
         self_draft: the rate of self-drafted tokens.
         by_confidence: the same by the draft's own top-1 probability.
         tokens_per_pass: moving average of the tokens that a forward pass of a self-draft gives.
-        by_match: the rate of copied tokens by drafter, which is lookup or retrieval, and match length.
+        by_match: the rate of copied tokens by drafter, which is lookup or retrieval, and match length. That of tokens
+            which a grammar forces stands among them, and is one for all lengths.
     """
 
     prior: float
@@ -102,6 +104,7 @@ class AcceptanceStats:
         # A good draft is right even where its confidence is low.
         self.by_confidence = [AcceptanceRate(middle ** (2 * (1 - self.prior))) for middle in middles]
         self.by_match = {name: [AcceptanceRate(prior) for prior in _MATCH_PRIORS] for name in COPYING_DRAFTERS}
+        self.by_match["grammar"] = [AcceptanceRate(_PRIOR_FORCED)] * len(_MATCH_PRIORS)
 
     def at_confidence(self, probability: float) -> AcceptanceRate:
         """The rate of self-drafted tokens of such a top-1 probability."""

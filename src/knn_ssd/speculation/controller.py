@@ -17,6 +17,7 @@ from knn_ssd.plan import Plan
 from knn_ssd.speculation.acceptance import AcceptanceStats
 from knn_ssd.speculation.cost_model import CostModel
 from knn_ssd.speculation.drafter import Draft, Outcome
+from knn_ssd.speculation.grammar_draft import GrammarDraft
 from knn_ssd.speculation.lookup import LookupDraft
 from knn_ssd.speculation.retrieval import RetrievalDraft
 from knn_ssd.speculation.self_draft import MAX_GUESSES, SelfDraft
@@ -152,6 +153,7 @@ class Controller:
         self_draft: None where the plan saves nothing.
         lookup: None where the policy has no lookup.
         retrieval: None where there are no neighbours.
+        grammar: None where the output is free text.
     """
 
     plan: Plan
@@ -160,11 +162,16 @@ class Controller:
     self_draft: SelfDraft | None
     lookup: LookupDraft | None
     retrieval: RetrievalDraft | None = None
+    grammar: GrammarDraft | None = None
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """The best drafter's draft; an empty one where plain decoding is best, or has to be timed again."""
         if self.cost_model.needs_plain_timing or limit < 1:
             return Draft()
+        draft = self._propose(context, limit)
+        return draft if self.grammar is None else self.grammar.without_refused(context, draft)
+
+    def _propose(self, context: Sequence[int], limit: int) -> Draft:
         copy = self._best_copy(context)
         plain_sec = self.cost_model.verification_sec(1)
         self_draft = self._self_draft_choice(limit)
@@ -172,7 +179,7 @@ class Controller:
             best = best_draft_length(self.cost_model, copy.rate, min(limit, _MAX_COPIED, copy.available), 0.0)
             other_sec = self_draft.sec_per_token if self_draft else plain_sec
             if best.sec_per_token < min(_MIN_GAIN * plain_sec, other_sec):
-                return copy.take(best.length)
+                return self._copied(copy, best, context, limit)
         if self_draft is not None and self_draft.is_faster_than_plain():
             return self._draft(context, limit, self_draft)
         if copy is not None and self.acceptance.copy_retry.is_due():
@@ -198,6 +205,13 @@ class Controller:
         draft = self.self_draft.propose(context, limit, go_on, partial(self._guess, context))
         return self._extend(draft, context, limit, go_on.survival, choice.sec_per_token)
 
+    def _copied(self, copy: _Copy, best: DraftOption, context: Sequence[int], limit: int) -> Draft:
+        """The copied tokens; after tokens that the grammar forces goes on what can be copied there."""
+        draft = copy.take(best.length)
+        if draft.drafter != "grammar":
+            return draft
+        return self._extend(draft, context, limit, copy.rate**best.length, best.sec_per_token)
+
     def _guess(self, context: Sequence[int], drafted: Sequence[int]) -> Sequence[int]:
         """What may follow a self-draft, for its next pass to check: what can be copied there."""
         copy = self._best_copy(context, drafted)
@@ -205,7 +219,7 @@ class Controller:
         return copy.take(most).tokens if copy is not None and most else ()
 
     def _extend(self, draft: Draft, context: Sequence[int], limit: int, survival: float, sec_per_token: float) -> Draft:
-        """Appends what can be copied after a self-draft, as far as verifying it too is worth the time."""
+        """Appends what can be copied after a draft, as far as verifying it too is worth the time."""
         copy = self._best_copy(context, draft.tokens)
         if copy is None:
             return draft
@@ -239,7 +253,10 @@ class Controller:
         return max(self._copies(context, drafted), key=lambda copy: copy.rate, default=None)  # the first of equal ones
 
     def _copies(self, context: Sequence[int], drafted: Sequence[int]) -> Iterator[_Copy]:
-        """From the request's own context, then from its neighbours, nearest first."""
+        """What the grammar forces, then from the request's own context, then from its neighbours, nearest first."""
+        if self.grammar is not None and (forced := self.grammar.forced(context, drafted)):
+            take = partial(self.grammar.propose, context, drafted=drafted)
+            yield _Copy(self.acceptance.at_match("grammar", 0).mean, len(forced), take)
         match = self.lookup.match(context, drafted) if self.lookup is not None else None
         if match is not None and self.lookup is not None:
             take = partial(self.lookup.propose, context, drafted=drafted)
@@ -260,15 +277,25 @@ class FixedPolicy:
         plan: whose policy is followed.
         self_draft: None where only lookup drafts.
         lookup: None where the policy has no lookup.
+        grammar: drafts what it forces before the others; None where the output is free text.
     """
 
-    def __init__(self, plan: Plan, self_draft: SelfDraft | None, lookup: LookupDraft | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        self_draft: SelfDraft | None,
+        lookup: LookupDraft | None,
+        grammar: GrammarDraft | None = None,
+    ) -> None:
         self._plan = plan
         self._self_draft = self_draft
         self._lookup = lookup
+        self._grammar = grammar
 
     def propose(self, context: Sequence[int], limit: int) -> Draft:
         """The draft that the policy asks for."""
+        if self._grammar is not None and (forced := self._grammar.propose(context, limit)).tokens:
+            return forced
         if self._lookup is not None:
             match = self._lookup.match(context)
             shortest = _LONG_MATCH if self._self_draft is not None else 1

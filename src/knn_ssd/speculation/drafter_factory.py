@@ -12,6 +12,7 @@ from knn_ssd.speculation.acceptance import AcceptanceStats, initial_acceptance
 from knn_ssd.speculation.controller import Controller, FixedPolicy
 from knn_ssd.speculation.cost_model import CostModel, CostProfile, typical_profile
 from knn_ssd.speculation.drafter import Drafter
+from knn_ssd.speculation.grammar_draft import GrammarDraft
 from knn_ssd.speculation.lookup import LookupDraft
 from knn_ssd.speculation.retrieval import RetrievalDraft
 from knn_ssd.speculation.self_draft import SelfDraft
@@ -65,15 +66,16 @@ class DrafterFactory:
         if plan.is_plain:
             return None
         lookup = LookupDraft() if plan.policy.lookup else None
+        grammar = GrammarDraft(sampler.grammar) if sampler.grammar is not None else None
         if not adaptive:
             drafts = plan.cheapens or lookup is None
-            return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup)
+            return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup, grammar)
         self_draft = SelfDraft(session, plan, sampler) if plan.cheapens else None
         if reproducible:
             on_paper = CostModel(self.profile, learns_from_rounds=False)
-            return Controller(plan, on_paper, initial_acceptance(plan, agreement), self_draft, lookup)
+            return Controller(plan, on_paper, initial_acceptance(plan, agreement), self_draft, lookup, grammar=grammar)
         key = (domain, plan.modes, plan.head, sampler.greedy)
         if key not in self._acceptance:
             self._acceptance[key] = initial_acceptance(plan, agreement)
         retrieval = RetrievalDraft(neighbours, session.length) if neighbours and plan.policy.lookup else None
-        return Controller(plan, self.cost_model, self._acceptance[key], self_draft, lookup, retrieval)
+        return Controller(plan, self.cost_model, self._acceptance[key], self_draft, lookup, retrieval, grammar)

@@ -105,7 +105,7 @@ class RetrievalDraft:
     def learn(self, outcome: Outcome) -> None:
         """Notes what became of retrieved tokens, and drops a neighbour that misleads."""
         draft = outcome.draft
-        own = draft.drafters.count("self")  # before the retrieved tokens
+        own = len(draft.tokens) - draft.drafters.count("retrieval")  # before the retrieved tokens
         if draft.neighbour not in self._texts or outcome.accepted < own:
             return  # nothing retrieved was compared with the target
         text = self._texts[draft.neighbour]

@@ -1,0 +1,276 @@
+"""Response formats and tools in the server: enforced by grammars, parsed by the model family's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema_rs
+import pytest
+from openai import OpenAI
+from server import MODEL, Served, serving
+from test_server_requests import chat, complete
+
+from knn_ssd.engine import Engine
+from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.structured import Tool
+from knn_ssd.server.tool_calls import ToolFormat, ToolReply, ToolUse
+from knn_ssd.testing import tiny_model, tiny_tokenizer
+
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + PLAIN
+HERMES = WITH_TOOLS + "{# <tool_call> #}"
+LLAMA = WITH_TOOLS + '{# {"name": function name, "parameters": dictionary of arguments} #}'
+MISTRAL = WITH_TOOLS + "{# [TOOL_CALLS] #}"
+TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "no mark": WITH_TOOLS, "no tools": PLAIN}
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["colour", "size"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+PAINT = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": SCHEMA}}
+STOP = {"type": "function", "function": {"name": "stop"}}
+NAMED = {"type": "function", "function": {"name": "paint"}}
+
+
+def engine(template: str) -> Engine:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    return Engine(tiny_model(max_position_embeddings=1024, initializer_range=0.4), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    yield from serving(ServeSettings(MODEL), engine(HERMES))
+
+
+def message(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()["choices"][0]["message"]
+    return found
+
+
+# --- Response formats
+
+
+def test_an_answer_is_valid_by_its_schema_alone_in_company_and_streamed(served: Served) -> None:
+    body = {"response_format": FORMAT, "temperature": 0, "max_tokens": 80}
+    answer = chat(served, **body)
+    text = message(answer)["content"]
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(text))
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    assert answer.json()["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 10
+    assert message(chat(served, **body, knn_ssd={"plain": True}))["content"] == text
+    several = chat(served, **body, n=4).json()["choices"]
+    assert [each["message"]["content"] for each in several] == [text] * 4
+    client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "a fox"}], stream=True, **body
+    )
+    assert "".join(each.choices[0].delta.content or "" for each in stream) == text
+
+
+def test_seeded_answers_are_the_same_alone_and_in_company(served: Served) -> None:
+    body = {"response_format": FORMAT, "temperature": 1.2, "max_tokens": 80, "presence_penalty": 0.5}
+    together = chat(served, **body, seed=7, n=3).json()["choices"]
+    for place, choice in enumerate(together):
+        alone = message(chat(served, **body, seed=7 + place))["content"]
+        assert choice["message"]["content"] == alone
+        assert jsonschema_rs.is_valid(SCHEMA, json.loads(alone))
+
+
+def test_any_object_and_an_answer_that_is_cut_off(served: Served) -> None:
+    answer = chat(served, response_format={"type": "json_object"}, temperature=0, max_tokens=5)
+    assert message(answer)["content"].startswith("{")
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("form", "param", "words"),
+    [
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}, "schema", 'keys: ["not"]'),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "word"}}}, "schema", "word"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["y" * 120_000]}}},
+            "schema",
+            "100000",
+        ),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema", "required"),
+        ({"type": "json_schema"}, "json_schema", "required"),
+        ({"type": "yaml"}, "", "'json_schema'"),
+    ],
+)
+def test_a_format_that_cannot_be_used_is_refused_by_the_fields_name(
+    served: Served, form: dict[str, Any], param: str, words: str
+) -> None:
+    for stream in (False, True):
+        refused = chat(served, response_format=form, stream=stream)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["param"].startswith("response_format")
+        assert error["param"].endswith(param)
+        assert words in error["message"]
+
+
+def test_options_that_contradict_a_format_are_refused(served: Served) -> None:
+    for options, words in (
+        ({"ignore_eos": True}, "ignore_eos cannot be used with response_format"),
+        ({"min_tokens": 3}, "min_tokens cannot be used with response_format"),
+        ({"tools": [PAINT]}, "response_format cannot be used with tools"),
+    ):
+        refused = chat(served, response_format=FORMAT, **options)
+        assert refused.status_code == 400
+        assert words in refused.json()["error"]["message"]
+    assert message(chat(served, response_format=FORMAT, tools=[PAINT], tool_choice="none"))["content"]
+    for name, value in (("response_format", FORMAT), ("tools", [PAINT]), ("tool_choice", "required")):
+        refused = complete(served, **{name: value})
+        assert refused.json()["error"]["message"] == f"'{name}' is not supported"
+
+
+# --- Tools
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_that_is_demanded_comes_whole_and_streamed(served: Served, choice: Any) -> None:
+    tools = [PAINT] if choice == "required" else [STOP, PAINT]
+    body = {"tools": tools, "tool_choice": choice, "temperature": 0, "max_tokens": 200, "parallel_tool_calls": False}
+    answer = chat(served, **body)
+    found = message(answer)
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert found["content"] is None
+    (call,) = found["tool_calls"]
+    assert (call["type"], call["function"]["name"], call["id"][:5]) == ("function", "paint", "call_")
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(call["function"]["arguments"]))
+    client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    with client.chat.completions.stream(model=MODEL, messages=[{"role": "user", "content": "a fox"}], **body) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls"
+    assert not final.message.content
+    assert final.message.tool_calls is not None
+    assert final.message.tool_calls[0].function.arguments == call["function"]["arguments"]
+
+
+def test_a_demanded_call_that_is_cut_off_is_text(served: Served) -> None:
+    answer = chat(served, tools=[PAINT], tool_choice="required", temperature=0, max_tokens=20)
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+    assert message(answer)["content"].startswith("<tool_call>")
+    assert "tool_calls" not in message(answer)
+
+
+def test_tools_that_may_be_called_change_the_prompt_and_those_that_may_not_do_not(served: Served) -> None:
+    tokens = [
+        chat(served, tools=[PAINT], **choice).json()["usage"]["prompt_tokens"]
+        for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"})
+    ]
+    without = chat(served).json()["usage"]["prompt_tokens"]
+    assert tokens[0] == tokens[1] > without == tokens[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": [PAINT], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "'f', which is not in"),
+        ({"tools": [PAINT, PAINT]}, "'paint' twice"),
+        ({"tools": [{"type": "function"}]}, "required"),
+        (
+            {
+                "tools": [PAINT, {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+            },
+            'tools.1.function.parameters: the JSON schema cannot be used: Unimplemented keys: ["not"]',
+        ),
+    ],
+)
+def test_tools_that_cannot_be_used_are_refused(served: Served, options: dict[str, Any], words: str) -> None:
+    refused = chat(served, **options)
+    assert refused.status_code == 400
+    assert words in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_what_the_grammar_of_each_family_gives_is_parsed_as_calls(family: str, choice: Any) -> None:
+    own = engine(TEMPLATES[family])
+    strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}  # type: ignore[dict-item]
+    use = ToolUse([Tool.model_validate(each) for each in (strict, STOP)], choice, True, own.tokenizer)
+    biases = {}
+    if choice == "auto":  # nothing but the marks of a call, where the text may end
+        biases = {"logit_bias": dict.fromkeys(own.tokenizer.encode((use.format.opening or "{")[:1]), 60)}
+    for seed in range(3):
+        options = {"temperature": 1.0, "seed": seed, "max_new_tokens": 400, **biases}
+        output = own.generate("a fox", grammar=use.grammar(), **options)
+        reply = use.reply()
+        streamed = "".join(map(reply.push, output.text)) + reply.finish()
+        assert streamed == ToolReply(use.format, reply.names, False).whole(output.text)
+        if choice == "required" and output.finish_reason == "eos":
+            assert reply.calls
+            assert streamed == ""
+        for call in reply.calls:
+            schema = SCHEMA if call.name == "paint" else {"type": "object"}
+            assert jsonschema_rs.is_valid(schema, json.loads(call.arguments))
+
+
+CALL = '{"name": "paint", "arguments": {"colour": "red", "size": 3}}'
+LLAMA_CALL = CALL.replace("arguments", "parameters")
+REPLIES: list[tuple[str, str, str, int]] = [
+    ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", 1),
+    ("hermes", f"Sure.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "Sure.", 2),
+    ("hermes", f"<tool_call>{CALL}", "", 1),
+    ("hermes", CALL, "", 1),
+    ("hermes", f"<tool_call>\n{CALL}\n</tool_call> and </tool_call>\n", "", 1),
+    ("hermes", "a < b and <tool", "a < b and <tool", 0),
+    ("hermes", "<tool_call>\n{not json}\n</tool_call>", "<tool_call>\n{not json}\n</tool_call>", 0),
+    ("hermes", CALL.replace("paint", "burn"), CALL.replace("paint", "burn"), 0),
+    ("mistral", f"[{CALL}, {CALL}]", "", 2),
+    ("mistral", f"[TOOL_CALLS] [{CALL}]", "", 1),
+    ("llama", LLAMA_CALL, "", 1),
+    ("llama", f"<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}", "", 2),
+    ("no mark", CALL, "", 1),
+    ("no tools", f"  {CALL}\n", "", 1),
+    ("no tools", '{"answer": 3}', '{"answer": 3}', 0),
+    ("no tools", "Red it is.", "Red it is.", 0),
+]
+
+
+@pytest.mark.parametrize(("family", "text", "rest", "count"), REPLIES)
+def test_calls_are_found_in_a_familys_format_whole_and_in_pieces(family: str, text: str, rest: str, count: int) -> None:
+    form = ToolFormat.of(TEMPLATES[family])
+    whole, pieces = ToolReply(form, ["paint"], False), ToolReply(form, ["paint"], False)
+    assert whole.whole(text) == rest
+    assert "".join([*map(pieces.push, text), pieces.finish()]) == rest
+    assert len(whole.calls) == len(pieces.calls) == count
+    for call in whole.calls:
+        assert (call.name, json.loads(call.arguments)) == ("paint", {"colour": "red", "size": 3})
+        assert family != "mistral" or len(call.id) == 9
+
+
+def test_marks_within_arguments_are_part_of_them() -> None:
+    form = ToolFormat.of(HERMES)
+    arguments = json.dumps({"text": "</tool_call> <tool_call>"})
+    reply = ToolReply(form, ["write"], False)
+    call = '{"name": "write", "arguments": ' + arguments + "}"
+    assert reply.whole(f"<tool_call>\n{call}\n</tool_call>") == ""
+    assert [each.arguments for each in reply.calls] == [arguments]
+
+
+def test_a_template_without_tools_gets_them_in_a_system_message() -> None:
+    tools = [Tool.model_validate(PAINT).plain()]
+    form = ToolFormat.of(PLAIN)
+    first, second = form.messages([{"role": "user", "content": "hi"}], tools)
+    assert (first["role"], second["content"]) == ("system", "hi")
+    assert '"name": "paint"' in first["content"]
+    merged = form.messages([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}], tools)
+    assert [each["role"] for each in merged] == ["system", "user"]
+    assert merged[0]["content"].startswith("Be kind.\n\nYou may call")
+    assert ToolFormat.of(HERMES).messages([{"role": "user", "content": "hi"}], tools) == [
+        {"role": "user", "content": "hi"}
+    ]
