@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -11,7 +11,7 @@ from client_server import Server
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 QUESTION = "Name three colours."
 
@@ -76,8 +76,8 @@ def test_errors_are_those_of_openai_s_client(server: Server) -> None:
 class City(BaseModel):
     """A city."""
 
-    name: str
-    population: int
+    name: str = Field(max_length=20)
+    size: Literal["small", "large"]
 
 
 @pytest.mark.usefixtures("structured")

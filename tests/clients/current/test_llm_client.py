@@ -65,5 +65,7 @@ def test_an_error_is_shown_with_the_server_s_sentence(folder: Path) -> None:
 
 @pytest.mark.usefixtures("structured")
 def test_an_answer_follows_a_schema(folder: Path) -> None:
-    options = ["-m", "own", "-o", "temperature", "0", "-o", "max_tokens", "200", "--schema", "name, population int"]
-    assert set(json.loads(llm(folder, *options, "Describe Paris.").stdout)) == {"name", "population"}
+    sizes = {"size": {"enum": ["small", "large"]}}
+    schema = {"type": "object", "properties": sizes, "required": ["size"], "additionalProperties": False}
+    options = ["-m", "own", "-o", "temperature", "0", "-o", "max_tokens", "200", "--schema", json.dumps(schema)]
+    assert json.loads(llm(folder, *options, "Describe Paris.").stdout)["size"] in ("small", "large")

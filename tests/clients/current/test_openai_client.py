@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from client_server import Server, serving
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 QUESTION: Any = [{"role": "user", "content": "Name three colours."}]
 GREEDY: Any = {"temperature": 0, "max_tokens": 12}
@@ -214,8 +214,8 @@ def test_the_asynchronous_client(server: Server, said: str) -> None:
 
 
 class City(BaseModel):
-    name: str
-    population: int
+    name: str = Field(max_length=20)
+    size: Literal["small", "large"]
 
 
 @pytest.mark.usefixtures("structured")

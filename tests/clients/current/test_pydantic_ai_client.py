@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from client_server import Server
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent, ModelSettings, NativeOutput
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.openai import OpenAIChatModel
@@ -54,8 +54,8 @@ def test_a_refusal_is_pydantic_ai_s_error(server: Server) -> None:
 class City(BaseModel):
     """A city."""
 
-    name: str
-    population: int
+    name: str = Field(max_length=20)
+    size: Literal["small", "large"]
 
 
 @pytest.mark.usefixtures("structured")

@@ -75,9 +75,10 @@ def test_likelihoods_are_the_server_s(server: Server, tasks: Path, tokenizer: Pa
         "local-completions",
         "/completions",
         "own_choices",
+        "--batch_size",
+        "4",
         tokenizer=tokenizer,
         tokenized_requests=tokenized,
-        batch_size=4,
         num_concurrent=2,
     )
     assert len(samples) == len(CHOICES)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import instructor
 import openai
 import pytest
 from client_server import Server
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class City(BaseModel):
     """A city."""
 
-    name: str
-    population: int
+    name: str = Field(max_length=20)
+    size: Literal["small", "large"]
 
 
 def client(server: Server, mode: instructor.Mode) -> instructor.Instructor:

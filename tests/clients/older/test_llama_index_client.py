@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from client_server import Server
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 QUESTION = "Name three colours."
 
@@ -53,8 +53,8 @@ def test_a_conversation_and_sampling(server: Server) -> None:
 class City(BaseModel):
     """A city."""
 
-    name: str
-    population: int
+    name: str = Field(max_length=20)
+    size: Literal["small", "large"]
 
 
 @pytest.mark.usefixtures("structured")
