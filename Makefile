@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 READY_VLLM := .venv-vllm/.ready
 
-.PHONY: demo test test-vllm test-transformers sanitize test-arm check fix bench clean
+.PHONY: demo test test-vllm test-transformers test-clients sanitize test-arm check fix bench clean
 
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,15 @@ test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.ready)  ## the model f
 		.venv-transformers-$$version/bin/python -c 'import transformers; print("transformers", transformers.__version__)'; \
 		.venv-transformers-$$version/bin/python -m pytest -q -m 'not real' $(FAMILY_TESTS); \
 	done
+
+# Clients whose requirements exclude each other have environments of their own; OpenAI's client is tried in two versions.
+CLIENTS ?= current older evaluation
+CLIENT_TESTS_older := tests/clients/current/test_openai_client.py
+
+test-clients: $(READY) $(CLIENTS:%=.venv-clients/%/.ready)  ## real clients against the server, on the embedded model
+	set -e; $(foreach each,$(CLIENTS),\
+		KNN_SSD_PYTHON=$(BIN)/python .venv-clients/$(each)/bin/python -m pytest -q --confcutdir tests/clients \
+			tests/clients/$(each) $(CLIENT_TESTS_$(each));)
 
 # The kernels' C driver, for all targets below; its modes are described at its top.
 CSRC := src/knn_ssd/kernels/csrc
@@ -78,7 +87,7 @@ bench: $(READY)  ## methods side by side on the embedded model and its built-in 
 	$(BIN)/knn-ssd bench --methods plain,hf,hf-lookup,lookup,low,auto --limit 2 --max-new-tokens 96 --out out/bench
 
 clean:  ## what demo and test leave behind, the environment included
-	rm -rf $(VENV) .venv-vllm .venv-peers .venv-transformers-* out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-clients .venv-peers .venv-transformers-* out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
 $(READY): pyproject.toml constraints.txt
@@ -103,4 +112,10 @@ $(READY_VLLM): pyproject.toml tests/vllm/requirements.txt tests/vllm/no-deps.txt
 	grep -vE '^(transformers|huggingface-hub)=' constraints.txt > .venv-transformers-$*/constraints.txt
 	.venv-transformers-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-transformers-$*/constraints.txt \
 		--editable . pytest pytest-timeout hypothesis transformers$(if $(filter newest,$*),,==$*)
+	touch $@
+
+# requirements.txt is made from requirements.in, by the command at its top.
+.venv-clients/%/.ready: tests/clients/%/requirements.txt
+	$(PYTHON) -m venv .venv-clients/$*
+	.venv-clients/$*/bin/python -m pip install --quiet --requirement $<
 	touch $@

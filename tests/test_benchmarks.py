@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 import torch
 
@@ -189,6 +194,47 @@ def test_outputs_are_compared_batched_and_alone(
 
     monkeypatch.setattr(Engine, "stream", wrong)
     assert "all            8 of 8" not in run("identity.py", *options, code=1)
+
+
+@pytest.mark.parametrize(("growth_mib", "changed", "code"), [(0, False, 0), (100, False, 1), (0, True, 1)])
+def test_a_server_whose_memory_grows_or_whose_answers_change_fails_the_soak(
+    run: Run,
+    tiny: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    growth_mib: int,
+    changed: bool,
+    code: int,
+) -> None:
+    """The server, its answers and their number are real, its memory is not: a few seconds do not fill a cache."""
+    model, prompts = tiny
+    minutes, started = 0.06, time.monotonic()
+
+    def memory(_process: psutil.Process) -> SimpleNamespace:
+        return SimpleNamespace(rss=(500 + growth_mib * (time.monotonic() - started) / (60 * minutes)) * 2**20)
+
+    monkeypatch.setattr(psutil.Process, "memory_info", memory)
+    if changed:
+        monkeypatch.setattr(httpx.Response, "json", lambda _: {"choices": [{"message": {"content": "something else"}}]})
+    options = ["--model", model, "--prompts", prompts, "--minutes", str(minutes), "--clients", "3"]
+    picture = tmp_path / "soak.svg"
+    shown = run("soak.py", *options, "--max-new-tokens", "8", "--out", str(picture), code=code)
+    assert "The memory is not level." in shown if growth_mib else "The memory is level." in shown
+    assert ("fault: prompt" in shown) == changed
+    assert re.search(r"memory: \d+\.\d MiB at the start, \d+\.\d after a quarter, \d+\.\d at the end", shown)
+    assert "<svg" in picture.read_text("utf-8")
+    if not changed:
+        assert all(way in shown for way in ("whole", "streamed", "sampled", "left", "bad"))
+
+
+@pytest.mark.parametrize(("last", "level"), [(99, True), (116, True), (117, False)])
+def test_memory_is_level_if_the_last_quarter_is_hardly_above_the_second(last: float, level: bool) -> None:
+    soak = runpy.run_path(str(FOLDER / "soak.py"))
+    samples = [soak["Sample"](minute, [20, 100, 300, last][minute // 10]) for minute in range(40)]
+    assert soak["quarters"](samples) == [20, 100, 300, last]
+    assert soak["is_level"](100, last) == level
+    assert soak["is_level"](1000, 1029)
+    assert not soak["is_level"](1000, 1031)
 
 
 def test_speeds_are_printed_by_temperature_and_method(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:

@@ -320,6 +320,19 @@ def test_the_table_of_settings_has_all_of_them_with_their_defaults() -> None:
     assert (settings.num_trials(5, True, "any"), settings.num_trials(5, True, MIXTURE)) == (16, 2 * 5 + 16)
 
 
+def test_the_table_of_clients_has_those_that_are_installed_with_their_versions() -> None:
+    wanted: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "tests" / "clients").glob("*/requirements.in")):
+        asked = re.findall(r"^[a-z-]+", file.read_text("utf-8"), re.M)
+        pinned = dict(re.findall(r"^(\S+)==(\S+)$", file.with_suffix(".txt").read_text("utf-8"), re.M))
+        for client in set(asked) - {"pytest", "pytest-timeout", "torch"}:
+            wanted.setdefault(client, []).append(pinned[client])
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    table = page.partition("## Clients that were tried")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"^\| ([a-z-]+) \| ([\d., ]+) \|", table, re.M))
+    assert {client: versions.split(", ") for client, versions in shown.items()} == wanted
+
+
 def test_the_command_page_names_every_key_of_generate_json() -> None:
     engine = Engine(
         tiny_model(), tiny_tokenizer(), tiny_atlas(LoadedModel(tiny_model(), tiny_tokenizer(), "tiny", None))

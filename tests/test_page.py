@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -196,6 +197,104 @@ def test_without_acceleration_nothing_is_drafted_and_both_ways_are_compared(page
     assert not page.get_by_role("switch", name="Acceleration").is_checked()
 
 
+def speeds(page: Page) -> list[str]:
+    """Which ways the last answer has bars for, the fastest full."""
+    bars = page.locator(".assistant .speeds").last.locator(".bar")
+    widths = bars.evaluate_all("bars => bars.map(bar => bar.style.width)")
+    assert "100%" in widths
+    assert all(0 < float(width.removesuffix("%")) <= 100 for width in widths)
+    names: list[str] = bars.evaluate_all("bars => bars.map(bar => bar.previousSibling.textContent)")
+    return names
+
+
+def test_an_answer_is_compared_with_plain_decoding_on_demand(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "a fox")
+    ended(page)
+    assert speeds(page) == ["drafted"]
+    shown = page.locator(".speeds").text_content() or ""
+    assert re.match(r"drafted\d+\.\d tokens/s · \d+\.\d\d per round", shown)
+    page.get_by_role("button", name="Compare with plain decoding").click()
+    page.get_by_text(re.compile(r"^\d+\.\d\dx plain decoding, and the same text\.$")).wait_for()
+    assert speeds(page) == ["drafted", "plain"]
+    assert "tokens/s · 1.00 per round" in (page.locator(".speeds").text_content() or "")
+    assert page.get_by_role("button", name="Compare").count() == 0
+    assert "x plain on the last answers" in (page.locator("#comparison").text_content() or "")
+    page.reload()
+    assert speeds(page) == ["drafted", "plain"]
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("switch", name="Acceleration").uncheck()
+    say(page, "a goose")
+    ended(page)
+    assert speeds(page) == ["plain"]
+    page.get_by_role("button", name="Compare with drafts").click()
+    page.get_by_text("plain decoding, and the same text.").wait_for()
+    assert speeds(page) == ["drafted", "plain"]
+
+
+def test_a_comparison_in_which_the_texts_differ_says_so(page: Page, brief: Served) -> None:
+    page.goto(brief.url)
+    say(page, "a fox")
+    ended(page)
+    page.route(
+        "**/v1/chat/completions", lambda route: route.continue_(post_data=route.request.post_data.replace("fox", "owl"))
+    )
+    page.get_by_role("button", name="Compare with plain decoding").click()
+    page.get_by_text("x plain decoding, but the texts differ.").wait_for()
+
+
+def test_a_stopped_answer_is_compared_as_far_as_it_goes_and_a_comparison_can_be_stopped(
+    page: Page, served: Served
+) -> None:
+    page.goto(served.url)
+    say(page, "a fox")
+    page.locator(".token").nth(20).wait_for(state="attached")
+    page.get_by_role("button", name="Stop").click()
+    ended(page)
+    said = answer(page)
+    compare = page.get_by_role("button", name="Compare with plain decoding")
+    compare.click()
+    page.get_by_role("button", name="Stop").click()
+    compare.wait_for()
+    assert answer(page) == said
+    assert speeds(page) == ["drafted"]
+    compare.click()
+    page.get_by_text("x plain decoding, and the same text.").wait_for()
+    assert answer(page) == said
+
+
+def test_the_queue_is_drawn_while_several_requests_are_there(page: Page) -> None:
+    body = {"model": MODEL, "prompt": "a fox", "max_tokens": -1, "stream": True}
+    for own in serving(ServeSettings(MODEL, limits=Limits(running=2)), tiny_engine(4096, SlowEngine)):
+        page.goto(own.url)
+        page.get_by_text(MODEL, exact=True).wait_for()
+        queue = page.locator("#queue")
+        assert queue.is_hidden()
+        with ExitStack() as streams:
+            for _ in range(5):
+                streams.enter_context(httpx.stream("POST", f"{own.url}/v1/completions", json=body, timeout=60))
+            page.get_by_text("2 running together, 3 waiting.").wait_for()
+            kinds = page.locator("#places span").evaluate_all("places => places.map(place => place.className)")
+            assert kinds == ["runs"] * 2 + ["waits"] * 3
+            sizes = page.locator("#places span").evaluate_all("places => places.map(place => place.scrollWidth)")
+            assert len(set(sizes)) == 1, "nothing is written in the squares"
+        queue.wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("visibility", ["visible", "hidden"])
+def test_the_queue_is_looked_at_only_while_the_page_is_seen(page: Page, brief: Served, visibility: str) -> None:
+    page.clock.install()
+    page.add_init_script(f"Object.defineProperty(document, 'visibilityState', {{get: () => '{visibility}'}})")
+    looks: list[str] = []
+    page.on("request", lambda request: looks.append(request.url) if request.url.endswith("/metrics") else None)
+    page.goto(brief.url)
+    page.get_by_text(MODEL, exact=True).wait_for()
+    for _ in range(2):
+        page.clock.run_for(2000)
+        page.wait_for_load_state("networkidle")
+    assert len(looks) == 0 if visibility == "hidden" else len(looks) > 1
+
+
 def test_everything_is_reached_with_the_keyboard_alone(page: Page, served: Served) -> None:
     page.goto(served.url)
     keyboard = page.keyboard
@@ -308,6 +407,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page: Page, brief: S
     say(page, "a fox")
     ended(page)
     assert page.get_by_role("switch", name="Acceleration").is_hidden()
+    figures = page.locator(".speeds span").nth(2)
+    assert figures.evaluate("e => e.getClientRects().length") == 1, "the figures are on one line"
     page.get_by_text("tokens/s,").click()
     assert page.get_by_role("switch", name="Acceleration").is_visible()
     assert page.get_by_role("button", name="Send").is_visible()

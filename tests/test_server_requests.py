@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai.types.chat as openai_chat
+import openai.types.completion_create_params as openai_completions
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -25,8 +27,9 @@ from knn_ssd.scoring import prompt_logprobs
 from knn_ssd.server import completions
 from knn_ssd.server.app import ServeSettings, make_app
 from knn_ssd.server.fields import SamplingFields
+from knn_ssd.server.messages import Message, TextPart, ToolCall
 from knn_ssd.server.owners import Owners
-from knn_ssd.server.schemas import MOST_TOTAL_CHOICES, ChatRequest, CompletionRequest
+from knn_ssd.server.schemas import MOST_TOTAL_CHOICES, ChatRequest, CompletionRequest, StreamOptions
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 from knn_ssd.tokenization import TemplateOptions, encode
@@ -118,7 +121,9 @@ CHAT_ONLY: dict[str, Any] = {
     "modalities": ["text"],
     "parallel_tool_calls": True,
     "prediction": {"type": "content", "content": "a fox"},
+    "moderation": None,
     "prompt_cache_key": "k",
+    "prompt_cache_options": {"ttl": "24h"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "none",
     "response_format": {"type": "text"},
@@ -152,6 +157,25 @@ def test_a_default_is_accepted_in_a_completion(served: Served, name: str) -> Non
     assert texts(complete(served, **{name: None})) == plain
 
 
+@pytest.mark.parametrize(
+    ("documented", "known"),
+    [
+        (openai_chat.completion_create_params.CompletionCreateParamsBase, ChatRequest),
+        (openai_completions.CompletionCreateParamsBase, CompletionRequest),
+        (openai_chat.ChatCompletionStreamOptionsParam, StreamOptions),
+        (openai_chat.ChatCompletionContentPartTextParam, TextPart),
+        (openai_chat.ChatCompletionSystemMessageParam, Message),
+        (openai_chat.ChatCompletionDeveloperMessageParam, Message),
+        (openai_chat.ChatCompletionUserMessageParam, Message),
+        (openai_chat.ChatCompletionToolMessageParam, Message),
+        (openai_chat.ChatCompletionMessageFunctionToolCallParam, ToolCall),
+    ],
+)
+def test_every_parameter_of_openai_s_client_is_known(documented: type[Any], known: type[Any]) -> None:
+    """It is honoured, or inert, or refused by its name where it has another value than its default."""
+    assert set(documented.__annotations__) <= set(known.model_fields)
+
+
 def test_all_defaults_at_once_and_nulls_for_all_are_accepted(served: Served) -> None:
     plain = texts(chat(served, temperature=0))
     assert texts(chat(served, temperature=0, **SHARED, **CHAT_ONLY)) == plain
@@ -166,6 +190,7 @@ def test_all_defaults_at_once_and_nulls_for_all_are_accepted(served: Served) -> 
     [
         ("functions", [{"name": "f"}]),
         ("modalities", ["text", "audio"]),
+        ("moderation", {"model": "m"}),
         ("reasoning_effort", "high"),
         ("audio", {"voice": "alloy"}),
         ("best_of", 3),

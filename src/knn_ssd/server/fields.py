@@ -33,6 +33,7 @@ class InertFields(Strict):
     prediction: Any = None
     priority: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     request_id: Any = None
     safety_identifier: Any = None
@@ -50,6 +51,7 @@ class FixedFields(Strict):
     include_stop_str_in_output: Annotated[Any, _only(False)] = None
     length_penalty: Annotated[Any, _only(1)] = None
     logits_processors: Annotated[Any, _only([])] = None
+    moderation: Annotated[Any, _only(None)] = None
     modalities: Annotated[Any, _only(["text"])] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
     response_format: Annotated[Any, _only({"type": "text"})] = None  # of a completion, as are tools

@@ -34,6 +34,7 @@ class TextPart(Strict):
     type: Literal["text"]
     text: str
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
 
 
 class ToolFunction(Strict):
