@@ -241,7 +241,8 @@ def test_a_forced_draft_in_other_tokens_than_the_targets_is_only_a_draft(monkeyp
     own = engine("long tokens")
     vocabulary = own.tokenizer.get_vocab()
     options = {"grammar": Grammar.json_schema(SCHEMAS["enums"]), "max_new_tokens": 90}
-    options["logit_bias"] = {token: 100 for word, token in vocabulary.items() if len(word) > 1 and token > END}
+    words = {word: token for word, token in vocabulary.items() if len(word) > 1 and token > END}
+    options["logit_bias"] = {token: 100 if len(word) < 5 else -100 for word, token in words.items()}
 
     def in_single_characters(state: GrammarState, output: list[int]) -> list[int]:
         state._move(output)
