@@ -244,8 +244,10 @@ def test_a_forced_draft_in_other_tokens_than_the_targets_is_only_a_draft(monkeyp
     options["logit_bias"] = {token: 100 for word, token in vocabulary.items() if len(word) > 1 and token > END}
 
     def in_single_characters(state: GrammarState, output: list[int]) -> list[int]:
-        state._move(output)
-        return [vocabulary[each] for each in state._matcher.compute_ff_bytes().decode() if each in vocabulary]
+        draft: list[int] = []
+        while len(draft) < 4 and (allowed := state.allowed([*output, *draft], 340)) is not None:
+            draft.append(int(np.flatnonzero(allowed)[0]))  # the alphabet has the lowest ids
+        return draft
 
     monkeypatch.setattr(GrammarState, "forced", in_single_characters)
     plain = own.generate(PROMPT, plain=True, **options)
