@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(server: Server, tasks: Path, kind: str, path: str, names: str, *more: str, **args: Any) -> list[Any]:
     """Runs the command; its samples."""
     given = {"model": server.model, "base_url": server.api + path, "max_retries": 1, **args}
-    out = tasks / f"out-{kind}-{names}"
+    out = Path(tempfile.mkdtemp(dir=tasks))
     command = [sys.executable, "-m", "lm_eval", "--model", kind, "--tasks", names, "--include_path", str(tasks)]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in given.items())]
     command += ["--output_path", str(out), "--log_samples", *more]
@@ -85,7 +86,6 @@ def test_likelihoods_are_the_server_s(server: Server, tasks: Path, tokenizer: Pa
     for sample, (question, choices) in zip(samples, CHOICES, strict=True):
         found = [float(each[0][0]) for each in sample["resps"]]
         assert found == pytest.approx([likelihood(server, question, choice) for choice in choices], abs=1e-3)
-        assert found[0] > found[1]
 
 
 def likelihood(server: Server, question: str, choice: str) -> float:
