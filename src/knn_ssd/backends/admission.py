@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _LAST_GROWTH = 2 / 3  # the largest part of a cache's final size from which it grows
 _LOW_BIT_BYTES = 0.5625  # of a weight: 4 bits, and in each group of 64 a scale and a zero in bfloat16
+_WORTHWHILE = 0.7  # of the matrices' memory: larger copies are hardly quicker to read
 _CAUTION = 0.9  # of the tokens that fit now, where the limit is ours to choose: less may be free in a moment
 
 
@@ -49,11 +50,21 @@ class MemoryAdmission:
     @classmethod
     def of(cls, model: nn.Module, weight_bytes: int, token_bytes: int, copy_bytes: int = 0) -> MemoryAdmission:
         """For the sessions of a model, with the memory of its weights in the backend's format."""
-        linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        linear = sum(module.out_features * module.in_features for module in linears)
         return cls(weight_bytes, token_bytes, copy_bytes, low_bit_bytes=int(_LOW_BIT_BYTES * linear))
 
-    def low_bit_shortage(self) -> str | None:
-        """None if there is memory for the 4-bit copies now, else the arithmetic."""
+    def low_bit_obstacle(self, matrix_bytes: int) -> str | None:
+        """None if 4-bit copies are worth having and there is memory for them now, else the reason.
+
+        Args:
+            matrix_bytes: memory of the matrices that are copied; those of a 4-bit file are as small as the copies.
+        """
+        if self.low_bit_bytes <= _WORTHWHILE * matrix_bytes:
+            return self._low_bit_shortage()
+        return f"4-bit copies would take {size(self.low_bit_bytes)}, and the weights take {size(matrix_bytes)}"
+
+    def _low_bit_shortage(self) -> str | None:
         free = self.free()
         if free is None or self.low_bit_bytes <= free.bytes:
             return None

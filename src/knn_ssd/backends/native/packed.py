@@ -10,6 +10,7 @@ from torch import nn
 
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, kernels, uses_tiles
+from knn_ssd.kernels.gguf_rows import GGUFRows, weight_of
 from knn_ssd.kernels.weights import Blocks, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.weight_cache import WeightCache
 
@@ -19,7 +20,8 @@ _VERSION = 2  # increased whenever the same weights give other bytes than before
 
 
 class PackedWeights:
-    """Makes matrices, each under a name of its own, and keeps what is in blocks for the next start.
+    """Makes matrices, each under a name of its own, and keeps what is in blocks for the next start; but not a GGUF
+    file's blocks, which are put in order quickly.
 
     Args:
         cache: where blocks are kept; None keeps none.
@@ -39,15 +41,19 @@ class PackedWeights:
             name: the same for the same layer at every start.
             linear: the layer.
         """
-        weight = linear.weight.detach()
-        blocks = None if is_read_in_place(weight) else self._from_cache(name, weight) or self._new(name, weight)
-        return make_matrix(weight, linear.bias, self.keeper, blocks)
+        weight = weight_of(linear)
+        return make_matrix(weight, linear.bias, self.keeper, self._blocks(name, weight))
 
     def finish(self) -> None:
         """Keeps what was made; to be called after the last matrix."""
         if self._made and self._cache is not None:
             self._cache.store(_cache_key(), self._made)
         self._kept, self._made = {}, {}
+
+    def _blocks(self, name: str, weight: torch.Tensor | GGUFRows) -> Blocks | None:
+        if isinstance(weight, GGUFRows):
+            return best_blocks(weight, self._arena)
+        return None if is_read_in_place(weight) else self._from_cache(name, weight) or self._new(name, weight)
 
     def _from_cache(self, name: str, weight: torch.Tensor) -> Blocks | None:
         start = f"{name}."

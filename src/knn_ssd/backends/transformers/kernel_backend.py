@@ -8,6 +8,7 @@ modules are the model's own; they compute in float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,12 +27,19 @@ from knn_ssd.backends.transformers.replacement import Replacement, replaced
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.gguf_rows import float_parameters
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import KINDS, release_unpacked
 from knn_ssd.plan import Mode, Plan
 
+logger = logging.getLogger(__name__)
+
 _TRIAL_TOKENS = 5
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative difference of the logits of the trial
+_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float16: 0.05,
+    torch.bfloat16: 0.2,
+}  # relative difference of the logits of the trial
 
 
 def linear_obstacle(model: PreTrainedModel) -> str | None:
@@ -43,7 +51,7 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
     weights = dict(model.named_parameters())
     if any(weight.device.type != "cpu" for weight in weights.values()):
         yield "its weights are not on the CPU"
-    if odd := {weight.dtype for weight in weights.values()} - set(KINDS):
+    if odd := {weight.dtype for weight in float_parameters(model).values()} - set(KINDS):
         yield f"it has weights in {str(odd.pop()).removeprefix('torch.')}"
     if unavailable := kernels_obstacle():
         yield unavailable
@@ -59,7 +67,7 @@ class KernelLinearBackend(TransformersBackend):
     """Executes a decoder of transformers, with its linear layers run by the kernels; see `base.Backend`.
 
     Args:
-        model: a causal language model on the CPU, in float32 or bfloat16; it is left as it is.
+        model: a causal language model on the CPU, in float32, float16 or bfloat16; it is left as it is.
         refused: as for `TransformersBackend`.
 
     Raises:
@@ -80,6 +88,10 @@ class KernelLinearBackend(TransformersBackend):
         if not found:
             raise KernelsRefusedError("no linear layer that the kernels can run was found")
         self._linears = KernelLinears(found, self._run_sample)
+        obstacle = self._admission and self._admission.low_bit_obstacle(self._linears.weight_bytes)
+        if obstacle is not None:
+            self.modes -= {Mode.LOW}
+            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, obstacle)
         release_unpacked(model.parameters())
         self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found})
         self._resolved: dict[PlanModes, list[Replacement]] = {}

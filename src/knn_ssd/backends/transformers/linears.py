@@ -20,6 +20,7 @@ from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
+from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedLinear, weight_of
 from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
 from knn_ssd.kernels.weights import KINDS, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.plan import Mode, Plan
@@ -149,25 +150,31 @@ def _measuring(matrix: Matrix, squares: torch.Tensor) -> Matrix:
 
 
 def _kernel_linear(module: Any, place: int, arena: Arena) -> KernelLinear:
-    keeper, weight = TensorKeeper(), _weight(module).contiguous()
+    keeper, weight = TensorKeeper(), _weight(module)
     blocks = None if is_read_in_place(weight) else best_blocks(weight, arena)
     return KernelLinear(module, make_matrix(weight, module.bias, keeper, blocks), keeper, place)
 
 
-def _weight(module: Any) -> torch.Tensor:
-    """The weight (rows, cols)."""
+def _weight(module: Any) -> torch.Tensor | GGUFRows:
+    """The weight (rows, cols), contiguous."""
+    if isinstance(module, QuantisedLinear):
+        return weight_of(module)
     weight: torch.Tensor = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    return (weight.T if isinstance(module, Conv1D) else weight).contiguous()
 
 
 def _is_runnable(module: nn.Module) -> bool:
     """Whether the kernels compute what this module computes."""
     if not isinstance(module, nn.Linear | Conv1D) or _is_modified(module):
         return False
-    weight = _weight(module)
-    if weight.dtype not in KINDS or weight.shape[1] % (2 * kernels().knn_ssd_lanes()) or not len(weight):
+    rows, cols = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+    if isinstance(module, QuantisedLinear):
+        cols = module.in_features
+    elif module.weight.dtype not in KINDS:
         return False
-    return isinstance(module, Conv1D) or type(module) is nn.Linear or _computes_a_linear(module)
+    if cols % (2 * kernels().knn_ssd_lanes()) or not rows:
+        return False
+    return isinstance(module, Conv1D | QuantisedLinear) or type(module) is nn.Linear or _computes_a_linear(module)
 
 
 def _is_modified(module: nn.Module) -> bool:
