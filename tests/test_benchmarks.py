@@ -97,6 +97,15 @@ def test_the_best_score_is_printed_by_strategy_and_budget(run: Run, tiny: tuple[
     assert all(float(row[1]) <= float(row[2]) for row in found)
 
 
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_weights_as_they_are_and_unpacked_are_compared(run: Run, tiny: tuple[str, str]) -> None:
+    options = ["--model", tiny[0], "--prompts", tiny[1], "--limit", "2", "--max-new-tokens", "8"]
+    head, *found = run("formats.py", *options, "--unpacked", "bfloat16").splitlines()
+    assert head.startswith("weights")
+    assert [row.split()[0] for row in found] == ["as", "bfloat16"]
+    assert all("2 of 2" in row for row in found)
+
+
 def test_agreement_is_printed_by_share_of_skipped_sublayers(run: Run, tiny: tuple[str, str]) -> None:
     model, prompts = tiny
     options = ["--model", model, "--prompts", prompts, "--shares", "0.25", "0.75", "--thresholds", "0", "0.9"]

@@ -1,11 +1,14 @@
-"""Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits.
+"""Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits, or a GGUF file's.
 
-    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4]
+    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4] [--gguf FILE]
 
 The model is converted by the script that comes with llama.cpp, in bfloat16, and quantised by llama.cpp itself, to Q8_0
 or Q4_0, the 8- and 4-bit types that its CPU kernels are fastest with. With 16 bits the KV cache is in float32, which
 rounds nothing; otherwise it is in float16, the default of llama.cpp. Models that its converter does not support cannot
 be measured, and end with an error.
+
+With `--gguf`, the file that the benchmark ran is run as it is, with the KV cache in float32. Its method is called lossy
+as well: llama.cpp rounds the inputs of quantised weights to 8 bits.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ from common import convert, fail, kept, longest, measure, parser, read_jobs, wei
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the weights (default: 16)")
+    options.add_argument("--gguf", type=Path, metavar="FILE", help="the GGUF file that the benchmark ran")
     args = options.parse_args()
+    if args.gguf is not None and not args.gguf.is_file():
+        fail(f"there is no file '{args.gguf}': name the GGUF file that the benchmark ran")
     jobs = read_jobs(args.run)
 
     import llama_cpp
 
-    gguf = kept(args.model, "bf16.gguf", lambda path: to_gguf(args.model, path))
-    if args.bits < 16:
-        whole = gguf
-        gguf = kept(args.model, f"{args.bits}-bit.gguf", lambda path: quantised(whole, path, args.bits, args.threads))
-    cache = llama_cpp.GGML_TYPE_F32 if args.bits == 16 else llama_cpp.GGML_TYPE_F16
+    gguf = args.gguf or made(args.model, args.bits, args.threads)
+    cache = llama_cpp.GGML_TYPE_F32 if args.gguf or args.bits == 16 else llama_cpp.GGML_TYPE_F16
     model = llama_cpp.Llama(
         str(gguf),
         n_ctx=longest(jobs),
@@ -56,8 +59,14 @@ def main() -> None:
         stream.close()
         return tokens, {"prefill_sec": prefill_sec, "rounds": count}
 
-    lossy = args.bits < 16 or weights_dtype(args.model) != "bfloat16"
-    measure(args.run, f"llama-cpp-{args.bits}", jobs, generate, lossy=lossy)
+    lossy = bool(args.gguf) or args.bits < 16 or weights_dtype(args.model) != "bfloat16"
+    measure(args.run, f"llama-cpp-{'gguf' if args.gguf else args.bits}", jobs, generate, lossy=lossy)
+
+
+def made(model: Path, bits: int, threads: int) -> Path:
+    """The GGUF file of a model with weights of so many bits."""
+    whole = kept(model, "bf16.gguf", lambda path: to_gguf(model, path))
+    return whole if bits == 16 else kept(model, f"{bits}-bit.gguf", lambda path: quantised(whole, path, bits, threads))
 
 
 def to_gguf(model: Path, path: Path) -> None:

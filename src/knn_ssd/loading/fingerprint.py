@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
+_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32", "torch.uint8")  # the last are quantised blocks
 _NOT_LOADED = ".rotary_emb.inv_freq"  # some old checkpoints store it, and transformers computes it instead
 _SAMPLES = 1024  # of each weight; fine-tuning changes all values, so a few are enough
 

@@ -28,6 +28,7 @@ from knn_ssd.loading.checkpoint import check_weights, read_config, tokenizer_in
 from knn_ssd.loading.download import download
 from knn_ssd.loading.files import how_to_restore, raised_as, weight_files
 from knn_ssd.loading.gguf import converted
+from knn_ssd.loading.gguf_blocks import has_blocks, load_blocks
 from knn_ssd.loading.hub_name import HubName, cached
 from knn_ssd.loading.pretrained import check_memory, load_complete, quiet_transformers
 
@@ -77,7 +78,8 @@ def load_model(
     Args:
         name: a directory, a GGUF file, a Hub id, with or without the name of a GGUF file after a colon, or None for the
             embedded default.
-        dtype: `auto` is the checkpoint's own where the device computes it natively, else float32.
+        dtype: `auto` is the checkpoint's own where the device computes it natively, else float32; the weights of a GGUF
+            file are then not unpacked where the kernels compute from its quantised blocks.
         device: None is CUDA if available, else MPS, else the CPU.
         revision: a branch, tag or commit on the Hub; None is the main branch.
 
@@ -86,7 +88,10 @@ def load_model(
         UsageError: the dtype, the device or the revision cannot be used.
     """
     wanted, place = _parse_dtype(dtype), _parse_device(device)
-    directory = model_dir(name, revision) or _directory_of(download(HubName.parse(str(name), revision)))
+    as_blocks = wanted is None and place.type == "cpu" and _kernels_run()
+    directory = model_dir(name, revision, as_blocks)
+    if directory is None:
+        directory = _directory_of(download(HubName.parse(str(name), revision)), as_blocks)
     with quiet_transformers():
         config = read_config(directory)
         check_weights(directory)
@@ -113,10 +118,13 @@ def load_tokenizer(name: str | Path | None = None) -> PreTrainedTokenizerBase | 
 # ---- From a name to a directory
 
 
-def model_dir(name: str | Path | None = None, revision: str | None = None) -> Path | None:
+def model_dir(
+    name: str | Path | None = None, revision: str | None = None, as_blocks: bool | None = None
+) -> Path | None:
     """The directory of a model on this machine, without loading it; None for a Hub id that is not in the cache.
 
-    A GGUF file, the embedded one included, is converted if it has not been yet.
+    A GGUF file, the embedded one included, is converted if it has not been yet: with `as_blocks` without unpacking its
+    quantised blocks, which is the default where there are kernels.
     """
     if name is None:
         source = find_embedded()
@@ -131,16 +139,20 @@ def model_dir(name: str | Path | None = None, revision: str | None = None) -> Pa
         raise UsageError(
             f"the revision '{revision}' was given for a model that is not on the Hub", "Name a Hub id, or leave it out."
         )
-    return None if source is None else _directory_of(source)
+    return None if source is None else _directory_of(source, _kernels_run() if as_blocks is None else as_blocks)
 
 
-def _directory_of(source: Path) -> Path:
+def _kernels_run() -> bool:
+    return kernels_obstacle() is None
+
+
+def _directory_of(source: Path, as_blocks: bool) -> Path:
     """A directory as it is, and that of a converted GGUF file."""
     if source.is_dir():
         return source
     if source.suffix.lower() != ".gguf":
         raise ModelError(f"'{source}' is a file, but not a .gguf file", "Name the directory that holds the model.")
-    return converted(source, cache_directory())
+    return converted(source, cache_directory(), as_blocks)
 
 
 def find_embedded() -> Path | None:
@@ -180,6 +192,9 @@ def _looks_like_path(name: str | Path) -> bool:
 def _load_weights(
     directory: Path, config: PreTrainedConfig, wanted: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
+    if has_blocks(directory):
+        check_memory(weight_files(directory), str(directory), None, 1.0)
+        return load_blocks(directory, config, how_to_restore(directory))
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
@@ -221,11 +236,11 @@ def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
 
 def default_dtype(checkpoint_dtype: torch.dtype, device: torch.device, model_type: str = "") -> torch.dtype:
     """The checkpoint's own dtype where the device or the native backend's kernels compute it natively, else float32."""
+    kernels = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
     if checkpoint_dtype == torch.bfloat16:
-        kernels = device.type == "cpu" and model_type in NATIVE_FAMILIES and kernels_obstacle() is None
         native = kernels or _has_bfloat16(device)
     else:
-        native = checkpoint_dtype == torch.float16 and device.type != "cpu"
+        native = checkpoint_dtype == torch.float16 and (kernels or device.type != "cpu")
     return checkpoint_dtype if native else torch.float32
 
 
