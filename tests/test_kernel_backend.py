@@ -486,5 +486,5 @@ def test_a_mixture_of_experts_is_refused_with_what_was_found(family: str) -> Non
 
 
 def test_weights_in_another_dtype_are_refused() -> None:
-    with pytest.raises(KernelsRefusedError, match="weights in float16"):
-        KernelLinearBackend(tiny_model("olmo2", dtype=torch.float16))
+    with pytest.raises(KernelsRefusedError, match="weights in float64"):
+        KernelLinearBackend(tiny_model("olmo2", dtype=torch.float64))

@@ -24,7 +24,7 @@ from knn_ssd import Engine, testing
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend
-from knn_ssd.errors import ModelError
+from knn_ssd.errors import ModelError, UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedEmbedding, QuantisedLinear
 from knn_ssd.loading.fingerprint import fingerprint, fingerprint_of_checkpoint
@@ -213,6 +213,11 @@ def test_a_dtype_unpacks_the_blocks(tmp_path: Path) -> None:
     assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
     head: nn.Linear = expected.get_output_embeddings()
     assert torch.equal(loaded.get_output_embeddings().weight, head.weight.bfloat16())
+    blocks = load_model(tmp_path / "t.gguf").directory
+    assert blocks is not None
+    assert load_model(blocks).directory == blocks
+    with pytest.raises(UsageError, match="quantised blocks"):
+        load_model(blocks, dtype="float32")
 
 
 def test_a_type_that_the_kernels_do_not_know_is_unpacked_and_its_cost_is_said(
@@ -228,7 +233,7 @@ def test_a_type_that_the_kernels_do_not_know_is_unpacked_and_its_cost_is_said(
     assert not [record for record in caplog.records if "Q5_0" in record.getMessage()]
 
 
-def test_the_fingerprint_is_that_of_the_files(tmp_path: Path) -> None:
+def test_the_fingerprint_is_that_of_the_files_and_of_the_unpacked_weights(tmp_path: Path) -> None:
     for tied in (True, False):
         write_blocks(tmp_path / f"{tied}.gguf", lambda _: "Q8_0", tied)
         loaded = load_model(tmp_path / f"{tied}.gguf")
@@ -236,6 +241,10 @@ def test_the_fingerprint_is_that_of_the_files(tmp_path: Path) -> None:
         config = AutoConfig.from_pretrained(loaded.directory)
         own = fingerprint(loaded.model, loaded.tokenizer)
         assert own.differences(fingerprint_of_checkpoint(loaded.directory, config, loaded.tokenizer)) == ()
+        unpacked = load_model(tmp_path / f"{tied}.gguf", dtype="bfloat16")
+        assert own.differences(fingerprint(unpacked.model, unpacked.tokenizer)) == ()  # the same model
+    other = write_blocks(tmp_path / "other.gguf", lambda _: "Q6_K", tied=False)
+    assert own.differences(fingerprint(other, unpacked.tokenizer))
 
 
 def test_a_damaged_conversion_is_an_error_in_words(tmp_path: Path) -> None:

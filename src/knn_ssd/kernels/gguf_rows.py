@@ -44,6 +44,19 @@ class GGUFRows:
 
         return torch.from_numpy(dequantize(self.data.numpy(), GGMLQuantizationType[self.quantisation]))
 
+    def at(self, places: torch.Tensor) -> torch.Tensor:
+        """The values at some places of the flattened matrix, in float32."""
+        block_cols, block_bytes = _BLOCKS[self.quantisation]
+        blocks = self.data.view(-1, block_bytes)[places // block_cols]
+        values = GGUFRows(blocks, self.quantisation, block_cols).dequantised()
+        return values[torch.arange(len(places)), places % block_cols]
+
+    @classmethod
+    def of(cls, data: torch.Tensor, quantisation: str) -> GGUFRows:
+        """The matrix in the bytes of its rows."""
+        block_cols, block_bytes = _BLOCKS[quantisation]
+        return cls(data, quantisation, data.shape[1] // block_bytes * block_cols)
+
 
 class QuantisedLinear(nn.Linear):
     """A linear layer whose weight is quantised.
@@ -81,10 +94,18 @@ class QuantisedEmbedding(nn.Embedding):
         self.weight = _no_rows(self.num_embeddings, self.embedding_dim, quantisation)
         self.quantisation = quantisation
 
+    @property
+    def rows(self) -> GGUFRows:
+        """The table."""
+        return GGUFRows(self.weight.detach(), self.quantisation, self.embedding_dim)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # by numpy: torch would use threads, which then spin for a while on the cores that the kernels' threads need
         rows = torch.from_numpy(self.weight.detach().numpy()[input.flatten().numpy()])
         return GGUFRows(rows, self.quantisation, self.embedding_dim).dequantised().view(*input.shape, -1)
+
+
+_LAYERS = (QuantisedLinear, QuantisedEmbedding)
 
 
 def weight_of(linear: nn.Linear) -> torch.Tensor | GGUFRows:
@@ -97,9 +118,15 @@ def float_weight(linear: nn.Linear) -> torch.Tensor:
     return linear.rows.dequantised() if isinstance(linear, QuantisedLinear) else linear.weight.detach()
 
 
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor | GGUFRows]:
+    """All weights of a model by their names."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, _LAYERS)}
+    return {**model.state_dict(), **{f"{name}.weight": layer.rows for name, layer in layers.items()}}
+
+
 def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model by their names, without quantised ones."""
-    layers = (module for module in model.modules() if isinstance(module, QuantisedLinear | QuantisedEmbedding))
+    layers = (module for module in model.modules() if isinstance(module, _LAYERS))
     quantised = {id(layer.weight) for layer in layers}
     return {name: weight for name, weight in model.named_parameters() if id(weight) not in quantised}
 

@@ -99,7 +99,8 @@ def _convert(parts: Sequence[Path], target: Path, as_blocks: bool) -> Path:
     gguf = parts[0]
     try:
         with atomic_directory(target) as directory, ProgressBars(in_bytes=True) as progress:
-            progress.stage(f"converting {gguf.name}", sum(part.stat().st_size for part in parts))
+            doing = "reading" if as_blocks else "converting"
+            progress.stage(f"{doing} {gguf.name}", sum(map(_size, parts)))
             _write_checkpoint(gguf, directory, lambda note, num_bytes=0: progress.advance(note, num_bytes), as_blocks)
     except (OutputError, SafetensorError) as error:
         if os.path.isdir(target):  # another process has converted it meanwhile

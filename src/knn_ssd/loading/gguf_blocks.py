@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from knn_ssd.errors import ModelError
 from knn_ssd.io import write_whole
 from knn_ssd.kernels.gguf_rows import KIND_OF, QuantisedEmbedding, QuantisedLinear
-from knn_ssd.loading.files import raised_as, read_json
+from knn_ssd.loading.files import TYPES_FILE, block_types, raised_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_TYPES_FILE = "gguf_blocks.json"
 _WEIGHTS_FILE = "model.safetensors"
 _FLOATS = {"F32", "F16", "BF16"}
 
@@ -36,12 +35,7 @@ def can_stay(types: set[str]) -> bool:
 
 def write_types(directory: Path, types: dict[str, str]) -> None:
     """Writes the GGUF type of each weight that is stored as the bytes of its rows, by its name in the model."""
-    write_whole(directory / _TYPES_FILE, json.dumps(types, indent=0))
-
-
-def has_blocks(directory: Path) -> bool:
-    """Whether a directory holds a model with quantised blocks."""
-    return (directory / _TYPES_FILE).is_file()
+    write_whole(directory / TYPES_FILE, json.dumps(types, indent=0))
 
 
 def load_blocks(directory: Path, config: PreTrainedConfig, remedy: str) -> PreTrainedModel:
@@ -56,23 +50,25 @@ def load_blocks(directory: Path, config: PreTrainedConfig, remedy: str) -> PreTr
         ModelError: the files are not those that a conversion writes.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with raised_as(ModelError, f"the weights in '{directory}' cannot be loaded", remedy):
-        for name, quantisation in read_json(directory / _TYPES_FILE).items():
+        for name, quantisation in block_types(directory).items():
             _replace(model, name.removesuffix(".weight"), quantisation)
         _put_in(model, load_file(directory / _WEIGHTS_FILE))
-    base: Any = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(config)  # its frequencies are no weights
+    rotary = type(model.base_model.rotary_emb)
+    model.base_model.rotary_emb = rotary(config)  # its frequencies are no weights
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
 
 
 def _replace(model: PreTrainedModel, name: str, quantisation: str) -> None:
     """Puts a layer for a GGUF file's rows in the place of another."""
     layer: Any = model.get_submodule(name)
     kind: Any = QuantisedEmbedding if isinstance(layer, nn.Embedding) else QuantisedLinear
-    model.set_submodule(name, kind(layer, quantisation))
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, kind(layer, quantisation))
 
 
 def _put_in(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:

@@ -26,9 +26,9 @@ from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
 from knn_ssd.loading.checkpoint import check_weights, read_config, tokenizer_in
 from knn_ssd.loading.download import download
-from knn_ssd.loading.files import how_to_restore, raised_as, weight_files
+from knn_ssd.loading.files import has_blocks, how_to_restore, raised_as, weight_files
 from knn_ssd.loading.gguf import converted
-from knn_ssd.loading.gguf_blocks import has_blocks, load_blocks
+from knn_ssd.loading.gguf_blocks import load_blocks
 from knn_ssd.loading.hub_name import HubName, cached
 from knn_ssd.loading.pretrained import check_memory, load_complete, quiet_transformers
 
@@ -193,6 +193,11 @@ def _load_weights(
     directory: Path, config: PreTrainedConfig, wanted: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     if has_blocks(directory):
+        if wanted is not None or device.type != "cpu":
+            raise UsageError(
+                f"'{directory}' holds a GGUF file's quantised blocks, which run as they are and on the CPU alone",
+                "Name the GGUF file itself: its weights are unpacked then.",
+            )
         check_memory(weight_files(directory), str(directory), None, 1.0)
         return load_blocks(directory, config, how_to_restore(directory))
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
