@@ -24,7 +24,8 @@ from knn_ssd import Engine, testing
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend
-from knn_ssd.errors import ModelError, UsageError
+from knn_ssd.bench.methods import make_methods
+from knn_ssd.errors import BenchError, ModelError, UsageError
 from knn_ssd.kernels import binding
 from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedEmbedding, QuantisedLinear
 from knn_ssd.loading.fingerprint import fingerprint, fingerprint_of_checkpoint
@@ -207,6 +208,13 @@ def test_memory_and_drafts_of_a_quantised_file(
     assert engine.generate(IDS, max_new_tokens=30, plain=True).token_ids == result.token_ids
 
 
+def test_unpacking_in_every_forward_pass_is_no_baseline(tmp_path: Path) -> None:
+    write_blocks(tmp_path / "t.gguf", lambda _: "Q8_0")
+    with pytest.raises(BenchError, match="no baseline"):
+        make_methods(["hf"], Engine(load_model(tmp_path / "t.gguf").model, answers=False))
+    make_methods(["hf"], Engine(load_model(tmp_path / "t.gguf", dtype="float32").model, answers=False))
+
+
 def test_a_dtype_unpacks_the_blocks(tmp_path: Path) -> None:
     expected = write_blocks(tmp_path / "t.gguf", lambda _: "Q8_0")
     loaded = load_model(tmp_path / "t.gguf", dtype="bfloat16").model
@@ -240,6 +248,7 @@ def test_the_fingerprint_is_that_of_the_files_and_of_the_unpacked_weights(tmp_pa
         assert loaded.directory is not None
         config = AutoConfig.from_pretrained(loaded.directory)
         own = fingerprint(loaded.model, loaded.tokenizer)
+        assert own.dtype == "Q8_0"
         assert own.differences(fingerprint_of_checkpoint(loaded.directory, config, loaded.tokenizer)) == ()
         unpacked = load_model(tmp_path / f"{tied}.gguf", dtype="bfloat16")
         assert own.differences(fingerprint(unpacked.model, unpacked.tokenizer)) == ()  # the same model

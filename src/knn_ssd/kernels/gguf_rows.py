@@ -118,6 +118,18 @@ def float_weight(linear: nn.Linear) -> torch.Tensor:
     return linear.rows.dequantised() if isinstance(linear, QuantisedLinear) else linear.weight.detach()
 
 
+def has_rows(model: nn.Module) -> bool:
+    """Whether some layers of a model hold a GGUF file's rows."""
+    return any(isinstance(module, _LAYERS) for module in model.modules())
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype of a model's weights, or the GGUF types of its matrices, such as "Q4_K, Q6_K"."""
+    if types := {module.quantisation for module in model.modules() if isinstance(module, _LAYERS)}:
+        return ", ".join(sorted(types))
+    return str(next(weight.dtype for weight in model.parameters() if weight.is_floating_point())).removeprefix("torch.")
+
+
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor | GGUFRows]:
     """All weights of a model by their names."""
     layers = {name: each for name, each in model.named_modules() if isinstance(each, _LAYERS)}

@@ -33,7 +33,7 @@ class Fingerprint:
         num_layers, hidden_size, vocab_size: the model's sizes.
         weights_hash: a hash of samples of every weight, taken in bfloat16 so that it is the same in any dtype.
         tokenizer_hash: a hash of the vocabulary; empty where there is no tokenizer.
-        dtype: the dtype in which the model was loaded. It is not compared.
+        dtype: the dtype in which the model was loaded, or its GGUF types. It is not compared.
     """
 
     architecture: str
@@ -58,9 +58,9 @@ class Fingerprint:
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
     """The fingerprint of a loaded model."""
-    from knn_ssd.kernels.gguf_rows import weights_of
+    from knn_ssd.kernels.gguf_rows import dtype_name, weights_of
 
-    return _fingerprint(type(model).__name__, model.config, model.dtype, weights_of(model), tokenizer)
+    return _fingerprint(type(model).__name__, model.config, dtype_name(model), weights_of(model), tokenizer)
 
 
 def fingerprint_of_checkpoint(
