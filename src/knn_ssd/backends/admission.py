@@ -27,6 +27,19 @@ _WORTHWHILE = 0.7  # of the matrices' memory: larger copies are hardly quicker t
 _CAUTION = 0.9  # of the tokens that fit now, where the limit is ours to choose: less may be free in a moment
 
 
+def low_bit_waste(num_weights: int, matrix_bytes: int) -> str | None:
+    """None if 4-bit copies of matrices are much smaller than these, else the arithmetic.
+
+    Args:
+        num_weights: the weights of the matrices.
+        matrix_bytes: memory of the matrices; those of a 4-bit file are as small as the copies.
+    """
+    copy_bytes = _LOW_BIT_BYTES * num_weights
+    if copy_bytes <= _WORTHWHILE * matrix_bytes:
+        return None
+    return f"4-bit copies would take {size(copy_bytes)}, and the weights take {size(matrix_bytes)}"
+
+
 @dataclass(slots=True)
 class MemoryAdmission:
     """Keeps the KV caches of one backend's sessions within the memory that is free. Threads can share it.
@@ -54,17 +67,8 @@ class MemoryAdmission:
         linear = sum(module.out_features * module.in_features for module in linears)
         return cls(weight_bytes, token_bytes, copy_bytes, low_bit_bytes=int(_LOW_BIT_BYTES * linear))
 
-    def low_bit_obstacle(self, matrix_bytes: int) -> str | None:
-        """None if 4-bit copies are worth having and there is memory for them now, else the reason.
-
-        Args:
-            matrix_bytes: memory of the matrices that are copied; those of a 4-bit file are as small as the copies.
-        """
-        if self.low_bit_bytes <= _WORTHWHILE * matrix_bytes:
-            return self._low_bit_shortage()
-        return f"4-bit copies would take {size(self.low_bit_bytes)}, and the weights take {size(matrix_bytes)}"
-
-    def _low_bit_shortage(self) -> str | None:
+    def low_bit_shortage(self) -> str | None:
+        """None if there is memory for the 4-bit copies now, else the arithmetic."""
         free = self.free()
         if free is None or self.low_bit_bytes <= free.bytes:
             return None

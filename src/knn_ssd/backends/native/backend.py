@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from knn_ssd.backends.admission import MemoryAdmission
+from knn_ssd.backends.admission import MemoryAdmission, low_bit_waste
 from knn_ssd.backends.base import (
     Exactness,
     Forward,
@@ -115,8 +115,9 @@ class NativeBackend:
         """All modes, but without 4-bit copies where they are hardly smaller than the weights, or where there is no
         memory for them; a warning says so.
         """
-        matrices = self._packed.keeper.bytes
-        self._low_bit_obstacle = self._admission.low_bit_obstacle(matrices) if self.exactness else None  # after reading
+        self._low_bit_obstacle = low_bit_waste(self._packed.num_weights, self._packed.keeper.bytes)
+        if self._low_bit_obstacle is None and self.exactness:  # weights were read
+            self._low_bit_obstacle = self._admission.low_bit_shortage()
         if self._low_bit_obstacle is None:
             return frozenset(Mode)
         logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_obstacle)

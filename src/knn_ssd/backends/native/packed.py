@@ -29,6 +29,7 @@ class PackedWeights:
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.keeper = TensorKeeper()
+        self.num_weights = 0  # of all matrices
         self._arena = Arena()
         self._cache = None if uses_tiles() else cache
         self._kept = (self._cache.load(_cache_key()) if self._cache is not None else None) or {}
@@ -42,6 +43,7 @@ class PackedWeights:
             linear: the layer.
         """
         weight = weight_of(linear)
+        self.num_weights += linear.in_features * linear.out_features
         return make_matrix(weight, linear.bias, self.keeper, self._blocks(name, weight))
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import low_bit_waste
 from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest, PlanModes, modes_of, run_by_modes
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.native.prefix_cache import PrefixCache
@@ -88,10 +89,9 @@ class KernelLinearBackend(TransformersBackend):
         if not found:
             raise KernelsRefusedError("no linear layer that the kernels can run was found")
         self._linears = KernelLinears(found, self._run_sample)
-        obstacle = self._admission and self._admission.low_bit_obstacle(self._linears.weight_bytes)
-        if obstacle is not None:
+        if waste := low_bit_waste(self._linears.num_weights, self._linears.weight_bytes):
             self.modes -= {Mode.LOW}
-            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, obstacle)
+            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, waste)
         release_unpacked(model.parameters())
         self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found})
         self._resolved: dict[PlanModes, list[Replacement]] = {}

@@ -96,6 +96,11 @@ class KernelLinears:
         return sum(each.keeper.bytes for each in self._linears)
 
     @property
+    def num_weights(self) -> int:
+        """How many weights there are."""
+        return sum(each.matrix.rows * each.matrix.cols for each in self._linears)
+
+    @property
     def bytes(self) -> int:
         """Memory of the 4-bit copies made so far."""
         return sum(tensor.nbytes for tensor in self._copies)
