@@ -6,14 +6,29 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from knn_ssd import testing
+from knn_ssd.kernels.gguf_rows import GGUFRows
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def random_rows(quantisation: str, rows: int, cols: int) -> GGUFRows:
+    """A quantised matrix of random bits, whose scales are finite, of either sign and now and then zero or subnormal."""
+    kind = GGMLQuantizationType[quantisation]
+    block_cols, block_bytes = GGML_QUANT_SIZES[kind]
+    chooser = np.random.default_rng(0)
+    blocks = chooser.integers(0, 256, (rows * (cols // block_cols), block_bytes), dtype=np.uint8)
+    for start in {"Q6_K": (208,), "Q4_K": (0, 2)}.get(quantisation, (0,)):
+        scales = (chooser.standard_normal(len(blocks)) / cols / (100 if block_cols == 256 else 1)).astype(np.float16)
+        scales[:: len(blocks) // 2 + 1], scales[-1:] = 0, np.float16(6e-8)
+        blocks[:, start : start + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return GGUFRows(torch.from_numpy(blocks.reshape(rows, -1)), quantisation, cols)
 
 
 def tiny_model() -> PreTrainedModel:

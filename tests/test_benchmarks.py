@@ -18,6 +18,8 @@ import httpx
 import psutil
 import pytest
 import torch
+from gguf import GGUFReader
+from gguf_files import write_gguf
 
 from knn_ssd import Engine
 from knn_ssd.backends.native.obstacles import native_obstacle
@@ -100,6 +102,26 @@ def test_the_best_score_is_printed_by_strategy_and_budget(run: Run, tiny: tuple[
     assert head == ["strategy", "8 plans", "16 plans"]
     assert [row[0] for row in found] == ["`greedy`", "`bayes`"]
     assert all(float(row[1]) <= float(row[2]) for row in found)
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_weights_as_they_are_and_unpacked_are_compared(run: Run, tiny: tuple[str, str]) -> None:
+    options = ["--model", tiny[0], "--prompts", tiny[1], "--limit", "2", "--max-new-tokens", "8"]
+    head, *found = run("formats.py", *options, "--unpacked", "bfloat16").splitlines()
+    assert head.startswith("weights")
+    assert [row.split()[0] for row in found] == ["as", "bfloat16"]
+    assert all("2 of 2" in row for row in found)
+
+
+def test_a_gguf_file_is_written_anew_in_another_type(run: Run, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    run("requantised.py", str(tmp_path / "new.gguf"), "--source", str(file), "--type", "Q8_0")
+    before, after = (GGUFReader(path) for path in (file, tmp_path / "new.gguf"))
+    assert {name: field.contents() for name, field in after.fields.items() if not name.startswith("GGUF")} == {
+        name: field.contents() for name, field in before.fields.items() if not name.startswith("GGUF")
+    }
+    assert {tensor.tensor_type.name for tensor in after.tensors} == {"F32", "Q8_0"}
+    assert [tensor.name for tensor in after.tensors] == [tensor.name for tensor in before.tensors]
 
 
 def test_agreement_is_printed_by_share_of_skipped_sublayers(run: Run, tiny: tuple[str, str]) -> None:

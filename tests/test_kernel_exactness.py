@@ -15,16 +15,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gguf_files import random_rows
 
 from knn_ssd.kernels import build
 from knn_ssd.kernels.binding import (
     BFLOAT16,
     BFLOAT16_BLOCKS,
     BFLOAT16_PACKED,
+    FLOAT16_BLOCKS,
     FLOAT32,
     FLOAT32_BLOCKS,
     GROUP_SIZE,
     INT4,
+    Q4_0_BLOCKS,
+    Q4_K_BLOCKS,
+    Q6_K_BLOCKS,
+    Q8_0_BLOCKS,
     Attention,
     BatchEntry,
     Matrix,
@@ -32,7 +38,8 @@ from knn_ssd.kernels.binding import (
     address,
     load,
 )
-from knn_ssd.kernels.weights import TensorKeeper, pack
+from knn_ssd.kernels.gguf_rows import GGUFRows
+from knn_ssd.kernels.weights import Blocks, TensorKeeper, pack
 
 CAPACITY = 131  # positions of each session
 WIDTHS = (*range(1, 18), 32, 64, 65)
@@ -84,12 +91,19 @@ class Sizes:
     kv_kind: int = FLOAT32
 
     def __str__(self) -> str:
-        names = ("", "tiles", "int4", "float32", "bfloat16", "packed")
         window = f"-window{self.window}" if self.window else ""
         narrow = "-kv16" if self.kv_kind == BFLOAT16 else ""
         return (
-            f"{self.heads}of{self.kv_heads}x{self.head_dim}-{names[self.kind]}-{names[self.mlp_kind]}{window}{narrow}"
+            f"{self.heads}of{self.kv_heads}x{self.head_dim}-{NAMES[self.kind]}-{NAMES[self.mlp_kind]}{window}{narrow}"
         )
+
+
+QUANTISED = {"Q8_0": Q8_0_BLOCKS, "Q6_K": Q6_K_BLOCKS, "Q4_K": Q4_K_BLOCKS, "Q4_0": Q4_0_BLOCKS}
+NAMES = {
+    **{BFLOAT16: "tiles", INT4: "int4", FLOAT32_BLOCKS: "float32", FLOAT16_BLOCKS: "float16"},
+    **{BFLOAT16_BLOCKS: "bfloat16", BFLOAT16_PACKED: "packed"},
+    **{kind: name for name, kind in QUANTISED.items()},
+}
 
 
 CASES = (
@@ -112,6 +126,10 @@ CASES = (
     Sizes(128, 8, 2, BFLOAT16_PACKED, INT4, window=33, kv_kind=BFLOAT16),
     Sizes(128, 7, 1, INT4, BFLOAT16_BLOCKS, kv_kind=BFLOAT16),
     Sizes(256, 4, 1, BFLOAT16, BFLOAT16, kv_kind=BFLOAT16),
+    Sizes(64, 9, 3, FLOAT16_BLOCKS, FLOAT16_BLOCKS, hidden=608, bias=True),
+    Sizes(32, 6, 2, Q8_0_BLOCKS, Q4_0_BLOCKS, inner=608, window=9),
+    Sizes(64, 4, 4, Q6_K_BLOCKS, Q4_K_BLOCKS, hidden=512, inner=768, vocab=33),
+    Sizes(64, 4, 1, Q4_K_BLOCKS, INT4, hidden=256, inner=160, bias=True),
 )
 
 
@@ -181,10 +199,14 @@ class Layers:
 
 def random_matrix(library: ctypes.CDLL, rows: int, cols: int, kind: int, keeper: TensorKeeper) -> Matrix:
     """A matrix of a kind; a few of its weights have upper bytes that are rare."""
+    if kind in QUANTISED.values():
+        return pack(random_rows(NAMES[kind], rows, cols), kind, library).matrix(keeper)
     weight = torch.randn(rows, cols) / cols**0.5
     weight[torch.rand(rows, cols) < 0.01] *= 1e-6
     if kind == FLOAT32_BLOCKS:
         return pack(weight, kind, library).matrix(keeper)
+    if kind == FLOAT16_BLOCKS:
+        return pack(weight.half(), kind, library).matrix(keeper)
     narrow = weight.bfloat16()
     if kind in (BFLOAT16_BLOCKS, BFLOAT16_PACKED):
         return pack(narrow, kind, library).matrix(keeper)
@@ -203,17 +225,49 @@ def random_matrix(library: ctypes.CDLL, rows: int, cols: int, kind: int, keeper:
 @pytest.mark.parametrize("rows", [1, 16, 33, 100])
 def test_the_formats_of_bfloat16_weights_give_the_same_bits(library: ctypes.CDLL, rows: int, cols: int) -> None:
     torch.manual_seed(0)
-    keeper, weight = TensorKeeper(), (torch.randn(rows, cols) / cols**0.5).bfloat16()
+    weight = (torch.randn(rows, cols) / cols**0.5).bfloat16()
     weight[torch.rand(rows, cols) < 0.01] *= 1e-6
     weight[0, 0], weight[-1, -1] = -0.0, float("inf")
     packed = pack(weight, BFLOAT16_PACKED, library)
     assert packed.num_escapes or rows == 1  # whose few weights have hardly more upper bytes than codes
-    formats = [pack(weight.float(), FLOAT32_BLOCKS, library), pack(weight, BFLOAT16_BLOCKS, library), packed]
-    matrices = [each.matrix(keeper) for each in formats]
+    equal_bits_of_float32(library, weight.float(), [pack(weight, BFLOAT16_BLOCKS, library), packed])
+
+
+@pytest.mark.parametrize("cols", [32, 96, 544, 1056])
+@pytest.mark.parametrize("rows", [1, 33, 100])
+def test_float16_weights_give_the_bits_of_float32_ones(library: ctypes.CDLL, rows: int, cols: int) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(rows, cols) / cols**0.5).half()
+    weight[torch.rand(rows, cols) < 0.1] *= 2**-12  # most of which are subnormal then
+    weight[0, 0], weight[0, 1], weight[0, 2] = -0.0, 65504, -(2**-24)
+    weight[-1, -1] = float("inf")
+    equal_bits_of_float32(library, weight.float(), [pack(weight, FLOAT16_BLOCKS, library)])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 256), (33, 768), (100, 1280), (33, 96), (100, 544)])
+def test_quantised_weights_give_the_bits_of_those_that_gguf_unpacks(
+    library: ctypes.CDLL, name: str, rows: int, cols: int
+) -> None:
+    if cols % 256 and name.endswith("K"):
+        with pytest.raises(ValueError, match="sizes"):
+            pack(GGUFRows(torch.zeros(rows, 1024, dtype=torch.uint8), name, cols), QUANTISED[name], library)
+        return
+    torch.manual_seed(0)
+    weight = random_rows(name, rows, cols)
+    equal_bits_of_float32(library, weight.dequantised(), [pack(weight, QUANTISED[name], library)])
+
+
+def equal_bits_of_float32(library: ctypes.CDLL, weight: torch.Tensor, formats: Sequence[Blocks]) -> None:
+    """The rows of a matrix (rows, cols), and its products for any number of inputs, have in all formats the bits that
+    they have in float32.
+    """
+    (rows, cols), keeper = weight.shape, TensorKeeper()
+    matrices = [each.matrix(keeper) for each in (pack(weight, FLOAT32_BLOCKS, library), *formats)]
     for matrix in matrices:
         values, chosen = torch.empty(rows, cols), (c_int64 * rows)(*range(rows))
         library.knn_ssd_read_rows(ctypes.byref(matrix), chosen, rows, address(values))
-        assert torch.equal(values.view(torch.int32), weight.float().view(torch.int32))
+        assert torch.equal(values.view(torch.int32), weight.view(torch.int32))
     for n in (*range(1, 10), 16, 17, 64, 65, 130):
         x, norm = torch.randn(n, cols), torch.ones(cols)
         outputs = []
@@ -222,7 +276,7 @@ def test_the_formats_of_bfloat16_weights_give_the_same_bits(library: ctypes.CDLL
             places = address(x), n, (c_int64 * n)(*range(n)), n, address(hidden), address(logits)
             library.knn_ssd_lm_head(ctypes.byref(matrix), address(norm), 1e-5, *places)
             outputs.append(logits)
-        assert torch.isfinite(outputs[0][:, :-1]).all()
+        assert torch.isfinite(outputs[0][:, :-1]).all()  # the last row may have an infinite weight
         for other in outputs[1:]:
             assert torch.equal(other.view(torch.int32), outputs[0].view(torch.int32))
 

@@ -33,7 +33,7 @@ from knn_ssd.testing import tiny_model
 from knn_ssd.tools.memory import release_file_pages
 
 WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL_LOW = Plan((Mode.LOW,) * 4, (Mode.LOW,) * 4, Mode.LOW)
 
 pytestmark = pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
@@ -355,21 +355,21 @@ def changed(model: PreTrainedModel, how: str) -> PreTrainedModel:
         layer.self_attn.register_forward_hook(lambda *_: None)
     elif how == "replaced":
         layer.mlp.forward = lambda hidden: hidden
-    elif how == "half":
-        layer.mlp.up_proj.half()
+    elif how == "double":
+        layer.mlp.up_proj.double()
     return model
 
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("wrapped", "Sequential"), ("hooked", "hooked"), ("replaced", "hooked"), ("half", "float16")],
+    [("wrapped", "Sequential"), ("hooked", "hooked"), ("replaced", "hooked"), ("double", "float64")],
 )
 def test_a_modified_model_runs_on_the_transformers_backend(how: str, reason: str) -> None:
     model = changed(wide_model("llama"), how)
     assert reason in (native_obstacle(model) or "")
     with pytest.raises(UnsupportedModelError, match=reason):
         NativeBackend(model)
-    if how != "half":
+    if how != "double":
         assert isinstance(select_backend(model), TransformersBackend)
 
 

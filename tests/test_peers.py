@@ -237,3 +237,11 @@ def test_an_unknown_program_is_refused(words: list[str], message: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_llama_cpp_says_that_a_gguf_file_is_not_there(tmp_path: Path) -> None:
+    script, missing = FOLDER / "run_llama_cpp.py", tmp_path / "nowhere.gguf"
+    command = [sys.executable, script, tmp_path, "--model", tmp_path, "--gguf", missing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"there is no file '{missing}'" in done.stderr

@@ -591,9 +591,16 @@ def test_bfloat16_is_kept_where_the_kernels_read_it(
     assert default_dtype(torch.bfloat16, CPU) == torch.float32
 
 
+def test_float16_is_kept_where_the_native_backend_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for unavailable, expected in ((None, torch.float16), ("no kernels", torch.float32)):
+        monkeypatch.setattr(resolve, "kernels_obstacle", lambda reason=unavailable: reason)
+        assert default_dtype(torch.float16, CPU, testing.tiny_model("llama").config) == expected
+
+
 def test_other_dtypes() -> None:
     assert default_dtype(torch.float32, CPU) == torch.float32
     assert default_dtype(torch.float16, CPU) == torch.float32
+    assert default_dtype(torch.float16, CPU, testing.tiny_model("gpt2").config) == torch.float32
     assert default_dtype(torch.float64, CPU) == torch.float32
     assert default_dtype(torch.float16, torch.device("cuda")) == torch.float16
     assert default_dtype(torch.float16, torch.device("mps")) == torch.float16
@@ -690,7 +697,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def convert_then(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
-    def convert(source: Path, directory: Path, stage: gguf.Stage) -> None:
+    def convert(source: Path, directory: Path, stage: gguf.Stage, as_blocks: bool) -> None:
         stage("writing")
         (directory / "config.json").write_text(source.name)
         then()
@@ -821,7 +828,7 @@ def test_a_converted_model_says_what_the_original_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1])
 def test_blocks_are_dequantized_and_not_kept_packed(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     original = tiny_model()
-    place = model_dir(write_gguf(tmp_path / "tiny.gguf", original, kind=kind))
+    place = model_dir(write_gguf(tmp_path / "tiny.gguf", original, kind=kind), as_blocks=False)
     assert place is not None
     stored = load_file(place / "model.safetensors")
     for name, parameter in original.named_parameters():

@@ -1,11 +1,14 @@
-"""Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits.
+"""Runs llama.cpp on the prompts of a benchmark, by llama-cpp-python, with weights of 16, 8 or 4 bits, or a GGUF file's.
 
-    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4] [--kv-bits 32|16]
+    benchmarks/peers/run.sh llama_cpp RUN_FOLDER --model DIR [--bits 16|8|4] [--kv-bits 32|16] [--gguf FILE]
 
 The model is converted by the script that comes with llama.cpp, in bfloat16, and quantised by llama.cpp itself, to Q8_0
 or Q4_0, the 8- and 4-bit types that its CPU kernels are fastest with. With 16 bits the KV cache is in float32, which
 rounds nothing; otherwise it is in float16, the default of llama.cpp. `--kv-bits` chooses another; the method is then
 named after it, too. Models that its converter does not support cannot be measured, and end with an error.
+
+With `--gguf`, the file that the benchmark ran is run as it is, with the KV cache in float32. Its method is called lossy
+as well: llama.cpp rounds the inputs of quantised weights to 8 bits.
 """
 
 from __future__ import annotations
@@ -29,14 +32,17 @@ OWN_KV_BITS = {16: 32, 8: 16, 4: 16}  # by default, by the bits of the weights
 def main() -> None:
     options = parser(__doc__)
     add_bits(options)
+    options.add_argument("--gguf", type=Path, metavar="FILE", help="the GGUF file that the benchmark ran")
     args = options.parse_args()
+    if args.gguf is not None and not args.gguf.is_file():
+        fail(f"there is no file '{args.gguf}': name the GGUF file that the benchmark ran")
     jobs = read_jobs(args.run)
 
     import llama_cpp
 
-    cache = llama_cpp.GGML_TYPE_F32 if kv_bits(args) == 32 else llama_cpp.GGML_TYPE_F16
+    cache = llama_cpp.GGML_TYPE_F32 if args.gguf or kv_bits(args) == 32 else llama_cpp.GGML_TYPE_F16
     model = llama_cpp.Llama(
-        str(gguf_file(args.model, args.bits, args.threads)),
+        str(args.gguf or gguf_file(args.model, args.bits, args.threads)),
         n_ctx=longest(jobs),
         n_threads=args.threads,
         n_threads_batch=args.threads,
@@ -57,9 +63,14 @@ def main() -> None:
         stream.close()
         return tokens, {"prefill_sec": prefill_sec, "rounds": count}
 
-    lossy = args.bits < 16 or kv_bits(args) < 32 or weights_dtype(args.model) != "bfloat16"
-    name = f"llama-cpp-{args.bits}" + (f"-kv{args.kv_bits}" if kv_bits(args) != OWN_KV_BITS[args.bits] else "")
-    measure(args.run, name, jobs, generate, lossy=lossy, on_request=args.on_request)
+    lossy = bool(args.gguf) or args.bits < 16 or kv_bits(args) < 32 or weights_dtype(args.model) != "bfloat16"
+    measure(args.run, _method(args), jobs, generate, lossy=lossy, on_request=args.on_request)
+
+
+def _method(args: argparse.Namespace) -> str:
+    if args.gguf:
+        return "llama-cpp-gguf"
+    return f"llama-cpp-{args.bits}" + (f"-kv{args.kv_bits}" if kv_bits(args) != OWN_KV_BITS[args.bits] else "")
 
 
 def add_bits(options: argparse.ArgumentParser) -> None:

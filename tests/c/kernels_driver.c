@@ -95,13 +95,15 @@ static const Sizes NAMED[] = {
     {128, 5, 1, FLOAT32, INT4, 96, 160, 0, 101, 1, 0, BFLOAT16}};
 enum { N_NAMED = sizeof NAMED / sizeof *NAMED };
 
+static int64_t random_kind(void) { return (int64_t[]){FLOAT32, BFLOAT16, INT4}[random_below(3)]; }
+
 static Sizes random_sizes(void) {
     const int64_t kv_heads = 1 + random_below(3);
     return (Sizes){.head_dim = 32 * (1 + random_below(8)),
                    .heads = kv_heads * (1 + random_below(5)),
                    .kv_heads = kv_heads,
-                   .kind = random_below(3),
-                   .mlp_kind = random_below(3),
+                   .kind = random_kind(),
+                   .mlp_kind = random_kind(),
                    .hidden = 32 * (1 + random_below(9)),
                    .inner = 32 * (1 + random_below(20)),
                    .window = random_below(2) * (1 + random_below(CAPACITY)),
@@ -154,9 +156,16 @@ static Matrix quantised(const Matrix *m) {
 static int64_t block_rows(void) { return 2 * knn_ssd_lanes(); }
 static int64_t unit_weights(void) { return 8 * block_rows(); }
 
+/* Bytes of 32 columns of a row in blocks. */
+static int64_t bytes_of_32(int64_t kind) {
+    const int64_t bytes[] = {[FLOAT32_BLOCKS] = 128, [FLOAT16_BLOCKS] = 64, [BFLOAT16_BLOCKS] = 64, [BFLOAT16_PACKED] = 48,
+                             [Q8_0_BLOCKS] = 34,     [Q6_K_BLOCKS] = 28,    [Q4_K_BLOCKS] = 22,     [Q4_0_BLOCKS] = 18};
+    return bytes[kind];
+}
+
 static Matrix in_blocks(const Matrix *m, int64_t kind) {
-    const int64_t n = (m->rows + block_rows() - 1) / block_rows(), weights = n * block_rows() * m->cols;
-    uint8_t *data = take(kind == FLOAT32_BLOCKS ? 4 * weights : kind == BFLOAT16_BLOCKS ? 2 * weights : weights * 3 / 2, 4);
+    const int64_t n = (m->rows + block_rows() - 1) / block_rows();
+    uint8_t *data = take(n * block_rows() * m->cols / 32 * bytes_of_32(kind), 4);
     uint8_t *upper_bytes = take(16, 1);
     int64_t *starts = take(8 * (n + 1), 8);
     if (kind == BFLOAT16_PACKED) CHECK(knn_ssd_upper_bytes(m, upper_bytes) == SUCCESS);
@@ -477,13 +486,63 @@ static void check_rows(const Matrix *source, const Matrix *stored) {
     release(taken);
 }
 
+static const int64_t GGUF_KINDS[][2] = {
+    {FLOAT16, FLOAT16_BLOCKS}, {Q8_0, Q8_0_BLOCKS}, {Q6_K, Q6_K_BLOCKS}, {Q4_K, Q4_K_BLOCKS}, {Q4_0, Q4_0_BLOCKS}};
+enum { N_GGUF_KINDS = sizeof GGUF_KINDS / sizeof *GGUF_KINDS };
+
+/* A float16 matrix, or rows of a GGUF file's blocks: random bits, with scales below 2. */
+static Matrix gguf_matrix(int64_t rows, int64_t cols, int64_t kind) {
+    const int64_t bytes = kind == Q8_0 ? 34 : kind == Q4_0 ? 18 : kind == Q6_K ? 210 : kind == Q4_K ? 144 : 2;
+    const int64_t width = kind == Q8_0 || kind == Q4_0 ? 32 : kind == FLOAT16 ? 1 : 256, count = rows * cols / width;
+    uint8_t *data = take(count * bytes, 2);
+    for (int64_t i = 0; i < count * bytes; i++) data[i] = (uint8_t)random_below(256);
+    for (int64_t i = 0; i < count; i++) {
+        uint8_t *scale = data + i * bytes + (kind == Q6_K ? 208 : 0);
+        scale[1] &= 0xbf; /* the upper bit of the exponent */
+        if (kind == Q4_K) scale[3] &= 0xbf;
+    }
+    return (Matrix){.data = data, .rows = rows, .cols = cols, .kind = kind};
+}
+
+/* The values of a matrix in blocks, row-major. */
+static Matrix read_all(const Matrix *m) {
+    int64_t *rows = take(8 * m->rows, 8);
+    for (int64_t r = 0; r < m->rows; r++) rows[r] = r;
+    float *values = take(4 * m->rows * m->cols, 4);
+    CHECK(knn_ssd_read_rows(m, rows, m->rows, values) == SUCCESS);
+    return (Matrix){.data = values, .rows = m->rows, .cols = m->cols, .kind = FLOAT32};
+}
+
+/* What a GGUF file's blocks give has the bits of their values in float32. */
+static void check_gguf(void) {
+    for (int kind = 0; kind < N_GGUF_KINDS; kind++) {
+        const Matrix source = gguf_matrix(1 + random_below(70), 256 * (1 + random_below(4)), GGUF_KINDS[kind][0]);
+        const Matrix stored = in_blocks(&source, GGUF_KINDS[kind][1]), floats = read_all(&stored);
+        const Matrix wide = in_blocks(&floats, FLOAT32_BLOCKS);
+        const int64_t n = 1 + random_below(30), size = 4 * n * source.rows;
+        const float *x = take_floats(n * source.cols, -0.5f, 1);
+        float *y[2] = {take(size, 4), take(size, 4)};
+        CHECK(knn_ssd_linear(&stored, x, n, y[0]) == SUCCESS && knn_ssd_linear(&wide, x, n, y[1]) == SUCCESS);
+        CHECK(!memcmp(y[0], y[1], (size_t)size));
+        Matrix wrong = source;
+        wrong.cols -= 16;
+        CHECK(source.kind == FLOAT16 || knn_ssd_pack(&wrong, GGUF_KINDS[kind][1], NULL, y[0], NULL) == INVALID_SIZES);
+        wrong.kind = FLOAT32;
+        CHECK(knn_ssd_pack(&wrong, GGUF_KINDS[kind][1], NULL, y[0], NULL) == INVALID_SIZES);
+        CHECK(knn_ssd_quantise(&source, x, 1, NULL, NULL) == INVALID_SIZES);
+        release(0);
+    }
+}
+
 static void quantise(uint64_t seed, int64_t cases) {
     for (int64_t i = 0; i < cases; i++) {
+        seed_with(seed + (uint64_t)i);
+        check_gguf();
         Matrix source, copy[2];
         for (int j = 0; j < 2; j++) {
             seed_with(seed + (uint64_t)i);
             pool_set_threads(j ? 4 : 1);
-            source = float_matrix(1 + random_below(90), 32 * (1 + random_below(9)), random_below(2));
+            source = float_matrix(1 + random_below(90), 32 * (1 + random_below(9)), random_below(2) ? BFLOAT16 : FLOAT32);
             const int64_t kind = source.kind == FLOAT32 ? FLOAT32_BLOCKS : BFLOAT16_BLOCKS + random_below(2);
             const Matrix stored = in_blocks(&source, kind); /* quantised first row-major, then from its blocks */
             check_rows(&source, &stored);
@@ -563,6 +622,11 @@ static void dump(uint64_t seed) {
         const Session s = run_alone(&m);
         const size_t count = (size_t)(CAPACITY * output_size(&m));
         CHECK(fwrite(s.outputs, 4, count, stdout) == count);
+        release(0);
+    }
+    for (int kind = 0; kind < N_GGUF_KINDS; kind++) {
+        const Matrix source = gguf_matrix(100, 512, GGUF_KINDS[kind][0]), stored = in_blocks(&source, GGUF_KINDS[kind][1]);
+        CHECK(fwrite(read_all(&stored).data, 4, 100 * 512, stdout) == 100 * 512);
         release(0);
     }
 }

@@ -23,7 +23,21 @@ if TYPE_CHECKING:
 
 _LAST_GROWTH = 2 / 3  # the largest part of a cache's final size from which it grows
 _LOW_BIT_BYTES = 0.5625  # of a weight: 4 bits, and in each group of 64 a scale and a zero in bfloat16
+_WORTHWHILE = 0.7  # of the matrices' memory: larger copies are hardly quicker to read
 _CAUTION = 0.9  # of the tokens that fit now, where the limit is ours to choose: less may be free in a moment
+
+
+def low_bit_waste(num_weights: int, matrix_bytes: int) -> str | None:
+    """None if 4-bit copies of matrices are much smaller than these, else the arithmetic.
+
+    Args:
+        num_weights: the weights of the matrices.
+        matrix_bytes: memory of the matrices; those of a 4-bit file are as small as the copies.
+    """
+    copy_bytes = _LOW_BIT_BYTES * num_weights
+    if copy_bytes <= _WORTHWHILE * matrix_bytes:
+        return None
+    return f"4-bit copies would take {size(copy_bytes)}, and the weights take {size(matrix_bytes)}"
 
 
 @dataclass(slots=True)
@@ -49,7 +63,8 @@ class MemoryAdmission:
     @classmethod
     def of(cls, model: nn.Module, weight_bytes: int, token_bytes: int, copy_bytes: int = 0) -> MemoryAdmission:
         """For the sessions of a model, with the memory of its weights in the backend's format."""
-        linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        linear = sum(module.out_features * module.in_features for module in linears)
         return cls(weight_bytes, token_bytes, copy_bytes, low_bit_bytes=int(_LOW_BIT_BYTES * linear))
 
     def low_bit_shortage(self) -> str | None:

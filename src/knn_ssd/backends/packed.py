@@ -10,6 +10,7 @@ import torch
 
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, kernels, uses_tiles
+from knn_ssd.kernels.gguf_rows import GGUFRows
 from knn_ssd.kernels.weights import Blocks, TensorKeeper, best_blocks, is_read_in_place, make_matrix
 from knn_ssd.weight_cache import WeightCache
 
@@ -19,7 +20,8 @@ _VERSION = 2  # increased whenever the same weights give other bytes than before
 
 
 class PackedWeights:
-    """Makes matrices, each under a name of its own, and keeps what is in blocks for the next start.
+    """Makes matrices, each under a name of its own, and keeps what is in blocks for the next start; but not a GGUF
+    file's blocks, which are put in order quickly.
 
     Args:
         cache: where blocks are kept; None keeps none.
@@ -28,13 +30,14 @@ class PackedWeights:
 
     def __init__(self, cache: WeightCache | None, scheme: str = "") -> None:
         self.keeper = TensorKeeper()
+        self.num_weights = 0  # of all matrices
         self._arena = Arena()
         self._cache = None if uses_tiles() else cache
         self._key = _cache_key(scheme)
         self._kept = self._by_matrix((self._cache.load(self._key) if self._cache is not None else None) or {})
         self._made: dict[str, torch.Tensor] = {}
 
-    def matrix(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+    def matrix(self, name: str, weight: torch.Tensor | GGUFRows, bias: torch.Tensor | None) -> Matrix:
         """The matrix of a weight and a bias, which becomes float32.
 
         Args:
@@ -42,12 +45,13 @@ class PackedWeights:
             weight: (rows, cols).
             bias: (rows,) or None.
         """
+        self.num_weights += weight.shape[0] * weight.shape[1]
+        if isinstance(weight, GGUFRows):
+            return make_matrix(weight, bias, self.keeper, best_blocks(weight, self._arena))
         weight = weight.detach()
-        blocks = None
-        if not is_read_in_place(weight):
-            blocks = self._from_cache(name, weight) or self._new(name, weight.contiguous())
-        else:
-            weight = weight.contiguous()
+        if is_read_in_place(weight):
+            return make_matrix(weight.contiguous(), bias, self.keeper, None)
+        blocks = self._from_cache(name, weight) or self._new(name, weight.contiguous())
         return make_matrix(weight, bias, self.keeper, blocks)
 
     def finish(self) -> None:

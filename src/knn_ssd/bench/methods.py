@@ -23,6 +23,7 @@ from knn_ssd.bench.swift import MIN_LAYERS, SwiftDraft, SwiftSearch
 from knn_ssd.calibrate.settings import MIXTURE
 from knn_ssd.engine import Engine
 from knn_ssd.errors import BenchError, UsageError
+from knn_ssd.kernels.gguf_rows import has_rows
 from knn_ssd.outputs import count_by_drafter
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.request import Request, end_at
@@ -112,6 +113,11 @@ def _make(name: str, engine: Engine, first_domain: str | None, sampling: dict[st
     if name == BASELINE:
         return engine_method(engine, None, sampling, plain=True)
     if name in (HF, HF_LOOKUP):
+        if has_rows(engine.model):
+            raise BenchError(
+                f"the method '{name}' would unpack the quantised weights in every forward pass, which is no baseline",
+                "Choose other --methods, or give a --dtype, in which the file is unpacked once.",
+            )
         return transformers_method(engine, sampling, lookup=name == HF_LOOKUP)
     if name in ("lookup", "low"):
         return engine_method(engine, None, sampling, plan=_unrouted(name, engine), adaptive=True)

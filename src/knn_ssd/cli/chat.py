@@ -210,6 +210,9 @@ def _show_stats(answers: list[Generation]) -> None:
 def _greet(engine: Engine) -> None:
     atlas = engine.atlas
     drafts = "no atlas: the general plan" if atlas is None else f"atlas of {', '.join(sorted(atlas.domains))}"
-    dtype = str(engine.model.dtype).removeprefix("torch.")
-    output.note(f"[{type(engine.model).__name__} in {dtype} | {engine.exactness.value} exactness | {drafts}]")
+    from knn_ssd.kernels.gguf_rows import dtype_name
+
+    output.note(
+        f"[{type(engine.model).__name__} in {dtype_name(engine.model)} | {engine.exactness.value} exactness | {drafts}]"
+    )
     output.note("Ctrl-C stops an answer, Ctrl-D leaves, /help shows more.")

@@ -3,8 +3,9 @@
 Where the processor has a tile unit, bfloat16 weights are read where the checkpoint's tensors lie. Everywhere else, a
 matrix is stored anew, in blocks of twice as many rows as a vector has lanes; csrc/blocks.h describes the formats. A
 bfloat16 matrix is packed without loss into 12 bits a weight, plus 8 bytes for each of the few weights whose upper byte
-has no code. (On GPUs, DFloat11, arXiv 2504.11651, packs bfloat16 without loss as well.) The values that are multiplied,
-and so the bits of every result, are those of the checkpoint's weights in any format.
+has no code. (On GPUs, DFloat11, arXiv 2504.11651, packs bfloat16 without loss as well.) Float16 weights stay 16 bits,
+and the quantised blocks of a GGUF file keep their codes and scales. The values that are multiplied, and so the bits of
+every result, are those of the checkpoint's weights in any format.
 """
 
 from __future__ import annotations
@@ -20,16 +21,38 @@ from knn_ssd.kernels.binding import (
     BFLOAT16,
     BFLOAT16_BLOCKS,
     BFLOAT16_PACKED,
+    FLOAT16,
+    FLOAT16_BLOCKS,
     FLOAT32,
     FLOAT32_BLOCKS,
+    Q4_0,
+    Q4_0_BLOCKS,
+    Q4_K,
+    Q4_K_BLOCKS,
+    Q6_K,
+    Q6_K_BLOCKS,
+    Q8_0,
+    Q8_0_BLOCKS,
     Matrix,
     address,
     kernels,
     uses_tiles,
 )
+from knn_ssd.kernels.gguf_rows import KIND_OF, GGUFRows
 from knn_ssd.tools.memory import release_file_pages
 
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+_BLOCKS_OF = {
+    FLOAT32: (FLOAT32_BLOCKS,),
+    FLOAT16: (FLOAT16_BLOCKS,),
+    BFLOAT16: (BFLOAT16_PACKED, BFLOAT16_BLOCKS),
+    Q8_0: (Q8_0_BLOCKS,),
+    Q6_K: (Q6_K_BLOCKS,),
+    Q4_K: (Q4_K_BLOCKS,),
+    Q4_0: (Q4_0_BLOCKS,),
+}
+_DTYPES = {FLOAT32_BLOCKS: torch.float32, FLOAT16_BLOCKS: torch.float16, BFLOAT16_BLOCKS: torch.bfloat16}
+_UNIT_BYTES = {Q8_0_BLOCKS: 34, Q6_K_BLOCKS: 28, Q4_K_BLOCKS: 22, Q4_0_BLOCKS: 18}  # of 32 columns of a row
 _ESCAPE_BYTES = 8
 _MAX_ESCAPES = 1 / 128  # of the weights; with more, a matrix stays in 16 bits
 
@@ -54,10 +77,10 @@ class TensorKeeper:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A float matrix in blocks; see csrc/blocks.h.
+    """A matrix in blocks; see csrc/blocks.h.
 
     Attributes:
-        kind: `FLOAT32_BLOCKS`, `BFLOAT16_BLOCKS` or `BFLOAT16_PACKED`.
+        kind: one of the kinds in blocks.
         rows, cols: its size.
         data: its units.
         upper_bytes, escape_starts, escapes: what else a packed matrix needs, else None.
@@ -72,19 +95,19 @@ class Blocks:
     escapes: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Blocks | None:
+    def of(cls, weight: torch.Tensor | GGUFRows, tensors: Mapping[str, torch.Tensor]) -> Blocks | None:
         """The blocks of a weight from tensors by the names of the attributes; None if they have other shapes or dtypes.
 
         Args:
-            weight: (rows, cols), in float32 or bfloat16.
+            weight: as in `make_matrix`.
             tensors: what `tensors` returned for an equal weight.
         """
         (rows, cols), data = weight.shape, tensors["data"]
-        kind = {torch.float32: FLOAT32_BLOCKS, torch.bfloat16: BFLOAT16_BLOCKS, torch.uint8: BFLOAT16_PACKED}[
-            data.dtype
-        ]
-        blocks, width = -(-rows // _block_rows()), cols * 3 // 2 if kind == BFLOAT16_PACKED else cols
-        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _block_rows(), width)}
+        kind = next((each for each in _BLOCKS_OF[kind_of(weight)] if _row_form(each, cols)[0] is data.dtype), None)
+        if kind is None:
+            return None
+        blocks = -(-rows // _block_rows())
+        expected: dict[str, tuple[int, ...]] = {"data": (blocks * _block_rows(), _row_form(kind, cols)[1])}
         if kind == BFLOAT16_PACKED:
             escapes = int(tensors["escape_starts"][-1]) if "escape_starts" in tensors else 0
             expected |= {"upper_bytes": (16,), "escape_starts": (blocks + 1,)}
@@ -110,64 +133,71 @@ class Blocks:
         return Matrix(keeper.keep(self.data), None, None, self.rows, self.cols, self.kind, None, *parts)
 
 
-def is_read_in_place(weight: torch.Tensor) -> bool:
+def kind_of(weight: torch.Tensor | GGUFRows) -> int:
+    """The kind of a weight as the checkpoint has it."""
+    return KIND_OF[weight.quantisation] if isinstance(weight, GGUFRows) else KINDS[weight.dtype]
+
+
+def is_read_in_place(weight: torch.Tensor | GGUFRows) -> bool:
     """Whether the kernels multiply a weight where it lies, in the tile unit."""
-    return weight.dtype is torch.bfloat16 and uses_tiles()
+    return not isinstance(weight, GGUFRows) and weight.dtype is torch.bfloat16 and uses_tiles()
 
 
 def make_matrix(
-    weight: torch.Tensor, bias: torch.Tensor | None, keeper: TensorKeeper, blocks: Blocks | None = None
+    weight: torch.Tensor | GGUFRows, bias: torch.Tensor | None, keeper: TensorKeeper, blocks: Blocks | None = None
 ) -> Matrix:
     """A matrix that the kernels can multiply.
 
     Args:
-        weight: (rows, cols), contiguous, float32 or bfloat16; cols is a multiple of twice the number of lanes.
+        weight: (rows, cols), contiguous, of one of `KINDS` or a GGUF file's; cols is a multiple of twice the number of
+            lanes.
         bias: (rows,) or None; it becomes float32.
         keeper: keeps what the matrix refers to.
         blocks: the weight in blocks if they were made before.
     """
-    weight = weight.detach()
-    if is_read_in_place(weight):
-        made = Matrix(keeper.keep(weight), None, None, *weight.shape, BFLOAT16)
+    if not isinstance(weight, GGUFRows) and is_read_in_place(weight):
+        made = Matrix(keeper.keep(weight.detach()), None, None, *weight.shape, BFLOAT16)
     else:
         made = (blocks or best_blocks(weight)).matrix(keeper)
     made.bias = keeper.keep(None if bias is None else bias.detach().float().contiguous())
     return made
 
 
-def best_blocks(weight: torch.Tensor, arena: Arena | None = None) -> Blocks:
+def best_blocks(weight: torch.Tensor | GGUFRows, arena: Arena | None = None) -> Blocks:
     """A weight in the blocks that take the fewest bytes; see `make_matrix`.
 
     Args:
         weight: as there.
         arena: gives the memory; None is one of its own.
     """
-    if weight.dtype is torch.float32:
-        return pack(weight, FLOAT32_BLOCKS, arena=arena)
-    packed = pack(weight, BFLOAT16_PACKED, arena=arena)
-    return pack(weight, BFLOAT16_BLOCKS, arena=arena) if packed.num_escapes > _MAX_ESCAPES * weight.numel() else packed
+    smallest, *others = _BLOCKS_OF[kind_of(weight)]
+    packed = pack(weight, smallest, arena=arena)
+    has_many = packed.num_escapes > _MAX_ESCAPES * packed.rows * packed.cols
+    return pack(weight, others[0], arena=arena) if has_many else packed
 
 
-def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None, arena: Arena | None = None) -> Blocks:
+def pack(
+    weight: torch.Tensor | GGUFRows, kind: int, library: ctypes.CDLL | None = None, arena: Arena | None = None
+) -> Blocks:
     """Stores a matrix in blocks.
 
     Args:
         weight: as in `make_matrix`.
-        kind: see `Blocks`; it has the dtype of the weight.
+        kind: see `Blocks`; it fits the kind of the weight.
         library: the kernels that will multiply it; those of this process if it is None.
         arena: gives the memory; None is one of its own.
 
     Raises:
         ValueError: the kernels have no such format for this matrix.
     """
-    library, weight = library or kernels(), weight.detach()
-    rows, cols = weight.shape
+    library = library or kernels()
+    (rows, cols), held = weight.shape, weight.data if isinstance(weight, GGUFRows) else weight.detach()
     height = 2 * library.knn_ssd_lanes()
     blocks = -(-rows // height)
-    source = ctypes.byref(Matrix(address(weight), None, None, rows, cols, KINDS[weight.dtype]))
+    source = ctypes.byref(Matrix(address(held), None, None, rows, cols, kind_of(weight)))
     is_packed = kind == BFLOAT16_PACKED
-    shape = blocks * height, cols * 3 // 2 if is_packed else cols
-    data = (arena or Arena()).empty(shape, torch.uint8 if is_packed else weight.dtype)
+    dtype, width = _row_form(kind, cols)
+    data = (arena or Arena()).empty((blocks * height, width), dtype)
     upper_bytes, counts = torch.empty(16, dtype=torch.uint8), torch.empty(blocks, dtype=torch.int64)
     if is_packed:
         library.knn_ssd_upper_bytes(source, address(upper_bytes))
@@ -180,6 +210,13 @@ def pack(weight: torch.Tensor, kind: int, library: ctypes.CDLL | None = None, ar
     return Blocks(kind, rows, cols, data, upper_bytes, starts, escapes)
 
 
+def _row_form(kind: int, cols: int) -> tuple[torch.dtype, int]:
+    """In which dtype a row of a matrix in blocks is stored, and how many of it."""
+    if kind in _UNIT_BYTES:
+        return torch.uint8, cols // 32 * _UNIT_BYTES[kind]
+    return (torch.uint8, cols * 3 // 2) if kind == BFLOAT16_PACKED else (_DTYPES[kind], cols)
+
+
 def _block_rows() -> int:
     lanes: int = kernels().knn_ssd_lanes()
     return 2 * lanes
@@ -187,13 +224,12 @@ def _block_rows() -> int:
 
 def release_unpacked(weights: Iterable[torch.Tensor]) -> None:
     """Frees the memory of weights that were read from a mapped file and are now stored in blocks."""
-    if not uses_tiles():
-        release_file_pages([weight.data_ptr() for weight in weights])
+    release_file_pages([weight.data_ptr() for weight in weights if not is_read_in_place(weight)])
 
 
 def is_in_blocks(matrix: Matrix) -> bool:
-    """Whether a float matrix is stored in blocks, so that `read_rows` can read it."""
-    return matrix.kind in (FLOAT32_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED)
+    """Whether `read_rows` can read a matrix."""
+    return any(matrix.kind in kinds for kinds in _BLOCKS_OF.values())
 
 
 def read_rows(matrix: Matrix, rows: list[int]) -> torch.Tensor:

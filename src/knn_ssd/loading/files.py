@@ -26,6 +26,19 @@ _VOCABULARIES = (
 )
 
 
+TYPES_FILE = "gguf_blocks.json"  # of a converted GGUF file whose matrices are stored as the bytes of their rows
+
+
+def has_blocks(directory: Path) -> bool:
+    """Whether a directory holds the quantised blocks of a GGUF file."""
+    return (directory / TYPES_FILE).is_file()
+
+
+def block_types(directory: Path) -> dict[str, str]:
+    """The GGUF type of each weight that is stored as the bytes of its rows; empty for any other directory."""
+    return read_json(directory / TYPES_FILE) if has_blocks(directory) else {}
+
+
 def has_vocabulary(directory: Path) -> bool:
     """Whether a directory holds a tokenizer's vocabulary, of whatever kind."""
     return any(next(directory.glob(pattern), None) for pattern in _VOCABULARIES)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knn_ssd.errors import ModelError
-from knn_ssd.loading.files import weight_files
+from knn_ssd.loading.files import block_types, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from knn_ssd.kernels.gguf_rows import GGUFRows
 
 _DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 _NOT_LOADED = ".rotary_emb.inv_freq"  # some old checkpoints store it, and transformers computes it instead
@@ -30,7 +33,7 @@ class Fingerprint:
         num_layers, hidden_size, vocab_size: the model's sizes.
         weights_hash: a hash of samples of every weight, taken in bfloat16 so that it is the same in any dtype.
         tokenizer_hash: a hash of the vocabulary; empty where there is no tokenizer.
-        dtype: the dtype in which the model was loaded. It is not compared.
+        dtype: the dtype in which the model was loaded, or its GGUF types. It is not compared.
     """
 
     architecture: str
@@ -55,7 +58,9 @@ class Fingerprint:
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
     """The fingerprint of a loaded model."""
-    return _fingerprint(type(model).__name__, model.config, model.dtype, model.state_dict(), tokenizer)
+    from knn_ssd.kernels.gguf_rows import dtype_name, weights_of
+
+    return _fingerprint(type(model).__name__, model.config, dtype_name(model), weights_of(model), tokenizer)
 
 
 def fingerprint_of_checkpoint(
@@ -85,7 +90,9 @@ def identify_weights(model: PreTrainedModel, directory: Path) -> str:
         model: the model as loaded, in the dtype that it is used in.
         directory: the directory of its files.
     """
-    parts = [type(model).__name__, str(model.dtype), _weights_hash(model.state_dict())]
+    from knn_ssd.kernels.gguf_rows import weights_of
+
+    parts = [type(model).__name__, str(model.dtype), _weights_hash(weights_of(model))]
     for file in (directory / "config.json", *weight_files(directory)):
         status = file.stat()
         parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}")
@@ -96,7 +103,7 @@ def _fingerprint(
     architecture: str,
     config: PreTrainedConfig,
     dtype: torch.dtype | str | None,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor | GGUFRows],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Fingerprint:
     sizes = config.get_text_config()
@@ -111,32 +118,46 @@ def _fingerprint(
     )
 
 
-def _weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+def _weights_hash(weights: Mapping[str, torch.Tensor | GGUFRows]) -> str:
     import torch
+
+    from knn_ssd.kernels.gguf_rows import GGUFRows
 
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.bfloat16)  # the same from float32 and bfloat16
+        size = math.prod(weight.shape)
+        step = max(1, size // _SAMPLES)
+        values = (
+            weight.at(torch.arange(0, size, step))
+            if isinstance(weight, GGUFRows)
+            else weight.detach().flatten()[::step]
+        )
+        sample = values.to("cpu", torch.bfloat16)  # the same from float32 and bfloat16, and from quantised blocks
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _mapped_weights(directory: Path, tied: bool) -> dict[str, torch.Tensor]:
+def _mapped_weights(directory: Path, tied: bool) -> dict[str, torch.Tensor | GGUFRows]:
     """The weights in a directory, memory-mapped: only the sampled parts are read from the disk."""
     from safetensors import safe_open
 
-    weights: dict[str, torch.Tensor] = {}
+    from knn_ssd.kernels.gguf_rows import GGUFRows
+
+    types = block_types(directory)
+    weights: dict[str, torch.Tensor | GGUFRows] = {}
     for file in weight_files(directory):
         if file.suffix != ".safetensors":
             break
         with safe_open(file, framework="pt") as stored:
             names = [name for name in stored.keys() if not name.endswith(_NOT_LOADED)]  # noqa: SIM118 - no dictionary
-            weights |= {name: stored.get_tensor(name) for name in names}
+            for name in names:
+                tensor = stored.get_tensor(name)
+                weights[name] = GGUFRows.of(tensor, types[name]) if name in types else tensor
     if not weights:
         raise ModelError(f"'{directory}' has no weights as safetensors", "Convert them, or give another directory.")
-    unknown = [name for weight in weights.values() if (name := str(weight.dtype)) not in _DTYPES]
+    floats = (weight for weight in weights.values() if not isinstance(weight, GGUFRows))
+    unknown = [name for weight in floats if (name := str(weight.dtype)) not in _DTYPES]
     if unknown:
         raise ModelError(f"'{directory}' has weights in {unknown[0]}, and {', '.join(_DTYPES)} are known")
     embeddings = weights.get("model.embed_tokens.weight")

@@ -26,7 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from knn_ssd.errors import ModelError, OutputError, UnsupportedModelError
 from knn_ssd.io import atomic_directory, remove_stale
+from knn_ssd.kernels.gguf_rows import KIND_OF
 from knn_ssd.loading.files import raised_as, reason
+from knn_ssd.loading.gguf_blocks import can_stay, write_types
 from knn_ssd.loading.gguf_config import complete_config, refuse_foreign, refuse_losses
 from knn_ssd.loading.gguf_file import (
     COPY_AGAIN,
@@ -41,6 +43,7 @@ from knn_ssd.loading.gguf_file import (
 from knn_ssd.loading.gguf_weights import DIRECT_ARCHITECTURES, USE_SAFETENSORS, write_weights
 from knn_ssd.loading.pretrained import check_causal, load_complete, quiet_transformers
 from knn_ssd.progress import ProgressBars
+from knn_ssd.tools.memory import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Increased whenever conversion gives another result than before, so that old results are not used again.
 _CONVERSION_VERSION = 2
+_BLOCKS = "-blocks"  # the end of a directory's name; it has nothing but this file if the blocks cannot stay:
+_UNPACKED = "unpacked.txt"
 
 # Values of `tokenizer.ggml.pre` by how they split text before byte-pair merging (llama.cpp, src/llama-vocab.cpp).
 _DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -63,12 +68,14 @@ class Stage(Protocol):
     def __call__(self, note: str, num_bytes: int = 0, /) -> None: ...
 
 
-def converted(gguf: Path, cache: Path) -> Path:
+def converted(gguf: Path, cache: Path, as_blocks: bool = False) -> Path:
     """The directory of a converted GGUF file in the cache, by its content. Converts the file the first time.
 
     Args:
         gguf: a GGUF file, or any part of a split one.
         cache: the cache directory.
+        as_blocks: whether quantised blocks stay as they are, for `load_blocks`, where the kernels compute from them.
+            A warning says so if they do not, and what that costs.
 
     Raises:
         ModelError: the file cannot be read, transformers does not know its model, or part of it would be lost.
@@ -77,13 +84,24 @@ def converted(gguf: Path, cache: Path) -> Path:
     parts = parts_of(gguf)
     key = f"v{_CONVERSION_VERSION}-{content_hash(parts, cache)[:12]}"
     target = cache / "converted" / f"{stem_of(gguf)}-{key}"
+    if as_blocks:
+        blocks = _convert(parts, target.with_name(target.name + _BLOCKS), as_blocks=True)
+        if not (blocks / _UNPACKED).is_file():
+            return blocks
+    return _convert(parts, target, as_blocks=False)
+
+
+def _convert(parts: Sequence[Path], target: Path, as_blocks: bool) -> Path:
+    """Converts a file of some parts to a directory, unless it is there."""
     if os.path.isdir(target):
         return target
     remove_stale(target.parent)
+    gguf = parts[0]
     try:
         with atomic_directory(target) as directory, ProgressBars(in_bytes=True) as progress:
-            progress.stage(f"converting {gguf.name}", sum(part.stat().st_size for part in parts))
-            _write_checkpoint(parts[0], directory, lambda note, num_bytes=0: progress.advance(note, num_bytes))
+            doing = "reading" if as_blocks else "converting"
+            progress.stage(f"{doing} {gguf.name}", sum(map(_size, parts)))
+            _write_checkpoint(gguf, directory, lambda note, num_bytes=0: progress.advance(note, num_bytes), as_blocks)
     except (OutputError, SafetensorError) as error:
         if os.path.isdir(target):  # another process has converted it meanwhile
             return target
@@ -94,10 +112,13 @@ def converted(gguf: Path, cache: Path) -> Path:
     return target
 
 
-def _write_checkpoint(gguf: Path, directory: Path, stage: Stage) -> None:
+def _write_checkpoint(gguf: Path, directory: Path, stage: Stage, as_blocks: bool) -> None:
     stage("reading metadata")
     readers = open_parts(parts_of(gguf))
     facts = read_facts(readers, str(gguf))
+    if as_blocks and not (can_stay(facts.types) and facts.architecture in DIRECT_ARCHITECTURES):
+        (directory / _UNPACKED).write_text(_report_unpacking(gguf, facts, sum(map(_size, parts_of(gguf)))), "utf-8")
+        return
     with quiet_transformers():
         with _shared_reader(readers[0]):
             config = _read_config(gguf)
@@ -107,7 +128,7 @@ def _write_checkpoint(gguf: Path, directory: Path, stage: Stage) -> None:
         complete_config(gguf, config, facts)
         stage("converting weights")
         if facts.architecture in DIRECT_ARCHITECTURES:
-            model = _write_directly(gguf, readers, directory, config, facts, stage)
+            model = _write_directly(gguf, readers, directory, config, facts, stage, as_blocks)
         else:
             model = _read_model(gguf, readers, config, facts)
             refuse_losses(gguf, model, facts)
@@ -118,6 +139,26 @@ def _write_checkpoint(gguf: Path, directory: Path, stage: Stage) -> None:
     # safetensors makes its files readable for their owner alone, and a cache may be shared
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", file)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _report_unpacking(gguf: Path, facts: GGUFFacts, file_bytes: int) -> str:
+    """Warns that the blocks of a file are unpacked, if it has some, and returns the warning."""
+    quantised = sorted(facts.types - {"F32", "F16", "BF16"})
+    if not quantised:
+        return ""
+    unpacked = size(sum(facts.values.values()) * facts.dtype.itemsize)
+    name = str(facts.dtype).removeprefix("torch.")
+    text = (
+        f"'{gguf.name}' ({facts.architecture}, {', '.join(quantised)}) is unpacked to {name}, which also rounds its "
+        f"weights: {size(file_bytes)} become {unpacked}. {', '.join(KIND_OF)} stay as they are in files of "
+        f"{', '.join(DIRECT_ARCHITECTURES)}."
+    )
+    logger.warning("%s", text)
+    return text
 
 
 def _save(model: PreTrainedModel, directory: Path, facts: GGUFFacts) -> None:
@@ -168,15 +209,29 @@ def _read_tokenizer(gguf: Path, facts: GGUFFacts) -> PreTrainedTokenizerBase:
 
 
 def _write_directly(
-    gguf: Path, readers: Sequence[Reader], directory: Path, config: PreTrainedConfig, facts: GGUFFacts, stage: Stage
+    gguf: Path,
+    readers: Sequence[Reader],
+    directory: Path,
+    config: PreTrainedConfig,
+    facts: GGUFFacts,
+    stage: Stage,
+    as_blocks: bool,
 ) -> PreTrainedModel:
     """Writes the weights, and returns the model without them."""
+    dtype = torch.float32 if as_blocks else facts.dtype
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=facts.dtype)  # type: ignore[no-untyped-call]
-    file = directory / "model.safetensors"
-    write_weights(
-        readers, facts.architecture, model, file, str(gguf), lambda num_bytes: stage("converting weights", num_bytes)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    types = write_weights(
+        readers,
+        facts.architecture,
+        model,
+        directory / "model.safetensors",
+        str(gguf),
+        lambda num_bytes: stage("converting weights", num_bytes),
+        as_blocks,
     )
+    if as_blocks:
+        write_types(directory, types)
     return model
 
 

@@ -42,6 +42,7 @@ class GGUFFacts:
         numbers: the numbers of the architecture, by the names after its own, such as `attention.key_length`.
         scaling: the kind of position scaling, if any.
         rope_factors: what each rotary frequency is divided by, if the file says so by a tensor.
+        types: the GGUF types of its matrices.
         values: the number of values in all tensors, by tensor, without `rope_factors`.
     """
 
@@ -54,6 +55,7 @@ class GGUFFacts:
     numbers: dict[str, float]
     scaling: str | None
     rope_factors: tuple[float, ...]
+    types: set[str]
     values: dict[str, int]
 
 
@@ -111,9 +113,10 @@ def read_facts(readers: Sequence[Reader], name: str) -> GGUFFacts:
         ends = [_number(first, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
         length = _number(first, f"{architecture}.context_length")
         factors = next((tensor.data for tensor in tensors if tensor.name == _ROPE_FACTORS), ())
+        types = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
         return GGUFFacts(
             architecture=architecture,
-            dtype=stored_dtype({tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}),
+            dtype=stored_dtype(types),
             splitting=_text(first, "tokenizer.ggml.pre"),
             end_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
             context_length=None if length is None else int(length),
@@ -121,6 +124,7 @@ def read_facts(readers: Sequence[Reader], name: str) -> GGUFFacts:
             numbers=_numbers(first, f"{architecture}."),
             scaling=_text(first, f"{architecture}.rope.scaling.type"),
             rope_factors=tuple(float(factor) for factor in factors),
+            types=types,
             values={tensor.name: int(tensor.n_elements) for tensor in tensors if tensor.name != _ROPE_FACTORS},
         )
 

@@ -1,12 +1,14 @@
 """Writes the tensors of a GGUF file as safetensors, several at once and none longer in memory than it takes.
 
 It does so for the architectures whose tensors differ from transformers' in name alone, or in the order of their rows
-(Llama). Each tensor of the file must have its place in the model, and each weight of the model its tensor.
+(Llama). Quantised tensors are either unpacked, or written as the bytes of their rows. Each tensor of the file must have
+its place in the model, and each weight of the model its tensor.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
 from transformers import PreTrainedModel
@@ -27,7 +30,7 @@ USE_SAFETENSORS = "Use the model's safetensors form instead."
 DIRECT_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """The architectures that this module converts; transformers converts the others."""
 
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _MOST_THREADS = 8  # each holds a tensor in float32
 _ROTARY = re.compile(r"blk\.\d+\.attn_(q|k)\.")  # rows that llama.cpp orders in its own way for its rotary embedding
 _ROPE_FACTORS = re.compile(r"rope_freqs\.weight")  # these are in the config
@@ -40,7 +43,8 @@ def write_weights(
     file: Path,
     name: str,
     advance: Callable[[int], None],
-) -> None:
+    as_blocks: bool,
+) -> dict[str, str]:
     """Writes all weights of a model.
 
     Args:
@@ -50,6 +54,10 @@ def write_weights(
         file: the safetensors file to write.
         name: the GGUF file's name in error messages.
         advance: receives the number of bytes read, after each tensor.
+        as_blocks: whether every weight stays as it is in the file, also if it is quantised.
+
+    Returns:
+        The GGUF type of each weight that is written as the bytes of its rows.
 
     Raises:
         ModelError: a weight is missing or has another shape.
@@ -60,7 +68,10 @@ def write_weights(
     weights = _weights(model, architecture, tensors)
     _check_complete(weights, tensors, model, name)
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads} if architecture == "llama" else {}
-    header, offsets = _layout({ours: weights[ours][1] for ours in sorted(weights)}, model.dtype)
+    dtypes = {ours: _dtype(tensors[theirs]) if as_blocks else model.dtype for ours, (theirs, _) in weights.items()}
+    header, offsets = _layout(
+        {ours: (dtypes[ours], _shape(tensors[weights[ours][0]], dtypes[ours])) for ours in sorted(weights)}
+    )
     with file.open("wb") as output, ThreadPoolExecutor(min(_MOST_THREADS, usable_cpus())) as threads:
         output.write(header)
         one_at_a_time = Lock()
@@ -68,7 +79,7 @@ def write_weights(
         def write(ours: str) -> int:
             tensor = tensors[weights[ours][0]]
             match = _ROTARY.match(tensor.name)
-            values = _values(tensor, model.dtype, heads.get(match[1]) if match else None)
+            values = _values(tensor, dtypes[ours], heads.get(match[1]) if match else None)
             with one_at_a_time:
                 output.seek(len(header) + offsets[ours])
                 output.write(values.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -77,6 +88,8 @@ def write_weights(
         largest_first = sorted(weights, key=lambda ours: -weights[ours][1].numel())
         for bytes_read in threads.map(write, largest_first):
             advance(bytes_read)
+    types = {ours: tensors[theirs].tensor_type.name for ours, (theirs, _) in weights.items()}
+    return {ours: types[ours] for ours in sorted(weights) if dtypes[ours] is torch.uint8}
 
 
 def _weights(
@@ -113,22 +126,36 @@ def _check_complete(
         raise ModelError(f"the weights of '{name}' do not fit its config in {first_of(misfits)}", COPY_AGAIN)
 
 
-def _layout(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+def _dtype(tensor: ReaderTensor) -> torch.dtype:
+    """The dtype that holds a tensor as it is in the file: that of bytes for the rows of matrices, unless in float32."""
+    return torch.float32 if len(tensor.shape) < 2 or tensor.tensor_type.name == "F32" else torch.uint8
+
+
+def _shape(tensor: ReaderTensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of a tensor's values, or of the bytes of its rows."""
+    shape = tensor.data.view(np.uint8).shape if dtype is torch.uint8 else reversed(tensor.shape)
+    return tuple(int(size) for size in shape)
+
+
+def _layout(weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
     """The header of a safetensors file, and where each weight begins after it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for name, weight in weights.items():
-        offsets[name], end = end, end + weight.numel() * dtype.itemsize
+    for name, (dtype, shape) in weights.items():
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         place = [offsets[name], end]
-        entries[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(weight.shape), "data_offsets": place}
+        entries[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets
 
 
 def _values(tensor: ReaderTensor, dtype: torch.dtype, heads: int | None) -> torch.Tensor:
-    """A tensor's values, with its rows in transformers' order if it has rotary `heads`."""
-    values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
+    """A tensor's values, or the bytes of its rows, with the rows in transformers' order if it has rotary `heads`."""
+    if dtype is torch.uint8:
+        values = torch.tensor(tensor.data.view(np.uint8))
+    else:
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
     if heads is not None:
         rows = values.shape[0]
         values = values.reshape(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(values.shape)

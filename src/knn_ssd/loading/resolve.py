@@ -28,8 +28,9 @@ from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, uses_tiles
 from knn_ssd.loading.checkpoint import check_weights, read_config, tokenizer_in
 from knn_ssd.loading.download import download
-from knn_ssd.loading.files import how_to_restore, raised_as, weight_files
+from knn_ssd.loading.files import has_blocks, how_to_restore, raised_as, weight_files
 from knn_ssd.loading.gguf import converted
+from knn_ssd.loading.gguf_blocks import load_blocks
 from knn_ssd.loading.hub_name import HubName, cached
 from knn_ssd.loading.pretrained import check_memory, load_complete, quiet_transformers
 
@@ -79,7 +80,8 @@ def load_model(
     Args:
         name: a directory, a GGUF file, a Hub id, with or without the name of a GGUF file after a colon, or None for the
             embedded default.
-        dtype: `auto` is the checkpoint's own where the device, or the kernels, compute it natively, else float32.
+        dtype: `auto` is the checkpoint's own where the device, or the kernels, compute it natively, else float32; the
+            weights of a GGUF file are then not unpacked where the kernels compute from its quantised blocks.
         device: None is CUDA if available, else MPS, else the CPU.
         revision: a branch, tag or commit on the Hub; None is the main branch.
 
@@ -88,7 +90,10 @@ def load_model(
         UsageError: the dtype, the device or the revision cannot be used.
     """
     wanted, place = _parse_dtype(dtype), _parse_device(device)
-    directory = model_dir(name, revision) or _directory_of(download(HubName.parse(str(name), revision)))
+    as_blocks = wanted is None and place.type == "cpu" and _kernels_run()
+    directory = model_dir(name, revision, as_blocks)
+    if directory is None:
+        directory = _directory_of(download(HubName.parse(str(name), revision)), as_blocks)
     with quiet_transformers():
         config = read_config(directory)
         check_weights(directory)
@@ -115,10 +120,13 @@ def load_tokenizer(name: str | Path | None = None) -> PreTrainedTokenizerBase | 
 # ---- From a name to a directory
 
 
-def model_dir(name: str | Path | None = None, revision: str | None = None) -> Path | None:
+def model_dir(
+    name: str | Path | None = None, revision: str | None = None, as_blocks: bool | None = None
+) -> Path | None:
     """The directory of a model on this machine, without loading it; None for a Hub id that is not in the cache.
 
-    A GGUF file, the embedded one included, is converted if it has not been yet.
+    A GGUF file, the embedded one included, is converted if it has not been yet: with `as_blocks` without unpacking its
+    quantised blocks, which is the default where there are kernels.
     """
     if name is None:
         source = find_embedded()
@@ -133,16 +141,20 @@ def model_dir(name: str | Path | None = None, revision: str | None = None) -> Pa
         raise UsageError(
             f"the revision '{revision}' was given for a model that is not on the Hub", "Name a Hub id, or leave it out."
         )
-    return None if source is None else _directory_of(source)
+    return None if source is None else _directory_of(source, _kernels_run() if as_blocks is None else as_blocks)
 
 
-def _directory_of(source: Path) -> Path:
+def _kernels_run() -> bool:
+    return kernels_obstacle() is None
+
+
+def _directory_of(source: Path, as_blocks: bool) -> Path:
     """A directory as it is, and that of a converted GGUF file."""
     if source.is_dir():
         return source
     if source.suffix.lower() != ".gguf":
         raise ModelError(f"'{source}' is a file, but not a .gguf file", "Name the directory that holds the model.")
-    return converted(source, cache_directory())
+    return converted(source, cache_directory(), as_blocks)
 
 
 def find_embedded() -> Path | None:
@@ -182,6 +194,14 @@ def _looks_like_path(name: str | Path) -> bool:
 def _load_weights(
     directory: Path, config: PreTrainedConfig, wanted: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
+    if has_blocks(directory):
+        if wanted is not None or device.type != "cpu":
+            raise UsageError(
+                f"'{directory}' holds a GGUF file's quantised blocks, which run as they are and on the CPU alone",
+                "Name the GGUF file itself: its weights are unpacked then.",
+            )
+        check_memory(weight_files(directory), str(directory), None, 1.0)
+        return load_blocks(directory, config, how_to_restore(directory))
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
@@ -244,11 +264,12 @@ def default_dtype(
         device: where the model will run.
         config: the model's; None says nothing of the kernels.
     """
+    on_cpu = device.type == "cpu"
     if checkpoint_dtype == torch.bfloat16:
-        on_cpu = device.type == "cpu"
         native = _has_bfloat16(device) or (on_cpu and config is not None and _kernels_read(config))
     else:
-        native = checkpoint_dtype == torch.float16 and device.type != "cpu"
+        families = config is not None and config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
+        native = checkpoint_dtype == torch.float16 and (families or not on_cpu)
     return checkpoint_dtype if native else torch.float32
 
 

@@ -27,6 +27,7 @@ from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelsR
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
 from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
+from knn_ssd.kernels.gguf_rows import dtype_name
 from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
 from knn_ssd.plan import Mode, Plan
@@ -201,7 +202,7 @@ def examine_model(loaded: LoadedModel, read_bandwidth_bytes_per_sec: float) -> M
         supported=True,
         model_dir=str(loaded.directory) if loaded.directory is not None else None,
         architecture=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model),
         device=str(model.device),
         num_layers=int(model.config.get_text_config().num_hidden_layers),
         parameters=model.num_parameters(),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from knn_ssd.backends.admission import MemoryAdmission
+from knn_ssd.backends.admission import MemoryAdmission, low_bit_waste
 from knn_ssd.backends.base import (
     Exactness,
     Forward,
@@ -42,6 +42,7 @@ from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.checks import require
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.gguf_rows import QuantisedEmbedding
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import is_in_blocks, read_rows, release_unpacked
 from knn_ssd.plan import Mode, Plan
@@ -58,7 +59,8 @@ class NativeBackend:
     """Executes a Llama-like target model with the C kernels; see `base.Backend`.
 
     Args:
-        model: a model on the CPU, in float32 or bfloat16; it is not changed.
+        model: a model on the CPU, in float32, float16 or bfloat16, or with a GGUF file's quantised weights; it is not
+            changed.
         weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
         kv_dtype: of keys and values, float32 or bfloat16, which takes half the memory and rounds.
 
@@ -98,6 +100,7 @@ class NativeBackend:
                 release_unpacked(model.parameters())
         base: Any = model.base_model
         self.embedding: torch.Tensor = base.embed_tokens.weight.detach()
+        self._quantised = base.embed_tokens if isinstance(base.embed_tokens, QuantisedEmbedding) else None
         self.norm, self.epsilon = self._float(base.norm.weight), float(base.norm.variance_epsilon)
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head = self._matrix("head", output)
@@ -121,11 +124,15 @@ class NativeBackend:
 
     @functools.cached_property
     def modes(self) -> frozenset[Mode]:
-        """All modes, but without 4-bit copies where there is no memory for them, which a warning says."""
-        self._low_bit_shortage = self._admission.low_bit_shortage() if self.exactness else None  # weights were read
-        if self._low_bit_shortage is None:
+        """All modes, but without 4-bit copies where they are hardly smaller than the weights, or where there is no
+        memory for them; a warning says so.
+        """
+        self._low_bit_obstacle = low_bit_waste(self._packed.num_weights, self._packed.keeper.bytes)
+        if self._low_bit_obstacle is None and self.exactness:  # weights were read
+            self._low_bit_obstacle = self._admission.low_bit_shortage()
+        if self._low_bit_obstacle is None:
             return frozenset(Mode)
-        logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_shortage)
+        logger.warning("%s drafts without 4-bit weights: %s", type(self.model).__name__, self._low_bit_obstacle)
         return frozenset({Mode.KEEP, Mode.SKIP})
 
     @property
@@ -198,8 +205,10 @@ class NativeBackend:
         """
         if self._is_tied:
             return read_rows(self.head, list(tokens))
-        if self.embedding.dtype is torch.float32:
-            return torch.from_numpy(self.embedding.numpy()[tokens])
+        if self._quantised is not None:
+            return self._quantised(torch.tensor(tokens))  # type: ignore[no-any-return]
+        if self.embedding.dtype is not torch.bfloat16:
+            return torch.from_numpy(self.embedding.numpy()[tokens].astype(np.float32, copy=False))
         halves = self.embedding.view(torch.int16).numpy()[tokens]  # the upper halves of float32 values
         return torch.from_numpy((halves.astype(np.int32) << 16).view(np.float32))
 
@@ -224,7 +233,7 @@ class NativeBackend:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
         if plan.uses_low and Mode.LOW not in self.modes:
             raise MemoryLimitError(
-                self._low_bit_shortage or "", "Decode plainly, or under a plan without the mode low."
+                self._low_bit_obstacle or "", "Decode plainly, or under a plan without the mode low."
             )
         self.low.prepare(plan, progress or NoProgress())
         head = self.low.head() if plan.head is Mode.LOW else self.head

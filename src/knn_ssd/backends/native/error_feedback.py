@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from knn_ssd.backends.native.low_bit import FIRST_OF, names_of_copy
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels
+from knn_ssd.kernels.gguf_rows import float_weight
 from knn_ssd.kernels.quantisation import MIN_IMPORTANCE
 from knn_ssd.progress import Progress
 
@@ -222,11 +223,13 @@ def fitted_copies(
         products, head_products = _input_products(model, {i: linears[i] for i in chunk}, texts)
         for layer in chunk:
             for name, linear in linears[layer].items():
-                rounding = round_with_feedback(linear.weight, products[layer, FIRST_OF[name]])
+                rounding = round_with_feedback(float_weight(linear), products[layer, FIRST_OF[name]])
                 tensors |= zip(names_of_copy(layer, name), rounding.packed(), strict=True)
             progress.advance()
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tensors |= zip(names_of_copy(0, "head"), round_with_feedback(head.weight, head_products).packed(), strict=True)
+    tensors |= zip(
+        names_of_copy(0, "head"), round_with_feedback(float_weight(head), head_products).packed(), strict=True
+    )
     progress.advance()
     return tensors
 

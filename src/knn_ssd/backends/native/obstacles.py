@@ -9,8 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.gguf_rows import QuantisedEmbedding, QuantisedLinear, float_parameters
 from knn_ssd.kernels.weights import KINDS
 
+_KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList, QuantisedLinear, QuantisedEmbedding)
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -78,14 +80,12 @@ def _modification(model: PreTrainedModel) -> str | None:
             type(module).__module__
             == f"transformers.models.{model.config.model_type}.modeling_{model.config.model_type}"
         )
-        known = (
-            own or type(module) in (nn.Linear, nn.Embedding, nn.ModuleList) or "activations" in type(module).__module__
-        )
+        known = own or type(module) in _KNOWN or "activations" in type(module).__module__
         if not known:
             return f"{name or 'the model'} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return f"{name or 'the model'} is hooked"
-    for name, weight in model.named_parameters():
+    for name, weight in float_parameters(model).items():
         if weight.dtype not in KINDS or not weight.is_contiguous():
             return f"{name} is {str(weight.dtype).removeprefix('torch.')}"
     return None

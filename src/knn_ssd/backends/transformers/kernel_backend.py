@@ -9,6 +9,7 @@ modules are the model's own; they compute in float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knn_ssd.backends.admission import low_bit_waste
 from knn_ssd.backends.base import Forward, ForwardOutput, ForwardRequest, PlanModes, modes_of, run_by_modes
 from knn_ssd.backends.cursor import Cursor
 from knn_ssd.backends.native.prefix_cache import PrefixCache
@@ -29,14 +31,21 @@ from knn_ssd.backends.transformers.replacement import Replacement, forward_of, r
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.gguf_rows import float_parameters
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import KINDS, release_unpacked
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
+logger = logging.getLogger(__name__)
+
 _TRIAL_TOKENS = 5
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative difference of the logits of the trial
+_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float16: 0.05,
+    torch.bfloat16: 0.2,
+}  # relative difference of the logits of the trial
 
 
 def linear_obstacle(model: PreTrainedModel) -> str | None:
@@ -48,7 +57,7 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
     weights = dict(model.named_parameters())
     if any(weight.device.type != "cpu" for weight in weights.values()):
         yield "its weights are not on the CPU"
-    if odd := {weight.dtype for weight in weights.values()} - set(KINDS):
+    if odd := {weight.dtype for weight in float_parameters(model).values()} - set(KINDS):
         yield f"it has weights in {str(odd.pop()).removeprefix('torch.')}"
     if unavailable := kernels_obstacle():
         yield unavailable
@@ -64,7 +73,7 @@ class KernelLinearBackend(TransformersBackend):
     """Executes a decoder of transformers, with its linear layers run by the kernels; see `base.Backend`.
 
     Args:
-        model: a causal language model on the CPU, in float32 or bfloat16; it is left as it is.
+        model: a causal language model on the CPU, in float32, float16 or bfloat16; it is left as it is.
         refused: as for `TransformersBackend`.
         weight_cache: where packed weights and 4-bit copies are kept; None keeps none.
 
@@ -93,6 +102,9 @@ class KernelLinearBackend(TransformersBackend):
         self._activation_dtype = torch.float32
         self._check_before_packing(found, cache, expected)
         self._linears = KernelLinears(found, self._run_sample, weight_cache)
+        if waste := low_bit_waste(self._linears.num_weights, self._linears.weight_bytes):
+            self.modes -= {Mode.LOW}
+            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, waste)
         release_unpacked(model.parameters())
         self._resolved: dict[PlanModes, list[Replacement]] = {}
         self._check_logits(expected)

@@ -23,6 +23,7 @@ from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
+from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedLinear, weight_of
 from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
 from knn_ssd.kernels.weights import KINDS
 from knn_ssd.plan import Mode, Plan
@@ -49,7 +50,7 @@ class KernelModule:
     module: nn.Module
     name: str
     place: int
-    weights: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+    weights: tuple[tuple[torch.Tensor | GGUFRows, torch.Tensor | None], ...]
     inputs: tuple[int, ...]
     forward: Callable[[Sequence[Matrix]], Callable[..., torch.Tensor]]
 
@@ -132,6 +133,11 @@ class KernelLinears:
     def weight_bytes(self) -> int:
         """Memory of the checkpoint's weights as the kernels read them."""
         return self._keeper.bytes
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights there are."""
+        return sum(matrix.rows * matrix.cols for matrices in self._matrices for matrix in matrices)
 
     @property
     def bytes(self) -> int:
@@ -230,8 +236,10 @@ def _names_of_copy(matrix_name: str) -> tuple[str, str]:
     return f"{matrix_name}.levels", f"{matrix_name}.scales"
 
 
-def _weight(module: Any) -> torch.Tensor:
+def _weight(module: Any) -> torch.Tensor | GGUFRows:
     """The weight (rows, cols)."""
+    if isinstance(module, QuantisedLinear):
+        return weight_of(module)
     weight: torch.Tensor = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -240,10 +248,14 @@ def _is_runnable(module: nn.Module) -> bool:
     """Whether the kernels compute what this module computes."""
     if not isinstance(module, nn.Linear | Conv1D) or is_modified(module):
         return False
-    weight = _weight(module)
-    if weight.dtype not in KINDS or weight.shape[1] % (2 * kernels().knn_ssd_lanes()) or not len(weight):
+    rows, cols = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+    if isinstance(module, QuantisedLinear):
+        cols = module.in_features
+    elif module.weight.dtype not in KINDS:
         return False
-    return isinstance(module, Conv1D) or type(module) is nn.Linear or _computes_a_linear(module)
+    if cols % (2 * kernels().knn_ssd_lanes()) or not rows:
+        return False
+    return isinstance(module, Conv1D | QuantisedLinear) or type(module) is nn.Linear or _computes_a_linear(module)
 
 
 def is_modified(module: nn.Module) -> bool:

@@ -29,25 +29,49 @@ static void widen_pairs(const uint16_t *pairs, float *values) {
     }
 }
 
+/* Writes a quantised unit as 4 units of float32. */
+INLINE void widen_quantised(const uint8_t *unit, const int kind, float *values) {
+    for (int half = 0; half < 2; half++) {
+        int8_t buffer[QUANTISED_COLS * LANES];
+        const Quantised quantised = read_quantised(unit + half * unit_bytes(kind) / 2, kind, buffer);
+        for (int c = 0; c < QUANTISED_COLS; c++)
+            store(values + c / UNIT_COLS * UNIT + half * HALF + c % UNIT_COLS * LANES, quantised_column(&quantised, kind, c));
+    }
+}
+
+/* Writes a unit of float16, or a quantised one, as float32. */
+static void widen_unit(const uint8_t *unit, int64_t kind, float *values) {
+    switch (kind) {
+    case Q8_0_BLOCKS: widen_quantised(unit, Q8_0_BLOCKS, values); break;
+    case Q6_K_BLOCKS: widen_quantised(unit, Q6_K_BLOCKS, values); break;
+    case Q4_K_BLOCKS: widen_quantised(unit, Q4_K_BLOCKS, values); break;
+    case Q4_0_BLOCKS: widen_quantised(unit, Q4_0_BLOCKS, values); break;
+    default:
+        for (int i = 0; i < UNIT; i += LANES) store(values + i, load_float16(unit + 2 * i));
+    }
+}
+
 void read_units(const Matrix *m, int64_t block, int64_t first, int64_t count, float *values) {
     const uint8_t *unit = unit_of(m, block, first);
     Escapes escapes = escapes_from(m, block, first);
     const Uints table = m->kind == BFLOAT16_PACKED ? load_table(m->upper_bytes) : (Uints){0};
-    for (int64_t i = 0; i < count; i++, unit += unit_bytes(m->kind), values += UNIT) {
+    for (int64_t i = 0; i < count; i++, unit += unit_bytes(m->kind), values += unit_cols(m->kind) * BLOCK_ROWS) {
         uint16_t pairs[UNIT];
+        if (m->kind == BFLOAT16_BLOCKS) memcpy(pairs, unit, sizeof pairs);
+        else if (m->kind == BFLOAT16_PACKED) unpack_unit(unit, table, first + i, &escapes, pairs);
         if (m->kind == FLOAT32_BLOCKS) memcpy(values, unit, sizeof(float) * UNIT);
-        else if (m->kind == BFLOAT16_BLOCKS) memcpy(pairs, unit, sizeof pairs);
-        else unpack_unit(unit, table, first + i, &escapes, pairs);
-        if (m->kind != FLOAT32_BLOCKS) widen_pairs(pairs, values);
+        else if (m->kind == BFLOAT16_BLOCKS || m->kind == BFLOAT16_PACKED) widen_pairs(pairs, values);
+        else widen_unit(unit, m->kind, values);
     }
 }
 
 static void read_row(const Matrix *m, int64_t row, float *values) {
+    const int64_t width = unit_cols(m->kind);
     for (int64_t unit = 0; unit < num_units(m); unit++) {
-        float columns[UNIT];
+        float columns[QUANTISED_COLS * BLOCK_ROWS];
         const float *of_row = columns + row % BLOCK_ROWS / LANES * HALF + row % LANES;
         read_units(m, row / BLOCK_ROWS, unit, 1, columns);
-        for (int c = 0; c < UNIT_COLS; c++) values[unit * UNIT_COLS + c] = of_row[c * LANES];
+        for (int c = 0; c < width; c++) values[unit * width + c] = of_row[c / UNIT_COLS * UNIT + c % UNIT_COLS * LANES];
     }
 }
 

@@ -1,9 +1,10 @@
-/* Float matrices as the vector kernels read them: in blocks of 2 * LANES rows, which are divided into units of 8 columns. So
- * a block is read from its first byte to its last one. A unit has two halves, of LANES rows each.
+/* Matrices as the vector kernels read them: in blocks of 2 * LANES rows, which are divided into units of 8 columns, or 32 if
+ * they are quantised. So a block is read from its first byte to its last one. A unit has two halves, of LANES rows each.
  *
  * A vector then holds the weights of LANES rows in one column, so every row's sum has a lane of its own. Half a unit is
  *
  *   FLOAT32_BLOCKS      (8 columns, LANES) float32
+ *   FLOAT16_BLOCKS      (8 columns, LANES) float16
  *   BFLOAT16_BLOCKS     (4 pairs of columns, LANES, 2) bfloat16
  *   BFLOAT16_PACKED     the same bfloat16 values in 12 bits: their lower bytes, and 4-bit codes of their upper bytes
  *
@@ -11,6 +12,17 @@
  * nothing: the few weights with another upper byte are listed as escapes. Packed, half a unit holds the lower bytes of the
  * pairs in the order in which `unpack_pairs` interleaves them, and then, for each of its first 4 * LANES bytes, the code of
  * that weight and the code of the weight 4 * LANES bytes further on.
+ *
+ * Quantised matrices have the codes and scales of a GGUF file. Half a unit is, in this order, each (…, LANES):
+ *
+ *   Q8_0_BLOCKS         float16 scale; (32 columns) signed bytes
+ *   Q6_K_BLOCKS         float16 scale; (2) signed bytes that multiply it, for 16 columns each; (16) lower 4 bits of columns i
+ *                       and i + 16; (8) upper 2 bits of columns i, i + 8, i + 16 and i + 24
+ *   Q4_K_BLOCKS         float16 scale and minimum; bytes that multiply the one and the other; (16) 4 bits as above
+ *   Q4_0_BLOCKS         float16 scale; (16) 4 bits as above
+ *
+ * A weight is the code times the scale, less the minimum. A product of what a file has in so few bits is exact in float32,
+ * so whatever is multiplied first, the weight has the bits that the `gguf` package gives for it.
  */
 #ifndef KNN_SSD_BLOCKS_H
 #define KNN_SSD_BLOCKS_H
@@ -18,18 +30,29 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#define UNIT_COLS 8
+#define UNIT_COLS 8 /* of floats */
 #define BLOCK_ROWS (2 * LANES)
-#define HALF (UNIT_COLS * LANES) /* weights of half a unit */
+#define HALF (UNIT_COLS * LANES) /* weights of half a unit of floats */
 #define UNIT (2 * HALF)
+#define QUANTISED_COLS 32 /* of a quantised unit */
 
-INLINE int is_blocks(int64_t kind) { return kind == FLOAT32_BLOCKS || kind == BFLOAT16_BLOCKS || kind == BFLOAT16_PACKED; }
+INLINE int is_blocks(int64_t kind) { return kind >= FLOAT32_BLOCKS && kind <= Q4_0_BLOCKS; }
+INLINE int is_quantised(int64_t kind) { return kind >= Q8_0_BLOCKS; } /* of those in blocks */
+INLINE int64_t unit_cols(int64_t kind) { return is_quantised(kind) ? QUANTISED_COLS : UNIT_COLS; }
 
 INLINE int64_t unit_bytes(int64_t kind) {
-    return kind == FLOAT32_BLOCKS ? 4 * UNIT : kind == BFLOAT16_BLOCKS ? 2 * UNIT : 3 * HALF;
+    switch (kind) {
+    case FLOAT32_BLOCKS: return 4 * UNIT;
+    case BFLOAT16_PACKED: return 3 * HALF;
+    case Q8_0_BLOCKS: return BLOCK_ROWS * (2 + 32);
+    case Q6_K_BLOCKS: return BLOCK_ROWS * (2 + 2 + 16 + 8);
+    case Q4_K_BLOCKS: return BLOCK_ROWS * (4 + 2 + 16);
+    case Q4_0_BLOCKS: return BLOCK_ROWS * (2 + 16);
+    default: return 2 * UNIT;
+    }
 }
 
-INLINE int64_t num_units(const Matrix *m) { return m->cols / UNIT_COLS; }
+INLINE int64_t num_units(const Matrix *m) { return m->cols / unit_cols(m->kind); }
 
 INLINE const uint8_t *unit_of(const Matrix *m, int64_t block, int64_t unit) {
     return (const uint8_t *)m->data + (block * num_units(m) + unit) * unit_bytes(m->kind);
@@ -101,6 +124,59 @@ INLINE void unpack_pairs(const uint8_t *half, Uints table, Uints pairs[4]) {
     for (int i = 0; i < 4; i++) pairs[i] = interleave(load_uints(half + i / 2 * 4 * LANES), high[i / 2], i % 2);
 }
 
+/* Half a quantised unit: weight = code * scale - minimum, with a scale for 16 columns each. */
+typedef struct {
+    const int8_t *codes; /* (32, LANES) */
+    Floats scales[2], minimum;
+} Quantised;
+
+/* codes (32, LANES) = codes of 4 bits, each column's byte with that of 16 columns further on; less `offset`. */
+INLINE void unpack_nibbles(const uint8_t *nibbles, const int8_t offset, int8_t *codes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16 * LANES; i += 4 * LANES) {
+        const Uints both = load_uints(nibbles + i);
+        const Codes low = (Codes)(both & 0x0f0f0f0fu) - offset, high = (Codes)(both >> 4 & 0x0f0f0f0fu) - offset;
+        memcpy(codes + i, &low, sizeof low);
+        memcpy(codes + 16 * LANES + i, &high, sizeof high);
+    }
+}
+
+/* codes (32, LANES) = codes of 6 bits, less 32. */
+INLINE void unpack_6_bits(const uint8_t *nibbles, const uint8_t *upper, int8_t *codes) {
+    unpack_nibbles(nibbles, 0, codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < 32 * LANES; i += 4 * LANES) {
+        const Uints two = load_uints(upper + i % (8 * LANES)) >> (2 * (i / (8 * LANES))) & 0x03030303u;
+        const Codes all = (Codes)(load_uints(codes + i) | two << 4) - 32;
+        memcpy(codes + i, &all, sizeof all);
+    }
+}
+
+/* Half a quantised unit; `buffer` (32, LANES) has room for its codes. */
+INLINE Quantised read_quantised(const uint8_t *half, const int kind, int8_t *buffer) {
+    const Floats scale = load_float16(half);
+    const int8_t *bytes = (const int8_t *)half + 2 * LANES; /* after the scale */
+    Quantised result = {.codes = kind == Q8_0_BLOCKS ? bytes : buffer, .scales = {scale, scale}};
+    if (kind == Q6_K_BLOCKS) {
+        result.scales[0] = scale * load_int8(bytes);
+        result.scales[1] = scale * load_int8(bytes + LANES);
+        unpack_6_bits(half + 4 * LANES, half + 20 * LANES, buffer);
+    } else if (kind == Q4_K_BLOCKS) {
+        result.scales[0] = result.scales[1] = scale * load_int8(bytes + 2 * LANES);
+        result.minimum = load_float16(bytes) * load_int8(bytes + 3 * LANES);
+        unpack_nibbles(half + 6 * LANES, 0, buffer);
+    } else if (kind == Q4_0_BLOCKS) {
+        unpack_nibbles(half + 2 * LANES, 8, buffer);
+    }
+    return result;
+}
+
+/* The weights of a column of half a quantised unit. */
+INLINE Floats quantised_column(const Quantised *q, const int kind, int64_t column) {
+    const Floats codes = load_int8(q->codes + column * LANES), scale = q->scales[column / 16];
+    return kind == Q4_K_BLOCKS ? fmadd(codes, scale, -q->minimum) : codes * scale;
+}
+
 /* The escapes of a block from a unit on. */
 typedef struct {
     const Escape *next, *end;
@@ -111,7 +187,7 @@ Escapes escapes_from(const Matrix *m, int64_t block, int64_t unit);
 /* Writes a packed unit as BFLOAT16_BLOCKS. `escapes` begins with those of this unit, if it has any, and is moved past them. */
 void unpack_unit(const uint8_t *packed, Uints table, int64_t unit, Escapes *escapes, uint16_t *values);
 
-/* Writes `count` units of a block as FLOAT32_BLOCKS. */
+/* Writes `count` units of a block as FLOAT32_BLOCKS, whose units have 8 columns. */
 void read_units(const Matrix *m, int64_t block, int64_t first, int64_t count, float *values);
 
 #endif

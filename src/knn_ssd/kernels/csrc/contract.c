@@ -6,7 +6,7 @@
 
 int is_valid_blocks(const Matrix *m) {
     const int is_complete = m->kind != BFLOAT16_PACKED || (m->upper_bytes && m->escape_starts && m->escapes);
-    return m->data && is_blocks(m->kind) && is_complete && m->rows > 0 && m->cols > 0 && m->cols % UNIT_COLS == 0;
+    return m->data && is_blocks(m->kind) && is_complete && m->rows > 0 && m->cols > 0 && m->cols % unit_cols(m->kind) == 0;
 }
 
 static int is_valid_matrix(const Matrix *m, int64_t rows, int64_t cols) {
@@ -67,6 +67,6 @@ int is_valid_outer(const OuterAttention *a, const OuterCache *caches, int64_t n_
 }
 
 int is_valid_source(const Matrix *m, int64_t n_ranges) {
-    const int is_float = m->kind == FLOAT32 || m->kind == BFLOAT16 || is_valid_blocks(m);
-    return m->data && is_float && m->rows > 0 && m->cols > 0 && m->cols % LANES == 0 && n_ranges > 0;
+    const int is_read = m->kind == FLOAT32 || m->kind == BFLOAT16 || is_valid_blocks(m);
+    return m->data && is_read && m->rows > 0 && m->cols > 0 && m->cols % LANES == 0 && n_ranges > 0;
 }

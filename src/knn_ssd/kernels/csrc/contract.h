@@ -11,7 +11,7 @@ int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps,
 /* Whether a matrix with its own number of rows and columns can be multiplied. */
 int is_valid_head(const Matrix *head);
 
-/* Whether rows of a matrix can be read: it is in float blocks. */
+/* Whether rows of a matrix can be read: it is in blocks, but not one of 4 bits for drafts. */
 int is_valid_blocks(const Matrix *m);
 
 /* Whether n rows see only keys that there are. */

@@ -19,7 +19,7 @@ INLINE int64_t panel_height(int64_t n) { return ceil_div(n, ceil_div(n, PANEL_RO
 
 /* The inputs of a linear, in the order in which each kind of kernel reads them. */
 typedef struct {
-    const float *panels; /* float kernels: for every `panel_height` rows, (cols, rows of the panel) */
+    const float *panels; /* kernels of blocks: for every `panel_height` rows, (cols, rows of the panel) */
     int8_t *int8;       /* 4-bit kernels: (n, groups, GROUP_SIZE) */
     float *int8_scales; /* (n, groups) */
     float *int8_sums;   /* (n, groups) sums of the dequantised inputs */
@@ -34,7 +34,7 @@ typedef struct {
 INLINE int64_t num_groups(const Matrix *m) { return ceil_div(m->cols, GROUP_SIZE); }
 
 /* y[j] (n, rows of matrix j) = matrix j applied to x (n, cols), for up to 3 matrices with the same number of columns. They
- * are all of one kind, or some of them are 4-bit. */
+ * may be of different kinds. */
 int linear(const Matrix *const *matrices, int count, const float *x, int64_t n, float *const *y);
 
 /* Quantises x (n, cols) to 8 bits, each group of columns with a scale of its own. */
@@ -43,7 +43,7 @@ void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, fl
 /* y = the rows of a 4-bit matrix from `first` on, `count` of them, applied to n input rows. */
 void int4_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
 
-/* The same for a matrix in float blocks. `first` is a multiple of 2 * LANES. */
+/* The same for a matrix in blocks; see blocks.h. `first` is a multiple of 2 * LANES. */
 void block_gemm(const Matrix *m, int64_t first, int64_t count, const float *panels, int64_t n, float *y);
 
 /* The same for a row-major bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */

@@ -4,7 +4,8 @@
  * whatever other rows are in its batch, however many threads work, and wherever a block of rows begins: every sum runs in
  * an order that depends on the row alone. So a forward pass that verifies eight draft tokens computes what eight single
  * steps would have computed. Activations are float32, and so are keys and values unless a session keeps them in bfloat16;
- * weights have the values of the checkpoint, float32 or bfloat16, or are 4-bit copies for drafting.
+ * weights have the values of the checkpoint, as floats or as a GGUF file's quantised blocks, or are 4-bit copies for
+ * drafting.
  *
  * A matrix has (rows, cols): y[i] = dot(weight row i, x) + bias[i].
  */
@@ -15,9 +16,27 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* FLOAT32 and BFLOAT16 are (rows, cols), row-major, as checkpoints have them; only the tile unit multiplies one of them, the
- * latter. The others are in blocks of rows: see `store_group` in quantise.c for INT4, and blocks.h. */
-enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, FLOAT32_BLOCKS = 3, BFLOAT16_BLOCKS = 4, BFLOAT16_PACKED = 5 };
+/* The first ones are row-major, as checkpoints have them: (rows, cols) floats, or rows of a GGUF file's quantised blocks (see
+ * ggml's ggml-common.h). Only the tile unit multiplies one of them, BFLOAT16. The others are in blocks of rows: see
+ * `store_group` in quantise.c for INT4, and blocks.h. */
+enum Kind {
+    FLOAT32,
+    FLOAT16,
+    BFLOAT16,
+    Q8_0,
+    Q6_K,
+    Q4_K,
+    Q4_0,
+    INT4,
+    FLOAT32_BLOCKS,
+    FLOAT16_BLOCKS,
+    BFLOAT16_BLOCKS,
+    BFLOAT16_PACKED,
+    Q8_0_BLOCKS,
+    Q6_K_BLOCKS,
+    Q4_K_BLOCKS,
+    Q4_0_BLOCKS
+};
 /* INVALID_SIZES: the arguments violate what contract.c checks, and the last output was not written. */
 enum Status { SUCCESS = 0, OUT_OF_MEMORY = 1, INVALID_SIZES = 2 };
 
@@ -108,14 +127,14 @@ EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_
 /* Chooses the 16 upper bytes that get codes for a BFLOAT16 matrix. */
 EXPORT int knn_ssd_upper_bytes(const Matrix *source, uint8_t *upper_bytes);
 
-/* Writes a FLOAT32 or BFLOAT16 matrix in blocks of a kind to `data`, which has room for a multiple of 2 * LANES rows. For
+/* Writes a row-major matrix in blocks of a kind to `data`, which has room for a multiple of 2 * LANES rows. For
  * BFLOAT16_PACKED, `counts` (blocks,) gets the number of escapes of each block, and `upper_bytes` is given. */
 EXPORT int knn_ssd_pack(const Matrix *source, int64_t kind, const uint8_t *upper_bytes, void *data, int64_t *counts);
 
 /* Lists the escapes of a BFLOAT16 matrix; those of block i go to `escapes` + starts[i]. */
 EXPORT int knn_ssd_list_escapes(const Matrix *source, const uint8_t *upper_bytes, const int64_t *starts, Escape *escapes);
 
-/* values (n, cols) = n rows of a matrix in float blocks. */
+/* values (n, cols) = n rows of a matrix in blocks. */
 EXPORT int knn_ssd_read_rows(const Matrix *m, const int64_t *rows, int64_t n, float *values);
 
 /* The sizes in bytes of Matrix, Attention, Mlp, BatchEntry, OuterAttention, OuterCache and VisibleKeys. */

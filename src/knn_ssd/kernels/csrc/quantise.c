@@ -91,7 +91,7 @@ typedef struct {
 static void read_group(const Matrix *m, int64_t block, int64_t group, float *values) {
     const int64_t start = group * GROUP_SIZE, count = min_int(m->cols - start, GROUP_SIZE);
     float columns[GROUP_SIZE * BLOCK_ROWS];
-    if (is_blocks(m->kind)) read_units(m, block, start / UNIT_COLS, count / UNIT_COLS, columns);
+    if (is_blocks(m->kind)) read_units(m, block, start / unit_cols(m->kind), count / unit_cols(m->kind), columns);
     for (int64_t row = 0; row < min_int(BLOCK_ROWS, m->rows - block * BLOCK_ROWS); row++)
         for (int64_t k = 0; k < count; k++) {
             const int64_t index = (block * BLOCK_ROWS + row) * m->cols + start + k;

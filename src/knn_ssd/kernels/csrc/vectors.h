@@ -25,9 +25,12 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Uints __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef int8_t Codes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
 typedef Uints UnalignedUints __attribute__((aligned(2), may_alias));
 typedef Bytes UnalignedBytes __attribute__((aligned(1), may_alias));
+typedef Shorts UnalignedShorts __attribute__((aligned(2), may_alias));
 
 INLINE Floats load(const float *p) { return *(const UnalignedFloats *)p; }
 INLINE void store(float *p, Floats a) { *(UnalignedFloats *)p = a; }
@@ -107,6 +110,26 @@ INLINE Floats load_bfloat16(const uint16_t *p) {
     Uints words;
     for (int i = 0; i < LANES; i++) words[i] = (uint32_t)p[i] << 16;
     return (Floats)words;
+#endif
+}
+
+/* LANES float16 values as float32, which is exact. */
+INLINE Floats load_float16(const void *p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    float16x4_t narrow[2];
+    memcpy(narrow, p, sizeof narrow);
+    const float32x4_t halves[2] = {vcvt_f32_f16(narrow[0]), vcvt_f32_f16(narrow[1])};
+    Floats result;
+    memcpy(&result, halves, sizeof result);
+    return result;
+#else
+    const Uints bits = __builtin_convertvector(*(const UnalignedShorts *)p, Uints);
+    const Uints magnitude = (bits & 0x7fffu) << 13, special = (Uints)(magnitude >= 0x0f800000u) & 0x7f800000u;
+    return (Floats)((Uints)((Floats)magnitude * 0x1p112f) | special | (bits & 0x8000u) << 16);
 #endif
 }
 
