@@ -642,8 +642,8 @@ NAMES = {
 def table_of_models() -> list[list[str]]:
     """The cells of each row of the README's table of models."""
     text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    lines = text.partition("## Which models get what\n")[2].partition("\n## ")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    lines = text.partition("## Which models get what\n\n")[2].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][2:]
 
 
 @pytest.mark.parametrize(("begins", "overrides", "dtype", "family", "backend_cell"), ROWS)
