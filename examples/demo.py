@@ -26,6 +26,7 @@ from knn_ssd.testing import planted_tiny_model, tiny_tokenizer
 
 OUT = Path("out/demo")
 CALIBRATED = 12  # prompts per domain; the prompts decoded below are others
+JUDGED = 8  # prompts per domain on which plans are compared
 NEW_TOKENS = 48
 SEARCH_MINUTES = "1.3"
 PLANTED_TRIALS = 50
@@ -48,7 +49,7 @@ def calibrate_the_real_model() -> Path:
         console.print(f"The atlas of an earlier run is at [bold]{path}[/]; remove it to calibrate again.")
         return path
     command = ["calibrate", "--out", str(path), "--vector-prompts", str(CALIBRATED),
-               "--search-prompts", "2", "--judging-prompts", "8", "--new-tokens", "20",
+               "--search-prompts", "2", "--judging-prompts", str(JUDGED), "--new-tokens", "20",
                "--minutes", SEARCH_MINUTES, "--resume"]  # fmt: skip
     console.print(f"$ knn-ssd {' '.join(command)}")
     if (code := main(command)) != 0:

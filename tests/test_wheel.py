@@ -212,7 +212,9 @@ def test_the_demo_runs_in_a_container(installed: Path, tmp_path: Path, quota: Pa
         from knn_ssd.kernels.threads import thread_count
         print(thread_count())
         demo = runpy.run_path({str(ROOT / "examples" / "demo.py")!r})
-        demo["run"].__globals__.update(CALIBRATED=3, NEW_TOKENS=12, SEARCH_MINUTES="0.1", PLANTED_TRIALS=12)
+        demo["run"].__globals__.update(
+            CALIBRATED=3, JUDGED=2, NEW_TOKENS=12, SEARCH_MINUTES="0.1", PLANTED_TRIALS=12
+        )
         assert demo["run"]() == 0
         """,
         installed,

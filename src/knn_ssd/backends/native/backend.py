@@ -42,7 +42,7 @@ from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.checks import require
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
 from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels
-from knn_ssd.kernels.gguf_rows import QuantisedEmbedding
+from knn_ssd.kernels.gguf_rows import QuantisedEmbedding, weight_of
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import is_in_blocks, read_rows, release_unpacked
 from knn_ssd.plan import Mode, Plan
@@ -310,7 +310,7 @@ class NativeBackend:
         )
 
     def _matrix(self, name: str, linear: Any) -> Matrix:
-        return self._packed.matrix(name, linear.weight, linear.bias)
+        return self._packed.matrix(name, weight_of(linear), linear.bias)
 
     def _float(self, weight: torch.Tensor) -> torch.Tensor:
         result = weight.detach().float().contiguous()
