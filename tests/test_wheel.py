@@ -208,7 +208,9 @@ def test_the_demo_runs_in_a_container(installed: Path, tmp_path: Path, quota: Pa
     """No compiler, no home, two CPUs of a quota; fewer prompts and less search than `make demo` has."""
     printed = run_bare(
         f"""
+        import os
         import runpy
+        os.environ["KNN_SSD_WEIGHT_CACHE"] = "0"  # copies that could not be kept are not fitted, which takes minutes
         from knn_ssd.kernels.threads import thread_count
         print(thread_count())
         demo = runpy.run_path({str(ROOT / "examples" / "demo.py")!r})
