@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> l
     """The token ids of the prompts' texts, one after the other, without special tokens."""
     texts = [f"{text}\n\n" for prompt in prompts for text in prompt.texts]
     return [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def write_rows(path: Path, rows: Sequence[Any], **more: Any) -> None:
+    """Writes what a script measured so far as JSON: its command, a row for each measurement, which is a dataclass, and
+    what else is given.
+    """
+    content = {"command": shlex.join(["python", *sys.argv]), "rows": list(map(asdict, rows)), **more}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def print_table(summary: dict[str, Any]) -> None:

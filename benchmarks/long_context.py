@@ -17,23 +17,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _recipes import text_ids
+from _recipes import text_ids, write_rows
 from torch.nn import functional
 
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.bench.workload import read_workloads
-from knn_ssd.io import write_whole
 from knn_ssd.kernels.binding import set_threads
 from knn_ssd.kernels.threads import thread_count
 from knn_ssd.loading.resolve import load_model
@@ -185,8 +181,7 @@ def main() -> None:
     for length in args.tokens:
         rows += measured(backend, loaded.name, list(itertools.islice(itertools.cycle(ids), length)), args)
         if args.out is not None:
-            content = {"command": shlex.join(["python", *sys.argv]), "rows": list(map(asdict, rows))}
-            write_whole(args.out, json.dumps(content, indent=1) + "\n")
+            write_rows(args.out, rows)
     print(table(rows))
 
 

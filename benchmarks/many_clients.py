@@ -24,7 +24,6 @@ import argparse
 import asyncio
 import json
 import os
-import shlex
 import signal
 import socket
 import statistics
@@ -35,62 +34,36 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from _programs import OURS, RUN_PEER, SERVERS, Program
+from _recipes import write_rows
 from openai import AsyncOpenAI, OpenAIError
 
 from knn_ssd.bench.workload import read_workloads, stream
-from knn_ssd.io import write_whole
 from knn_ssd.kernels.threads import thread_count
 from knn_ssd.loading.resolve import load_tokenizer, model_dir
 from knn_ssd.tokenization import encode
 
-RUN_PEER = Path(__file__).parent / "peers" / "run.sh"
-OURS = "knn-ssd"
 START_SEC = 1200  # a server that is built, or a model that is converted or compiled first, takes minutes
 WARM_UP_TOKENS = 8
+USUAL = (OURS, "llama-cpp-16-kv16", "llama-cpp-4", "vllm-cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server, as `benchmarks/peers/run.sh serve` runs it.
-
-    Args:
-        weights, kv_cache: their precision; knn-ssd's is that of the native backend.
-        peer: name of the program for `run.sh`; None is knn-ssd.
-        options: of its script.
-    """
-
-    weights: str
-    kv_cache: str
-    peer: str | None
-    options: tuple[str, ...] = ()
-
-    def command(self, model: str | None, port: int, clients: int, context: int, threads: int) -> list[str]:
-        """What starts it, for this many concurrent clients with this many tokens each."""
-        if self.peer is None:
-            command = [sys.executable, "-m", "knn_ssd", "serve", "--running", f"{clients}", "--prefix-cache", "0"]
-            return [*command, "--no-answers", "--port", f"{port}", "--threads", f"{threads}", *_named(model)]
-        common = ["--port", f"{port}", "--clients", f"{clients}", "--context", f"{context}", "--threads", f"{threads}"]
-        return ["sh", str(RUN_PEER), "serve", self.peer, "--model", str(model_dir(model)), *common, *self.options]
+def starting(program: Program, model: str | None, port: int, clients: int, context: int, threads: int) -> list[str]:
+    """What starts a server for this many concurrent clients with this many tokens each."""
+    if program.peer is None:
+        command = [sys.executable, "-m", "knn_ssd", "serve", "--running", f"{clients}", "--prefix-cache", "0"]
+        return [*command, "--no-answers", "--port", f"{port}", "--threads", f"{threads}", *_named(model)]
+    common = ["--port", f"{port}", "--clients", f"{clients}", "--context", f"{context}", "--threads", f"{threads}"]
+    return ["sh", str(RUN_PEER), "serve", program.peer, "--model", str(model_dir(model)), *common, *program.options]
 
 
 def _named(model: str | None) -> list[str]:
     return [] if model is None else ["--model", model]
-
-
-SERVERS = {
-    OURS: Server("as the checkpoint", "float32", None),
-    "llama-cpp-16": Server("bfloat16", "float32", "llama_cpp", ("--bits", "16")),
-    "llama-cpp-16-kv16": Server("bfloat16", "float16", "llama_cpp", ("--bits", "16", "--kv-bits", "16")),
-    "llama-cpp-8": Server("Q8_0", "float16", "llama_cpp", ("--bits", "8")),
-    "llama-cpp-4": Server("Q4_0", "float16", "llama_cpp", ("--bits", "4")),
-    "vllm-cpu": Server("as the checkpoint", "as the checkpoint", "vllm_cpu"),
-}
-USUAL = (OURS, "llama-cpp-16-kv16", "llama-cpp-4", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +192,7 @@ def measure(args: argparse.Namespace, prompts: Sequence[Any], context: int) -> I
         first = number % len(args.servers)
         for name in args.servers[first:] + args.servers[:first]:
             server, port = SERVERS[name], free_port()
-            command = server.command(args.model, port, max(args.clients), context, args.threads)
+            command = starting(server, args.model, port, max(args.clients), context, args.threads)
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -298,8 +271,7 @@ def main() -> None:
     try:
         for row in measure(args, prompts, context):
             rows.append(row)
-            content = {"command": shlex.join(["python", *sys.argv]), "rows": list(map(asdict, rows))}
-            write_whole(args.out, json.dumps(content, indent=1) + "\n")
+            write_rows(args.out, rows)
             print(f"{row.server}, {row.clients} clients: {row.tokens_per_sec:.1f} tokens/s", file=sys.stderr)
     except OpenAIError as error:
         sys.exit(f"A server did not answer a request ({error}): what was measured until then is in {args.out}.")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,45 +29,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _recipes import text_ids
+from _programs import OURS, PROGRAMS, RUN_PEER, Program
+from _recipes import text_ids, write_rows
 
 from knn_ssd import Engine
 from knn_ssd.bench.workload import read_workloads
-from knn_ssd.io import write_whole
 from knn_ssd.kernels.threads import thread_count
 from knn_ssd.loading.resolve import load_tokenizer, model_dir
 
-RUN_PEER = Path(__file__).parent / "peers" / "run.sh"
-OURS = "knn-ssd"
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 8  # as other programs have it
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A program, as `benchmarks/peers/run.sh` runs it.
-
-    Args:
-        weights, kv_cache: their precision; knn-ssd's is that of the native backend.
-        peer: name of the program for `run.sh`; None is knn-ssd.
-        options: of its script.
-    """
-
-    weights: str
-    kv_cache: str
-    peer: str | None
-    options: tuple[str, ...] = ()
-
-
-PROGRAMS = {
-    OURS: Program("as the checkpoint", "float32", None),
-    "llama-cpp-16": Program("bfloat16", "float32", "llama_cpp", ("--bits", "16")),
-    "llama-cpp-16-kv16": Program("bfloat16", "float16", "llama_cpp", ("--bits", "16", "--kv-bits", "16")),
-    "llama-cpp-8": Program("Q8_0", "float16", "llama_cpp", ("--bits", "8")),
-    "llama-cpp-4": Program("Q4_0", "float16", "llama_cpp", ("--bits", "4")),
-    "openvino-genai-fp16": Program("float16", "8 bits", "openvino_genai", ("--weights", "fp16")),
-    "openvino-genai-int8": Program("8 bits", "8 bits", "openvino_genai", ("--weights", "int8")),
-    "openvino-genai-int4": Program("4 bits", "8 bits", "openvino_genai", ("--weights", "int4")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +246,7 @@ def main() -> None:
         for row in measure(model, args, text_ids(tokenizer, read_workloads(args.prompts))):
             rows.append(row)
             found = cells(rows)
-            command = shlex.join(["python", *sys.argv])
-            content = {"command": command, "rows": list(map(asdict, rows)), "medians": list(map(asdict, found))}
-            write_whole(args.out, json.dumps(content, indent=1) + "\n")
+            write_rows(args.out, rows, medians=list(map(asdict, found)))
     print(table(cells(rows), args.tokens))
 
 

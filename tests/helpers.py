@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,6 +22,13 @@ from knn_ssd.testing import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 NUM_LAYERS = 4  # of the tiny models
 PROMPT = [5, 17, 99, 42, 63, 8, 120, 31]
+
+
+def imported_script(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> ModuleType:
+    """A script as a new module, with the folder that it lies in on the path."""
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return import_module(name)
 
 
 @cache

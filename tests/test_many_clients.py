@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from helpers import imported_script
 
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -29,11 +30,7 @@ os.execv(sys.executable, [sys.executable, "-m", "knn_ssd", "serve", *options, "-
 
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "many_clients", raising=False)
-    import many_clients  # type: ignore[import-not-found]
-
-    return many_clients
+    return imported_script(monkeypatch, FOLDER, "many_clients")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import endless, endless_tokenizer
+from helpers import endless, endless_tokenizer, imported_script
 
 from knn_ssd.bench.peers import APART, read_peers, read_run
 from knn_ssd.bench.records import Record, read_records
@@ -46,11 +46,7 @@ def bench(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
 @pytest.fixture
 def common(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the scripts share."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "common", raising=False)
-    import common  # type: ignore[import-not-found]
-
-    return common
+    return imported_script(monkeypatch, FOLDER, "common")
 
 
 def parrot(folder: Path) -> Any:

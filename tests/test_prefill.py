@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import endless, endless_tokenizer
+from helpers import endless, endless_tokenizer, imported_script
 
 from knn_ssd.testing import tiny_model
 
@@ -41,11 +41,7 @@ measure(args.run, "peer", jobs, generate, on_request=args.on_request)
 
 @pytest.fixture
 def prefill(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "prefill", raising=False)
-    import prefill  # type: ignore[import-not-found]
-
-    return prefill
+    return imported_script(monkeypatch, FOLDER, "prefill")
 
 
 @pytest.fixture

@@ -14,13 +14,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from knn_ssd.checks import require, require_kind
 from knn_ssd.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 MOST_CHARACTERS = 200_000  # of a grammar, all schemas in it included
 MOST_SCHEMA_CHARACTERS = 100_000
@@ -55,7 +52,7 @@ class Grammar:
         require(length <= MOST_CHARACTERS, f"a grammar may have {MOST_CHARACTERS} characters", length)
         is_error, messages = grammar_library().LLMatcher.validate_grammar_with_warnings(self.source)
         if is_error:
-            raise UsageError(f"the grammar cannot be used: {_first_line(messages[0])}")
+            raise UsageError(f"the grammar cannot be used: {library_sentence(messages[0])}")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
@@ -165,5 +162,6 @@ def _digits(multiple: Any) -> int:
     return int("".join(map(str, digits.digits)) or 0) * 10**zeros or 1
 
 
-def _first_line(message: str) -> str:
+def library_sentence(message: str) -> str:
+    """What a message of the library says, without the state of its parser."""
     return message.partition("\n<state>")[0].strip()

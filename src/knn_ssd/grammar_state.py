@@ -17,7 +17,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from knn_ssd.errors import UsageError
-from knn_ssd.grammar import Grammar, grammar_library
+from knn_ssd.grammar import Grammar, grammar_library, library_sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -226,4 +226,4 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _reason(matcher: Any) -> str:
-    return str(matcher.get_error()).partition("\n<state>")[0].strip()
+    return library_sentence(str(matcher.get_error()))

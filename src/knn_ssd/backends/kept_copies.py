@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from knn_ssd.kernels.binding import GROUP_SIZE, kernels, uses_tiles
-from knn_ssd.kernels.quantisation import MIN_IMPORTANCE, NUM_RANGES, SAMPLE_TOKENS
+from knn_ssd.kernels.binding import GROUP_SIZE, Matrix, kernels, uses_tiles
+from knn_ssd.kernels.quantisation import MIN_IMPORTANCE, NUM_RANGES, SAMPLE_TOKENS, copy_forms
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ _VERSION = 1  # increased whenever the same weights and settings give other byte
 
 
 def kept_copies(
-    cache: WeightCache, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    cache: WeightCache, keys: Sequence[str], matrices: Mapping[tuple[str, str], Matrix]
 ) -> dict[str, torch.Tensor]:
     """The copies that are kept under the first of some keys; empty if there are none. A warning says if the kernels
     could not read what is kept.
@@ -25,8 +25,11 @@ def kept_copies(
     Args:
         cache: where they are kept.
         keys: in the order of preference.
-        forms: the shapes and dtypes of all levels and scales, by name.
+        matrices: all of which there are copies, by the names of their levels and scales.
     """
+    forms = {
+        name: form for names, matrix in matrices.items() for name, form in zip(names, copy_forms(matrix), strict=True)
+    }
     for key in keys:
         if (kept := cache.load(key)) is None:
             continue

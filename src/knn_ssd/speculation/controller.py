@@ -255,8 +255,8 @@ class Controller:
     def _copies(self, context: Sequence[int], drafted: Sequence[int]) -> Iterator[_Copy]:
         """What the grammar forces, then from the request's own context, then from its neighbours, nearest first."""
         if self.grammar is not None and (forced := self.grammar.forced(context, drafted)):
-            take = partial(self.grammar.propose, context, drafted=drafted)
-            yield _Copy(self.acceptance.at_match("grammar", 0).mean, len(forced), take)
+            rate = self.acceptance.at_match("grammar", 0).mean
+            yield _Copy(rate, len(forced), partial(self.grammar.copy, forced))
         match = self.lookup.match(context, drafted) if self.lookup is not None else None
         if match is not None and self.lookup is not None:
             take = partial(self.lookup.propose, context, drafted=drafted)

@@ -27,9 +27,13 @@ class GrammarDraft:
         """The tokens that have to follow a context and another drafter's tokens after it."""
         return self._state.forced([*context[self._state.prompt_length :], *drafted])
 
-    def propose(self, context: Sequence[int], limit: int, drafted: Sequence[int] = ()) -> Draft:
-        """At most `limit` of the forced tokens."""
-        return Draft(tuple(self.forced(context, drafted)[: max(limit, 0)]), drafter="grammar")
+    def copy(self, forced: Sequence[int], count: int) -> Draft:
+        """At most `count` of the forced tokens."""
+        return Draft(tuple(forced[: max(count, 0)]), drafter="grammar")
+
+    def propose(self, context: Sequence[int], limit: int) -> Draft:
+        """At most `limit` tokens that have to follow a context."""
+        return self.copy(self.forced(context), limit)
 
     def without_refused(self, context: Sequence[int], draft: Draft) -> Draft:
         """A draft up to the first of its copied tokens that the grammar refuses, which the target would reject."""

@@ -21,7 +21,7 @@ import torch
 from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels
-from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
+from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
@@ -150,10 +150,8 @@ class LowBitCopies:
 
     def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
         """The best kept copies; empty if there are none."""
-        forms = {
-            name: form for each in matrices for name, form in zip(each.names, copy_forms(each.matrix), strict=True)
-        }
-        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], forms)
+        named = {each.names: each.matrix for each in matrices}
+        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], named)
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:

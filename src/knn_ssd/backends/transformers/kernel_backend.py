@@ -1,10 +1,9 @@
 """The transformers backend with the kernels: a decoder on the CPU gets what the native backend's families have.
 
 A model's linear layers, and the experts of a mixture, run by the kernels, in the mode that a plan gives to their
-sublayer: so it drafts in 4 bits.
-Where its attention runs by the kernels as well, a row's bits do not depend on the other rows of its forward pass: so
-output is that of plain decoding bit for bit, sessions can share passes, and the prefix cache can be used. All other
-modules are the model's own; they compute in float32.
+sublayer: so it drafts in 4 bits. Where its attention runs by the kernels as well, a row's bits do not depend on the
+other rows of its forward pass: so output is that of plain decoding bit for bit, sessions can share passes, and the
+prefix cache can be used. All other modules are the model's own; they compute in float32.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class KernelLinearBackend(TransformersBackend):
         if reason := linear_obstacle(model):
             raise KernelsRefusedError(f"its linear layers stay torch's: {reason}")
         places, cache = places_of(self.structure), self._trial_cache()
-        expected = self._run(self._trial_tokens(), cache, logits_to_keep=_TRIAL_TOKENS).float()
+        expected = self._trial_logits(cache)
         found = (*find_linears(model, places), *find_experts(model, places))
         if not found:
             raise KernelsRefusedError("no linear layer that the kernels can run was found")
@@ -153,8 +152,10 @@ class KernelLinearBackend(TransformersBackend):
         with self.lock, replaced([*self._row_wise, *forwards]):
             self._run(tokens, StaticCache(self.num_layers, Cursor(len(tokens))), logits_to_keep=len(tokens))
 
-    def _trial_logits(self) -> torch.Tensor:
-        return self._run(self._trial_tokens(), self._trial_cache(), logits_to_keep=_TRIAL_TOKENS).float()
+    def _trial_logits(self, cache: StaticCache | None = None) -> torch.Tensor:
+        """The logits (n, V) of the trial, with an empty KV cache that is given or a new one."""
+        cache = self._trial_cache() if cache is None else cache
+        return self._run(self._trial_tokens(), cache, logits_to_keep=_TRIAL_TOKENS).float()
 
     def _trial_tokens(self) -> list[int]:
         return [i * self.vocab_size // _TRIAL_TOKENS for i in range(_TRIAL_TOKENS)]

@@ -24,7 +24,7 @@ from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
 from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedLinear, weight_of
-from knn_ssd.kernels.quantisation import copy_forms, low_matrix, quantise, relative_importance
+from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
 from knn_ssd.kernels.weights import KINDS
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import NoProgress, Progress
@@ -117,7 +117,7 @@ class KernelLinears:
             for each in modules
         ]
         packed.finish()
-        self._keeper = packed.keeper
+        self._packed = packed
         self._kept = [_forward_of(each, matrices) for each, matrices in zip(modules, self._matrices, strict=True)]
         self._low: dict[int, Replacement] = {}
         self._arena = Arena()
@@ -132,12 +132,12 @@ class KernelLinears:
     @property
     def weight_bytes(self) -> int:
         """Memory of the checkpoint's weights as the kernels read them."""
-        return self._keeper.bytes
+        return self._packed.keeper.bytes
 
     @property
     def num_weights(self) -> int:
         """How many weights there are."""
-        return sum(matrix.rows * matrix.cols for matrices in self._matrices for matrix in matrices)
+        return self._packed.num_weights
 
     @property
     def bytes(self) -> int:
@@ -159,12 +159,8 @@ class KernelLinears:
     def _make_copies(self, low: set[int], progress: Progress) -> None:
         """Makes, or takes from the weight cache, the copies of the modules with these indices."""
         if self._cache is not None and not self._copies:
-            forms = {
-                name: form
-                for matrix_name, matrix in self._named(range(len(self._modules)))
-                for name, form in zip(_names_of_copy(matrix_name), copy_forms(matrix), strict=True)
-            }
-            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], forms)
+            named = {_names_of_copy(name): matrix for name, matrix in self._named(range(len(self._modules)))}
+            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], named)
         wanted = self._named(low if self._cache is None else range(len(self._modules)))
         if missing := [each for each in wanted if _names_of_copy(each[0])[0] not in self._copies]:
             progress.stage("making 4-bit copies", len(missing))
