@@ -186,7 +186,9 @@ def test_each_chosen_expert_runs_once_over_the_rows_that_chose_it(monkeypatch: p
 
     monkeypatch.setattr(experts, "multiplied_by", counted)
     (module,) = [each for each in backend._linears._modules if each.name == "model.layers.0.mlp.experts"]
-    matrices = [make_matrix(weight.contiguous(), bias, backend._linears._keeper) for weight, bias in module.weights]
+    matrices = [
+        make_matrix(weight.contiguous(), bias, backend._linears._packed.keeper) for weight, bias in module.weights
+    ]
     gated: list[int] = []
     gate = module.module._apply_gate
     monkeypatch.setattr(module.module, "_apply_gate", lambda x: (gated.append(len(x)), gate(x))[1], raising=False)
