@@ -91,7 +91,8 @@ def test_a_linear_layer_gives_each_row_the_same_bits_in_any_block(
         return y
 
     together = run(x)
-    torch.testing.assert_close(together, nn.functional.linear(x, weight.float(), bias), rtol=1e-2, atol=1e-2)
+    inputs = x.bfloat16().float() if dtype is torch.bfloat16 and binding.rounds_inputs() else x
+    torch.testing.assert_close(together, nn.functional.linear(inputs, weight.float(), bias), rtol=1e-2, atol=1e-2)
     for i in range(n):
         assert torch.equal(run(x[i : i + 1].clone())[0], together[i])
 
@@ -519,7 +520,8 @@ def test_in_bfloat16_output_is_that_of_plain_decoding(family: str, plan: Plan, p
 def test_bfloat16_weights_give_what_they_give_in_float32(family: str) -> None:
     rounded = tiny_model(family, dtype=torch.bfloat16)
     expected = transformers_output(tiny_model(family, dtype=torch.bfloat16).float(), PROMPT, 8)
-    generation = Engine(rounded, backend=backend_of(family, torch.bfloat16)).generate(PROMPT, max_new_tokens=8)
+    with binding.float32_inputs():
+        generation = Engine(rounded, backend=backend_of(family, torch.bfloat16)).generate(PROMPT, max_new_tokens=8)
     assert list(generation.token_ids) == expected
 
 

@@ -49,6 +49,7 @@ PROCESSORS = {
     "haswell": AVX2,
     "znver3": AVX2 | {"sse4a", "sha_ni", "vaes", "vpclmulqdq"},
     "skylake-avx512": AVX512,
+    "cooperlake": AVX512 | {"avx512_bf16", "avx512_vnni"},
     "sapphirerapids": AVX512 | {"avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"},
     "native": set(),
 }
@@ -70,6 +71,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("kernels")
     found = load(build.compile_library([compiler], folder, [f"-march={processor}"]))
     found.knn_ssd_enable_tiles(1)
+    found.knn_ssd_enable_rounding(1)
     return found
 
 
@@ -230,7 +232,34 @@ def test_the_formats_of_bfloat16_weights_give_the_same_bits(library: ctypes.CDLL
     weight[0, 0], weight[-1, -1] = -0.0, float("inf")
     packed = pack(weight, BFLOAT16_PACKED, library)
     assert packed.num_escapes or rows == 1  # whose few weights have hardly more upper bytes than codes
-    equal_bits_of_float32(library, weight.float(), [pack(weight, BFLOAT16_BLOCKS, library), packed])
+    formats = [pack(weight, BFLOAT16_BLOCKS, library), packed]
+    library.knn_ssd_keep_float32(1)
+    equal_bits_of_float32(library, weight.float(), formats)
+    library.knn_ssd_keep_float32(0)
+    for n in (*range(1, 14), 17, 65):
+        x = torch.randn(n, cols)
+        plain, same = (products(library, each, x) for each in formats)
+        assert torch.equal(plain.view(torch.int32), same.view(torch.int32))
+        if library.knn_ssd_rounds_inputs():
+            rounded = x.bfloat16().float()
+            assert torch.equal(plain.view(torch.int32), products(library, formats[0], rounded).view(torch.int32))
+            x = rounded
+        expected = (x.double() @ weight.double().T)[:, :-1]  # the last row has an infinite weight
+        torch.testing.assert_close(plain[:, :-1].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_bfloat16_weights_are_rounded_where_the_processor_multiplies_them(
+    library: ctypes.CDLL, request: pytest.FixtureRequest
+) -> None:
+    rounds, processor = bool(library.knn_ssd_rounds_inputs()), request.node.callspec.params["library"].split()[1]
+    assert processor == "native" or rounds == ("avx512_bf16" in PROCESSORS[processor])
+    torch.manual_seed(0)
+    weight, x = torch.rand(32, 64).bfloat16(), torch.full((1, 64), 1 + 2**-9)  # halfway to the next bfloat16
+    blocks, sums = pack(weight, BFLOAT16_BLOCKS, library), weight.double().sum(dim=1)
+    for factor in [1.0 if rounds else 1 + 2**-9, 1 + 2**-9]:
+        torch.testing.assert_close(products(library, blocks, x)[0].double(), sums * factor, rtol=1e-5, atol=0)
+        library.knn_ssd_keep_float32(1)
+    library.knn_ssd_keep_float32(0)
 
 
 @pytest.mark.parametrize("cols", [32, 96, 544, 1056])
@@ -256,6 +285,14 @@ def test_quantised_weights_give_the_bits_of_those_that_gguf_unpacks(
     torch.manual_seed(0)
     weight = random_rows(name, rows, cols)
     equal_bits_of_float32(library, weight.dequantised(), [pack(weight, QUANTISED[name], library)])
+
+
+def products(library: ctypes.CDLL, blocks: Blocks, x: torch.Tensor) -> torch.Tensor:
+    """The products (n, rows) of a matrix with inputs (n, cols)."""
+    keeper = TensorKeeper()
+    matrix, y = blocks.matrix(keeper), torch.empty(len(x), blocks.rows)
+    library.knn_ssd_linear(ctypes.byref(matrix), address(x), len(x), address(y))
+    return y
 
 
 def equal_bits_of_float32(library: ctypes.CDLL, weight: torch.Tensor, formats: Sequence[Blocks]) -> None:

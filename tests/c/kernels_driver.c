@@ -652,6 +652,7 @@ int main(int argc, char **argv) {
     const uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 0;
     const int64_t cases = argc > 3 ? atoll(argv[3]) : N_NAMED;
     knn_ssd_enable_tiles(1);
+    knn_ssd_enable_rounding(1);
     if (!strcmp(argv[1], "exact")) exact(seed, cases);
     else if (!strcmp(argv[1], "outer")) outer(seed, cases);
     else if (!strcmp(argv[1], "callers")) callers(seed, cases);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from knn_ssd.backends.base import Exactness, ForwardOutput, ForwardRequest, SharesPasses
+from knn_ssd.kernels.binding import float32_inputs
 
 if TYPE_CHECKING:
     from knn_ssd.backends.base import Backend, Session
@@ -21,9 +22,11 @@ def probe(backend: Backend) -> Exactness:
 
     With equal bits, speculative output equals that of plain decoding under any plan. With different bits, the logits
     agree up to rounding, which can decide a near-tie between two tokens either way. It is a probe of blocks of 1, 2, 3,
-    4, 5, 9 and 17 rows, not a proof; the tests of the kernels compare all widths.
+    4, 5, 9 and 17 rows, not a proof; the tests of the kernels compare all widths. It runs with float32 inputs, since
+    rounding them would hide most differences.
     """
-    return Exactness.BITWISE if _has_equal_bits(backend) else Exactness.NUMERICAL
+    with float32_inputs():
+        return Exactness.BITWISE if _has_equal_bits(backend) else Exactness.NUMERICAL
 
 
 def _has_equal_bits(backend: Backend) -> bool:

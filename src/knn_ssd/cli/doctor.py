@@ -62,12 +62,19 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
         "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads: {machine.threads_because}",
         "cpu flags": _yes_and_no(machine.cpu_flags),
         "devices": ", ".join(machine.devices),
-        "kernels": machine.kernels + (", with a tile unit (AMX)" if machine.tiles else ""),
+        "kernels": machine.kernels + _unit(machine),
         "read bandwidth": f"{machine.read_bandwidth_bytes_per_sec / 1e9:.1f} GB/s",
         "memory": f"{_gib(machine.memory_bytes)}, {_gib(machine.available_memory_bytes)} available",
         "cache directory": machine.cache_directory,
         "embedded model": machine.embedded_model or "not installed",
     }
+
+
+def _unit(machine: Machine) -> str:
+    """What multiplies bfloat16 weights, if it is not float32 instructions."""
+    if machine.tiles:
+        return ", with a tile unit (AMX)"
+    return ", with bfloat16 instructions (AVX512_BF16)" if machine.rounds_inputs else ""
 
 
 def _model_rows(report: ModelReport) -> dict[str, str]:

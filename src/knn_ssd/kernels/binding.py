@@ -1,8 +1,9 @@
 """Binds the C kernels: their structures, their entry points, and whether they can be used on this machine.
 
 Where they cannot be used, or with KNN_SSD_KERNELS=off, everything runs on the transformers backend, slower and without
-4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it,
-unless KNN_SSD_KERNELS=vectors.
+4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it, unless KNN_SSD_KERNELS=vectors.
+Else, where it multiplies pairs of bfloat16 (AVX512_BF16), inputs are rounded to bfloat16 for these weights, unless
+KNN_SSD_KERNELS=float32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
     "knn_ssd_linear": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p),
+    "knn_ssd_rms_norm": (_check_status, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p),
     "knn_ssd_attend": (
         *(_check_status, POINTER(OuterAttention), POINTER(OuterCache), c_int64),
         *(c_void_p, c_int64, c_void_p, c_void_p),
@@ -135,6 +139,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "knn_ssd_lanes": (c_int64,),
     "knn_ssd_uses_tiles": (c_int64,),
     "knn_ssd_enable_tiles": (None, c_int64),
+    "knn_ssd_rounds_inputs": (c_int64,),
+    "knn_ssd_enable_rounding": (None, c_int64),
+    "knn_ssd_keep_float32": (None, c_int64),
     "pool_set_threads": (None, c_int),
     "pool_threads": (c_int,),
 }
@@ -171,7 +178,8 @@ def _found() -> ctypes.CDLL | KernelsUnavailable:
         return error
     except (OSError, KnnSsdError) as error:
         return KernelsUnavailable(f"the kernels cannot be used: {error}")
-    library.knn_ssd_enable_tiles(requested != "vectors")
+    library.knn_ssd_enable_tiles(requested not in ("vectors", "float32"))
+    library.knn_ssd_enable_rounding(requested != "float32")
     library.pool_set_threads(threads.threads)
     return library
 
@@ -199,6 +207,24 @@ def load(path: Path) -> ctypes.CDLL:
 def uses_tiles() -> bool:
     """Whether bfloat16 weights go through the processor's tile unit."""
     return kernels_obstacle() is None and bool(kernels().knn_ssd_uses_tiles())
+
+
+def rounds_inputs() -> bool:
+    """Whether the inputs of bfloat16 weights are rounded to bfloat16."""
+    return kernels_obstacle() is None and bool(kernels().knn_ssd_rounds_inputs())
+
+
+@contextmanager
+def float32_inputs() -> Iterator[None]:
+    """Has this thread's passes take float32 inputs, for the length of a `with` block: rounded ones hide differences."""
+    if not rounds_inputs():
+        yield
+        return
+    kernels().knn_ssd_keep_float32(1)
+    try:
+        yield
+    finally:
+        kernels().knn_ssd_keep_float32(0)
 
 
 def set_threads(threads: int | None) -> None:

@@ -39,6 +39,11 @@ INSTRUCTION_SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "x86-64-v3": ("x86_64", ("-march=x86-64-v3",), _V3),
     "x86-64-v4": ("x86_64", ("-march=x86-64-v4",), _V4),
     "x86-64-v4-vnni": ("x86_64", ("-march=x86-64-v4", "-mavx512vnni"), (*_V4, "avx512_vnni")),
+    "x86-64-v4-bf16": (
+        "x86_64",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        (*_V4, "avx512_vnni", "avx512_bf16"),
+    ),
     "x86-64-v4-amx": (
         "x86_64",
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),

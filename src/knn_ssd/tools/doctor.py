@@ -26,7 +26,7 @@ from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelsRefusedError
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.io import cache_directory
-from knn_ssd.kernels.binding import kernels_obstacle, num_threads, uses_tiles
+from knn_ssd.kernels.binding import kernels_obstacle, num_threads, rounds_inputs, uses_tiles
 from knn_ssd.kernels.gguf_rows import dtype_name
 from knn_ssd.kernels.threads import thread_count, usable_cpus
 from knn_ssd.loading.resolve import EMBEDDED_MODEL, LoadedModel, find_embedded, load_model
@@ -60,6 +60,7 @@ class Machine:
         devices: the devices that torch can use.
         kernels: "ready", or why the native backend and 4-bit drafts are not available.
         tiles: whether the kernels multiply bfloat16 weights in the processor's tile unit (AMX).
+        rounds_inputs: whether they round the inputs of these weights to bfloat16 elsewhere (AVX512_BF16).
         read_bandwidth_bytes_per_sec: measured read bandwidth of the device that a model would run on.
         memory_bytes: memory of the machine; None where the system does not report it.
         available_memory_bytes: the part that this process can still take; None where the system does not report it.
@@ -76,6 +77,7 @@ class Machine:
     devices: tuple[str, ...]
     kernels: str
     tiles: bool
+    rounds_inputs: bool
     read_bandwidth_bytes_per_sec: float
     memory_bytes: int | None
     available_memory_bytes: int | None
@@ -185,6 +187,7 @@ def examine_machine(device: torch.device | None = None) -> Machine:
         devices=_devices(),
         kernels=kernels_obstacle() or "ready",
         tiles=uses_tiles(),
+        rounds_inputs=rounds_inputs(),
         read_bandwidth_bytes_per_sec=measure_bandwidth(device or torch.device("cpu")),
         memory_bytes=_memory(),
         available_memory_bytes=_available_memory(),

@@ -41,7 +41,7 @@ from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import context_length, find_structure
 from knn_ssd.checks import require
 from knn_ssd.errors import MemoryLimitError, UnsupportedModelError, UsageError
-from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, kernels
+from knn_ssd.kernels.binding import Attention, BatchEntry, Matrix, Mlp, address, float32_inputs, kernels
 from knn_ssd.kernels.gguf_rows import QuantisedEmbedding, weight_of
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import is_in_blocks, read_rows, release_unpacked
@@ -250,7 +250,8 @@ class NativeBackend:
             sublayer_addresses(kept, mlps, mlps.__getitem__),
             head,
         )
-        self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=len(tokens))], sampled)
+        with float32_inputs():
+            self._run_rows([ForwardRequest(tokens, 0, session.cache, None, num_logits=len(tokens))], sampled)
         session.close()
 
     def _run_rows(self, requests: Sequence[ForwardRequest], plan: ResolvedPlan) -> list[ForwardOutput]:

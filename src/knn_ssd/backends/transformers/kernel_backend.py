@@ -29,7 +29,7 @@ from knn_ssd.backends.transformers.linears import KernelLinears, KernelModule, f
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
-from knn_ssd.kernels.binding import kernels, kernels_obstacle
+from knn_ssd.kernels.binding import float32_inputs, kernels, kernels_obstacle
 from knn_ssd.kernels.gguf_rows import float_parameters
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import KINDS, release_unpacked
@@ -149,7 +149,7 @@ class KernelLinearBackend(TransformersBackend):
     def _run_sample(self, forwards: Sequence[Replacement]) -> None:
         """Runs tokens spread over the vocabulary through the model with other forwards of its linear layers."""
         tokens = sample_tokens(self.vocab_size, self.context_length)
-        with self.lock, replaced([*self._row_wise, *forwards]):
+        with self.lock, float32_inputs(), replaced([*self._row_wise, *forwards]):
             self._run(tokens, StaticCache(self.num_layers, Cursor(len(tokens))), logits_to_keep=len(tokens))
 
     def _trial_logits(self, cache: StaticCache | None = None) -> torch.Tensor:
@@ -202,10 +202,10 @@ class KernelBackend(KernelLinearBackend):
     ) -> None:
         self._attention: list[Replacement] = []  # torch's until its results are known
         super().__init__(model, refused, weight_cache)
-        with self.skipping(None):
+        with float32_inputs(), self.skipping(None):
             expected = self._trial_logits()
         self._attention = attention_replacements(model)
-        with self.skipping(None):
+        with float32_inputs(), self.skipping(None):
             self._check_attention(expected, _TOLERANCE[torch.float32])
 
     def open(

@@ -1,7 +1,8 @@
 """Has the modules between the linear layers compute in float32, and each row as if it were alone.
 
-Norms, rotary embeddings and residuals of transformers work row by row, in float32 on float32 inputs. What is left to
-do: in a 16-bit model, embeddings and small weights become float32. And activation functions run one row at a time,
+Norms, rotary embeddings and residuals of transformers work row by row, in float32 on float32 inputs; RMS norms are run
+by the kernels, which is faster. What is left to do: in a 16-bit model, embeddings and small weights become float32. And
+activation functions run one row at a time,
 because torch computes some of them (SiLU, GELU by tanh, sigmoid) with other instructions at the end of a tensor, so
 that a row's bits would depend on how many rows follow it. So do the functions by which a mixture routes a row to its
 experts.
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from knn_ssd.backends.structure import Structure
+from knn_ssd.backends.transformers.norms import norm_replacements
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 
 # By their names in torch: what routers and the gates of shared experts compute.
@@ -38,9 +40,12 @@ def row_wise_replacements(
         linears: the modules that the kernels run.
         mixtures: the sublayers that have experts.
     """
-    others = [module for module in model.modules() if module not in linears]
+    norms = list(norm_replacements(module for module in model.modules() if module not in linears))
+    taken = {id(norm.attributes) for norm in norms}
+    others = [m for m in model.modules() if m not in linears and id(vars(m)) not in taken]
     sublayers = {module for sublayer in structure.attention + structure.mlp for module in sublayer.modules()}
     return [
+        *norms,
         *(each for module in others for each in _in_float32(module)),
         *(forward_of(m, row_by_row(m.forward)) for m in others if m in sublayers and _is_activation(m)),
         *(forward_of(m, _routing_row_by_row(m.forward)) for m in mixtures),

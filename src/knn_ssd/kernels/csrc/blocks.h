@@ -37,6 +37,7 @@
 #define QUANTISED_COLS 32 /* of a quantised unit */
 
 INLINE int is_blocks(int64_t kind) { return kind >= FLOAT32_BLOCKS && kind <= Q4_0_BLOCKS; }
+INLINE int is_bfloat16(int64_t kind) { return kind == BFLOAT16_BLOCKS || kind == BFLOAT16_PACKED; } /* of those in blocks */
 INLINE int is_quantised(int64_t kind) { return kind >= Q8_0_BLOCKS; } /* of those in blocks */
 INLINE int64_t unit_cols(int64_t kind) { return is_quantised(kind) ? QUANTISED_COLS : UNIT_COLS; }
 

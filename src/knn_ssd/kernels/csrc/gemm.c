@@ -4,15 +4,37 @@
 #include "scratch.h"
 #include "thread_pool.h"
 
+static int rounding;
+static _Thread_local int keeps_float32;
+
+void knn_ssd_enable_rounding(int64_t wanted) { rounding = wanted && HAS_PAIR_PRODUCTS; }
+void knn_ssd_keep_float32(int64_t wanted) { keeps_float32 = wanted != 0; }
+int64_t knn_ssd_rounds_inputs(void) { return rounding && !keeps_float32; }
+
 /* Copies a row of inputs into its panel of n_rows rows. */
 static void pack_row(const float *x, float *panel, int64_t cols, int64_t n_rows) {
     for (int64_t c = 0; c < cols; c++) panel[c * n_rows] = x[c];
+}
+
+/* The same, rounded to pairs of bfloat16. */
+static void pack_pairs(const float *x, uint32_t *panel, int64_t cols, int64_t n_rows) {
+#if HAS_PAIR_PRODUCTS
+    for (int64_t c = 0; c < cols; c += K_STEP, panel += LANES * n_rows) {
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + c + LANES), _mm512_loadu_ps(x + c));
+        uint32_t pairs[LANES];
+        memcpy(pairs, &rounded, sizeof pairs);
+        for (int i = 0; i < LANES; i++) panel[i * n_rows] = pairs[i];
+    }
+#else
+    (void)x, (void)panel, (void)cols, (void)n_rows;
+#endif
 }
 
 typedef struct {
     const float *x;
     int64_t n, height, cols, groups;
     float *panels;
+    uint32_t *pairs;
     PackedInputs in;
 } Packing;
 
@@ -25,6 +47,7 @@ static void pack_panels(void *context, int64_t first, int64_t last, int thread) 
         const int64_t n_rows = min_int(p->n - start, p->height);
         for (int64_t r = start; r < start + n_rows; r++) {
             if (p->panels) pack_row(p->x + r * cols, p->panels + start * cols + r - start, cols, n_rows);
+            if (p->pairs) pack_pairs(p->x + r * cols, p->pairs + start * cols / 2 + r - start, cols, n_rows);
             if (p->in.int8)
                 int4_pack_row(p->x + r * cols, cols, p->in.int8 + r * groups * GROUP_SIZE, p->in.int8_scales + r * groups,
                               p->in.int8_sums + r * groups);
@@ -36,12 +59,15 @@ static void pack_panels(void *context, int64_t first, int64_t last, int thread) 
 static PackedInputs pack_inputs(const float *x, int64_t n, const Matrix *m, int kinds) {
     PackedInputs in = {0};
     float *panels = NULL;
+    uint32_t *pairs = NULL;
     const int64_t cols = m->cols, groups = num_groups(m);
     if (kinds & 1 << BFLOAT16) {
         in.hi_lo = scratch_take(amx_packed_rows(n), cols * 4);
         if (in.hi_lo) amx_pack_inputs(x, n, cols, in.hi_lo);
     }
-    const int has_blocks = (kinds & ~(1 << INT4 | 1 << BFLOAT16)) != 0;
+    const int in_pairs = knn_ssd_rounds_inputs() ? kinds & (1 << BFLOAT16_BLOCKS | 1 << BFLOAT16_PACKED) : 0;
+    const int has_blocks = (kinds & ~(1 << INT4 | 1 << BFLOAT16 | in_pairs)) != 0;
+    if (in_pairs) in.pairs = pairs = scratch_take(n, cols * 2);
     if (has_blocks && n > 1) panels = scratch_take(n, cols * sizeof *panels);
     if (has_blocks) in.panels = n > 1 ? panels : x;
     if (kinds & 1 << INT4) {
@@ -49,9 +75,9 @@ static PackedInputs pack_inputs(const float *x, int64_t n, const Matrix *m, int 
         in.int8_scales = scratch_take(n, groups * sizeof *in.int8_scales);
         in.int8_sums = scratch_take(n, groups * sizeof *in.int8_sums);
     }
-    if ((!panels && !in.int8) || scratch_failed()) return in;
+    if ((!panels && !pairs && !in.int8) || scratch_failed()) return in;
     const int64_t height = panel_height(n), count = ceil_div(n, height);
-    Packing packing = {x, n, height, cols, groups, panels, in};
+    Packing packing = {x, n, height, cols, groups, panels, pairs, in};
     parallel_for(count, n * cols > 8192 ? 1 : count, pack_panels, &packing);
     return in;
 }
@@ -61,7 +87,7 @@ static void gemm(const Matrix *m, int64_t first, int64_t count, const PackedInpu
                  int is_cold, float *y) {
     if (m->kind == INT4) int4_gemm(m, first, count, in, n, y);
     else if (m->kind == BFLOAT16) amx_gemm(m, first, count, in->hi_lo, n, shape, is_cold, y);
-    else block_gemm(m, first, count, in->panels, n, y);
+    else block_gemm(m, first, count, in, n, y);
     for (int64_t r = 0; m->bias && r < n; r++)
         for (int64_t i = first; i < first + count; i++) y[r * m->rows + i] += m->bias[i];
 }

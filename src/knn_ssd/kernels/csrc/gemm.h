@@ -12,6 +12,11 @@
 #else
 #define PANEL_ROWS 6
 #endif
+#if LANES == 16 && defined(__AVX512BF16__)
+#define HAS_PAIR_PRODUCTS 1 /* of two bfloat16 columns */
+#else
+#define HAS_PAIR_PRODUCTS 0
+#endif
 #define GROUP_SIZE 64      /* columns that share a scale in a 4-bit matrix */
 
 /* How many of n rows a panel has; panels are about equally high. */
@@ -19,7 +24,8 @@ INLINE int64_t panel_height(int64_t n) { return ceil_div(n, ceil_div(n, PANEL_RO
 
 /* The inputs of a linear, in the order in which each kind of kernel reads them. */
 typedef struct {
-    const float *panels; /* kernels of blocks: for every `panel_height` rows, (cols, rows of the panel) */
+    const float *panels;   /* kernels of blocks: for every `panel_height` rows, (cols, rows of the panel) */
+    const uint32_t *pairs; /* the same for bfloat16 weights, if inputs are rounded: (cols / 2, rows of the panel) pairs */
     int8_t *int8;       /* 4-bit kernels: (n, groups, GROUP_SIZE) */
     float *int8_scales; /* (n, groups) */
     float *int8_sums;   /* (n, groups) sums of the dequantised inputs */
@@ -44,7 +50,7 @@ void int4_pack_row(const float *x, int64_t cols, int8_t *int8, float *scales, fl
 void int4_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
 
 /* The same for a matrix in blocks; see blocks.h. `first` is a multiple of 2 * LANES. */
-void block_gemm(const Matrix *m, int64_t first, int64_t count, const float *panels, int64_t n, float *y);
+void block_gemm(const Matrix *m, int64_t first, int64_t count, const PackedInputs *in, int64_t n, float *y);
 
 /* The same for a row-major bfloat16 matrix and the tile unit. `is_cold` says that the first rows have not been prefetched. */
 int amx_enabled(void);

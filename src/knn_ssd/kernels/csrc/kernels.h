@@ -116,6 +116,9 @@ EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon
 /* y (n, rows) = the matrix applied to x (n, cols), for a linear layer of a model that runs outside this library. */
 EXPORT int knn_ssd_linear(const Matrix *m, const float *x, int64_t n, float *y);
 
+/* y (n, width) = RMS norm of each row of x (n, width) times weight (width,); width is a multiple of LANES. */
+EXPORT int knn_ssd_rms_norm(const float *x, int64_t n, int64_t width, const float *weight, double epsilon, float *y);
+
 /* out (n, heads, head_dim) = attention of queries (n, heads, head_dim), each row over the keys that it sees. */
 EXPORT int knn_ssd_attend(const OuterAttention *a, const OuterCache *caches, int64_t n_caches, const VisibleKeys *rows,
                           int64_t n, const float *queries, float *out);
@@ -143,5 +146,11 @@ EXPORT const int64_t *knn_ssd_struct_sizes(void);
 EXPORT int64_t knn_ssd_lanes(void);
 EXPORT void knn_ssd_enable_tiles(int64_t wanted);
 EXPORT int64_t knn_ssd_uses_tiles(void);
+
+/* Whether bfloat16 matrices in blocks are multiplied with inputs that are rounded to bfloat16, where the processor does that:
+ * set for all threads, and kept from one by `keep_float32`, as the last function says for the thread that calls it. */
+EXPORT void knn_ssd_enable_rounding(int64_t wanted);
+EXPORT void knn_ssd_keep_float32(int64_t wanted);
+EXPORT int64_t knn_ssd_rounds_inputs(void);
 
 #endif

@@ -35,7 +35,7 @@ typedef Shorts UnalignedShorts __attribute__((aligned(2), may_alias));
 INLINE Floats load(const float *p) { return *(const UnalignedFloats *)p; }
 INLINE void store(float *p, Floats a) { *(UnalignedFloats *)p = a; }
 INLINE Uints load_uints(const void *p) { return *(const UnalignedUints *)p; }
-INLINE Floats splat(float a) { return (Floats){0} + a; }
+INLINE Floats splat(float a) { return a - (Floats){0}; } /* a sum would change -0, and so take an instruction */
 
 /* a * b + c, rounded once where the processor can do so at the speed of a multiplication, else twice. */
 INLINE Floats fmadd(Floats a, Floats b, Floats c) {
