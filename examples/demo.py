@@ -124,7 +124,7 @@ def show_planted_redundancy() -> bool:
             loaded,
             prompts,
             Path(folder) / "atlas",
-            CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4, judging_prompts=8),
+            CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4, judging_prompts=JUDGED),
         )
     engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"
@@ -132,8 +132,8 @@ def show_planted_redundancy() -> bool:
     identical = True
     for name in redundant:
         prompt = planted.prompt(name, 12, 99)
-        plain = engine.generate(prompt, max_new_tokens=200, plain=True)
-        routed = engine.generate(prompt, max_new_tokens=200)
+        plain = engine.generate(prompt, max_new_tokens=4 * NEW_TOKENS, plain=True)
+        routed = engine.generate(prompt, max_new_tokens=4 * NEW_TOKENS)
         assert routed.route is not None
         identical = identical and routed.token_ids == plain.token_ids
         table.add_row(name, routed.route.plan_name, routed.plan.describe(), *comparison(routed, plain))

@@ -17,11 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.engine import Engine
+from knn_ssd.io import cache_directory
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.testing import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 NUM_LAYERS = 4  # of the tiny models
 PROMPT = [5, 17, 99, 42, 63, 8, 120, 31]
+_KERNELS = cache_directory() / "kernels"  # before a test has a cache directory of its own
+
+
+def share_kernels(cache: Path) -> None:
+    """Puts the kernels that are compiled already into a test's own cache directory, for processes that it starts."""
+    cache.mkdir(exist_ok=True)
+    (cache / "kernels").symlink_to(_KERNELS)
 
 
 def imported_script(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> ModuleType:

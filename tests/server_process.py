@@ -6,17 +6,18 @@ import json
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 from helpers import endless, endless_tokenizer
+from processes import ended, start
 from server import MODEL
 
 from knn_ssd.testing import tiny_model
@@ -42,7 +43,7 @@ class ServerProcess:
         log: what it writes.
     """
 
-    process: subprocess.Popen[str]
+    process: BaseProcess
     port: int
     log: Path
 
@@ -94,24 +95,23 @@ class ServerProcess:
 @contextmanager
 def server_process(model: Path, *options: str, port: int = 0) -> Iterator[ServerProcess]:
     """Starts a server and ends it, if it was not ended meanwhile."""
-    command = [sys.executable, "-m", "knn_ssd", "serve", "--model", str(model), "--name", MODEL, "--port", str(port)]
-    log = (model.parent / f"serve-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
-    process = subprocess.Popen([*command, "--drain", "1", *options], stdout=log, stderr=log, text=True)
+    command = ["serve", "--model", model, "--name", MODEL, "--port", port, "--drain", 1, *options]
+    log = model.parent / f"serve-{time.monotonic_ns()}.log"
+    log.touch()
+    process = start(log, log, command)
     try:
-        yield ServerProcess(process, _port(process, Path(log.name)), Path(log.name))
-        if process.poll() is None:
-            process.terminate()
-            process.wait(20)
+        yield ServerProcess(process, _port(process, log), log)
+        process.terminate()
+        ended(process, 20)
     finally:
         process.kill()
-        process.wait()
-        log.close()
+        process.join()
 
 
-def _port(process: subprocess.Popen[str], log: Path) -> int:
+def _port(process: BaseProcess, log: Path) -> int:
     """Once the server answers."""
     due = time.monotonic() + 60
-    while time.monotonic() < due and process.poll() is None:
+    while time.monotonic() < due and process.is_alive():
         said = re.search(r"at http://[\d.]+:(\d+)/v1", log.read_text("utf-8"))
         if said:
             try:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from processes import FORKED, ended, start
 
 from knn_ssd import Engine
 from knn_ssd.errors import AnswerStoreError, AnswerStoreMismatchError, UsageError
@@ -350,27 +349,26 @@ def test_evictions_and_a_clearing_remove_rows(tmp_path: Path) -> None:
     assert answers_of(open_store(tmp_path)) == [ANSWER]
 
 
-_WRITER = """
-import sys, numpy as np
-sys.path.insert(0, {tests!r})
-from test_answers import PROMPT, open_store, vector
-store = open_store({folder!r})
-for i in range(10**6):
-    store.add(vector(i), PROMPT, [{run}, i % 100, i // 100 % 100, i // 10000])
-    print(i, flush=True)
-"""
+def _add_for_ever(argv: list[str]) -> None:
+    """Prints the number of each answer once it is kept."""
+    folder, run = argv
+    store = open_store(Path(folder))
+    for i in range(10**6):
+        store.add(vector(i), PROMPT, [int(run), i % 100, i // 100 % 100, i // 10000])
+        print(i, flush=True)
 
 
 def test_a_kill_loses_at_most_the_request_in_flight(tmp_path: Path) -> None:
     before = 0
     for run in range(2):  # the second writer goes on where the first was killed
-        code = _WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "store"), run=run)
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            lines = [next(writer.stdout) for _ in range(150)]
-            os.kill(writer.pid, signal.SIGKILL)
-            lines += writer.stdout.readlines()
-        kept = before + max(int(line) for line in lines if line.endswith("\n")) + 1
+        printed, errors = tmp_path / f"printed-{run}", tmp_path / "errors"
+        writer = start(printed, errors, [tmp_path / "store", run], _add_for_ever)
+        while not (printed.exists() and printed.read_bytes().count(b"\n") >= 150):
+            assert writer.is_alive(), errors.read_text()
+            time.sleep(0.01)
+        writer.kill()
+        assert ended(writer) == -signal.SIGKILL
+        kept = before + max(int(line) for line in printed.read_text().splitlines(True) if line.endswith("\n")) + 1
         store = open_store(tmp_path / "store")
         assert kept <= len(store) <= kept + 1
         before = len(store)
@@ -401,8 +399,7 @@ def _add_some(folder: Path, first: int) -> None:
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_add_some, args=(tmp_path / "new", 100 * i)) for i in range(4)]
+    writers = [FORKED.Process(target=_add_some, args=(tmp_path / "new", 100 * i), daemon=True) for i in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -598,41 +595,42 @@ def test_a_full_disk_is_warned_of_once_and_the_store_goes_on_in_memory(
     assert 5 <= len(open_store(tmp_path)) < 50
 
 
+def _add_where_nothing_can_be_written(argv: list[str]) -> None:
+    """As another user, since root can write anywhere."""
+    folder = Path(argv[0])
+    vector(0)  # imports all of numpy, which another user may not be able to read
+    if os.getuid() == 0:
+        for parent in folder.parents:
+            if str(parent).startswith("/tmp/"):
+                parent.chmod(0o755)
+        for path in [folder, *folder.rglob("*")]:
+            os.chown(path, 0, 65534)
+            path.chmod(0o550 if path.is_dir() else 0o440)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    logging.basicConfig(format="%(message)s", force=True)
+    for name in ("store", "empty"):
+        store = open_store(folder / name)
+        before = len(store)
+        for i in range(10):
+            store.add(vector(i), PROMPT, [50, i])
+        print(before, len(store), len(answers_of(store)))
+
+
 def test_a_read_only_folder_is_read_and_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    filled(tmp_path / "store").close()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "store").chmod(0o500)
-    (tmp_path / "empty").chmod(0o500)
-    code = f"""
-import os, sys, logging
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_answers import PROMPT, answers_of, open_store, vector
-vector(0)  # imports all of numpy, which another user may not be able to read
-if os.getuid() == 0:
-    for parent in Path({str(tmp_path)!r}).parents:
-        if str(parent).startswith("/tmp/"):
-            parent.chmod(0o755)
-    for path in [Path({str(tmp_path)!r}), *Path({str(tmp_path)!r}).rglob("*")]:
-        os.chown(path, 0, 65534)
-        path.chmod(0o550 if path.is_dir() else 0o440)
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-logging.basicConfig(format="%(message)s")
-for name in ("store", "empty"):
-    store = open_store(Path({str(tmp_path)!r}) / name)
-    before = len(store)
-    for i in range(10):
-        store.add(vector(i), PROMPT, [50, i])
-    print(before, len(store), len(answers_of(store)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    for path in (tmp_path, tmp_path / "store", tmp_path / "empty"):
+    stores, printed, errors = tmp_path / "stores", tmp_path / "printed", tmp_path / "errors"
+    filled(stores / "store").close()
+    (stores / "empty").mkdir()
+    (stores / "store").chmod(0o500)
+    (stores / "empty").chmod(0o500)
+    exit_code = ended(start(printed, errors, [stores], _add_where_nothing_can_be_written))
+    for path in (stores, stores / "store", stores / "empty"):
         path.chmod(0o700)
-    assert done.stdout.split() == ["5", "15", "15", "0", "10", "10"], done.stderr
-    assert done.stderr.count("cannot be written") == 2
-    assert len(open_store(tmp_path / "empty")) == 0
+    assert exit_code == 0, errors.read_text()
+    assert printed.read_text().split() == ["5", "15", "15", "0", "10", "10"]
+    assert errors.read_text().count("cannot be written") == 2
+    assert len(open_store(stores / "empty")) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

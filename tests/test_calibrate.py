@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from metered import metered
+from processes import afresh, ended, start
 
 from knn_ssd import engine as engine_module
 from knn_ssd.atlas import Atlas
@@ -84,12 +83,15 @@ def of_one_process(strategy: str) -> Any:
 
 @pytest.fixture(scope="module", params=[of_one_process(name) for name in ("greedy", "bayes", "evolve")])
 def planted_atlas(
-    request: pytest.FixtureRequest, planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, planted: PlantedModel, made_once: Callable[[str, Callable[[Path], object]], Path]
 ) -> Atlas:
-    out = tmp_path_factory.mktemp("planted") / "atlas"
-    settings = CalibrationSettings(search=Strategy(request.param), trials=BUDGET, search_prompts=5, judging_prompts=6)
-    with simulated():
-        return calibrate(loaded(planted), prompts_of(planted, 16), out, settings)
+    def make(folder: Path) -> None:
+        sizes = {"trials": BUDGET, "search_prompts": 5, "judging_prompts": 6, "new_tokens": 16}
+        settings = CalibrationSettings(search=Strategy(request.param), **sizes)
+        with simulated():
+            calibrate(loaded(planted), prompts_of(planted, 16), folder / "atlas", settings)
+
+    return Atlas.load(made_once(f"planted-{request.param}", make) / "atlas")
 
 
 def best_skipping(evidence: Mapping[str, Any]) -> Plan:
@@ -166,7 +168,7 @@ def test_routed_plans_beat_the_best_single_plan_by_the_clock(planted: PlantedMod
 
 def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
     planted = planted_tiny_model(REDUNDANT, leftover=1e-3, seed=3)
-    settings = CalibrationSettings(trials=BUDGET, search_prompts=4, judging_prompts=0)
+    settings = CalibrationSettings(trials=BUDGET, search_prompts=4, judging_prompts=0, new_tokens=16)
     with simulated():
         atlas = calibrate(loaded(planted), prompts_of(planted, 5), tmp_path / "atlas", settings)
     found = {name: skipped(best_skipping(atlas.domains[name].evidence)) for name in REDUNDANT}
@@ -176,7 +178,7 @@ def test_nearly_redundant_sublayers_are_found_too(tmp_path: Path) -> None:
 
 def test_skipping_nothing_is_chosen_where_nothing_is_redundant(tmp_path: Path) -> None:
     needed = planted_tiny_model({"red": (), "green": ()}, seed=3)
-    settings = CalibrationSettings(trials=40, search_prompts=4, judging_prompts=6)
+    settings = CalibrationSettings(trials=40, search_prompts=4, judging_prompts=6, new_tokens=16)
     with simulated():
         atlas = calibrate(loaded(needed), prompts_of(needed, 10), tmp_path / "atlas", settings)
     without_skips = (general_plan(TransformersBackend(needed.model)), Plan.plain(8))
@@ -272,12 +274,7 @@ def command(model_folder: Path, tmp_path: Path) -> list[str]:
     lines = [{"prompt": f"{word} {i}", "domain": word} for word in ("apple", "QUIZ?") for i in range(4)]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
     options = f"--model {model_folder} --prompts {prompts} --out {tmp_path}/out/atlas --search-prompts 2 --new-tokens 8"
-    return [sys.executable, "-m", "knn_ssd", "calibrate", *options.split()]
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return ["calibrate", *options.split()]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -285,25 +282,24 @@ def test_a_killed_calibration_leaves_nothing_half_written_and_can_be_resumed(
     command: list[str], tmp_path: Path, how: signal.Signals
 ) -> None:
     journal = tmp_path / "out" / "atlas.calibration" / "trials.log"
-    process = start([*command, "--trials", "40"])
+    errors, output = tmp_path / "errors", tmp_path / "output"
+    process = start(tmp_path / "unfinished", errors, [*command, "--trials", "24"])
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 60):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), errors.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    os.kill(process.pid or 0, how)
+    exit_code = ended(process, 60)
     assert not (tmp_path / "out" / "atlas").exists()
     if how is signal.SIGINT:
-        assert process.returncode == 2, errors
-        assert "--resume" in errors
-        assert "Traceback" not in errors
-    resumed = start([*command, "--trials", "40", "--resume"])
-    output, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
-    assert output.strip() == str(tmp_path / "out" / "atlas")
+        assert exit_code == 2, errors.read_text()
+        assert "--resume" in errors.read_text()
+        assert "Traceback" not in errors.read_text()
+    assert ended(start(output, errors, [*command, "--trials", "24", "--resume"])) == 0, errors.read_text()
+    assert output.read_text().strip() == str(tmp_path / "out" / "atlas")
     atlas = Atlas.load(tmp_path / "out" / "atlas")
-    assert [domain.evidence["trials"] for domain in atlas.domains.values()] == [40, 40]
+    assert [domain.evidence["trials"] for domain in atlas.domains.values()] == [24, 24]
     assert os.listdir(tmp_path / "out") == ["atlas"]
 
 
@@ -323,9 +319,9 @@ def test_ctrl_c_waits_until_a_trial_is_written() -> None:
 
 
 def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: Path) -> None:
-    process = start([*command, "--trials", "30", "--workers", "2", "--storage", f"sqlite:///{tmp_path}/trials.db"])
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    more = ["--trials", "30", "--workers", "2", "--storage", f"sqlite:///{tmp_path}/trials.db"]
+    errors = tmp_path / "errors"
+    assert ended(start(tmp_path / "output", errors, [*command, *more], afresh), 240) == 0, errors.read_text()
     atlas = Atlas.load(tmp_path / "out" / "atlas")
     assert all(
         30 <= domain.evidence["trials"] <= 31 for domain in atlas.domains.values()
@@ -347,7 +343,7 @@ def test_workers_and_a_database_share_the_trials(command: list[str], tmp_path: P
 def test_a_bad_option_is_reported_in_one_sentence_with_exit_code_2(
     command: list[str], options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command[3:], *options]) == 2
+    assert main([*command, *options]) == 2
     errors = capsys.readouterr().err
     assert sentence in errors
     assert "Traceback" not in errors
@@ -665,7 +661,7 @@ def test_plans_decode_the_prompts_in_turn_for_real(planted: PlantedModel) -> Non
 
 
 def test_without_enough_held_out_prompts_a_domain_keeps_the_general_plan(planted: PlantedModel, tmp_path: Path) -> None:
-    settings = CalibrationSettings(trials=24, search_prompts=4, judging_prompts=6)
+    settings = CalibrationSettings(trials=24, search_prompts=4, judging_prompts=6, new_tokens=16)
     with simulated():
         atlas = calibrate(loaded(planted), prompts_of(planted, 4 + MIN_PROMPTS - 1), tmp_path / "atlas", settings)
     general = general_plan(TransformersBackend(planted.model))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
 import select
 import shutil
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import endless, endless_tokenizer
+from helpers import endless, endless_tokenizer, share_kernels
+from processes import afresh, slowly, start
 
 import knn_ssd
 from knn_ssd.atlas import ANCHORS, MANIFEST, Atlas, DomainEntry
@@ -900,12 +900,12 @@ def test_chat_options_reach_the_engine(chat: Run, atlas_dir: Path, monkeypatch: 
 
 
 class Terminal:
-    """A command on a terminal of its own."""
+    """A command on a terminal of its own; `run` is how it runs."""
 
-    def __init__(self, argv: list[str]) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.execv(sys.executable, [sys.executable, *argv])
+    def __init__(self, argv: list[str], run: Callable[[list[str]], int] = main) -> None:
+        self._fd, self._inner_fd = os.openpty()
+        inner = Path(os.ttyname(self._inner_fd))
+        self._process = start(inner, inner, argv, run)
         self.seen = ""
 
     def expect(self, words: str, seconds: float = 60) -> str:
@@ -913,39 +913,39 @@ class Terminal:
         end = time.monotonic() + seconds
         while words not in self.seen:
             assert time.monotonic() < end, f"'{words}' did not appear in: {self.seen}"
-            if select.select([self._fd], [], [], 0.1)[0]:
-                self.seen += os.read(self._fd, 4096).decode()
+            self._read(0.1)
         before, _, self.seen = self.seen.partition(words)
         return before
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def exit_code(self) -> int:
+    def exit_code(self) -> int | None:
         end = time.monotonic() + 30
-        while time.monotonic() < end:
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    self.seen += os.read(self._fd, 4096).decode()
-                except OSError:  # the other end is gone
-                    break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        while self._process.is_alive() and time.monotonic() < end:
+            self._read(0.05)
+        while self._read(0):
+            pass
+        return self._process.exitcode
 
     def close(self) -> None:
+        self._process.kill()
+        self._process.join()
         os.close(self._fd)
+        os.close(self._inner_fd)
+
+    def _read(self, timeout_sec: float) -> bool:
+        """Whether more was there to read."""
+        found = bool(select.select([self._fd], [], [], timeout_sec)[0])
+        if found:
+            self.seen += os.read(self._fd, 4096).decode()
+        return found
 
 
 @pytest.fixture
 def terminal(model_dir: Path) -> Iterator[Terminal]:
     """A chat whose answers take a minute."""
-    code = (
-        "import sys, time\nfrom knn_ssd.outputs import Stream\nfrom knn_ssd.cli import main\n"
-        "next_ = Stream.__next__\n"
-        "def slow(self):\n    time.sleep(0.3)\n    return next_(self)\n"
-        "Stream.__next__ = slow\n"
-        f"sys.exit(main(['chat', '--model', {str(model_dir)!r}, '--max-new-tokens', '200', '--no-history']))"
-    )
-    terminal = Terminal(["-c", code])
+    terminal = Terminal(["chat", "--model", str(model_dir), "--max-new-tokens", "200", "--no-history"], slowly)
     yield terminal
     terminal.close()
 
@@ -984,16 +984,17 @@ def quick_chat(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if "libedit" in (readline.__doc__ or ""):
         pytest.skip("libedit knows no bracketed paste")
     monkeypatch.setenv("KNN_SSD_CACHE", str(tmp_path / "cache"))
+    share_kernels(tmp_path / "cache")
     monkeypatch.setenv("TERM", "xterm")
     opened: list[Terminal] = []
 
-    def start(*argv: str) -> Terminal:
-        opened.append(Terminal(["-m", "knn_ssd", "chat", "--model", str(model_dir), "--max-new-tokens", "4", *argv]))
+    def begin(*argv: str, run: Callable[[list[str]], int] = main) -> Terminal:
+        opened.append(Terminal(["chat", "--model", str(model_dir), "--max-new-tokens", "4", *argv], run))
         opened[-1].expect("/help shows more")
         opened[-1].expect("> ")
         return opened[-1]
 
-    yield start
+    yield begin
     for terminal in opened:
         terminal.close()
 
@@ -1031,7 +1032,7 @@ def test_the_history_is_kept_between_sessions(quick_chat: Callable[..., Terminal
 
 
 def test_no_history_is_kept_where_none_is_wanted(quick_chat: Callable[..., Terminal], tmp_path: Path) -> None:
-    terminal = quick_chat("--no-history")
+    terminal = quick_chat("--no-history", run=afresh)
     terminal.type("hi\r")
     terminal.expect("> ")
     terminal.type("\x04")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,11 @@ DRIVER = Path(__file__).parent / "c" / "kernels_driver.c"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def driver(compiled_kernels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver, with a library of the kernels for this processor."""
-    if shutil.which("cc") is None:
-        pytest.skip("cc is not installed")
-    folder = tmp_path_factory.mktemp("kernels")
-    library = build.compile_library(["cc"], folder, [*build.NATIVE, "-O1", "-Werror"])
-    program = folder / "driver"
-    flags = (*build.FLAGS, "-Werror", f"-I{build.SOURCE_FOLDER}", f"-Wl,-rpath,{folder}", "-pthread")
+    library = compiled_kernels("cc", *build.NATIVE)
+    program = tmp_path_factory.mktemp("kernels") / "driver"
+    flags = (*build.FLAGS, "-O1", "-Werror", f"-I{build.SOURCE_FOLDER}", "-pthread")
     run("cc", *flags, str(DRIVER), str(library), "-o", str(program), "-lm")
     return program
 

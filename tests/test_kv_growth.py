@@ -88,7 +88,7 @@ def test_a_grown_cache_gives_the_bits_of_one_reserved_at_once(
     compare(backend, seed, ALL_LOW, chunk)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # with and without a sliding window
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10_000), chunk=st.integers(1, 40))
 def test_so_does_that_of_the_transformers_backend(family: str, seed: int, chunk: int) -> None:

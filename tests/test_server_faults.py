@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from processes import ended
 from server import serving
 from server_process import (
     CONTEXT,
@@ -282,11 +284,11 @@ def test_a_killed_server_starts_again_on_its_port_at_once(folder: Path, normal: 
         with first.connect() as client, first.connect():
             client.sendall(post(body(max_tokens=200, stream=True)))
             assert status_of(client.recv(100)) == 200
-            first.process.send_signal(signal.SIGKILL)
-            first.process.wait(10)
+            first.process.kill()
+            assert ended(first.process, 10) == -signal.SIGKILL
             assert not read_all(client).endswith(b"[DONE]\n\n")
         with server_process(copy, port=first.port) as second:
             assert second.port == first.port
             assert second.complete() == normal
-            second.process.send_signal(signal.SIGINT)
-            assert second.process.wait(20) == 0
+            os.kill(second.process.pid or 0, signal.SIGINT)
+            assert ended(second.process, 20) == 0

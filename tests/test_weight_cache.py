@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import share_kernels
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -414,6 +415,7 @@ print(engine.memory.low_bit)
 @needs_kernels
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_a_full_disk_is_one_warning_and_leaves_nothing(model: Path) -> None:
+    share_kernels(cache_directory())
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(model)], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10_000
     assert done.stderr.count("cannot be kept") == 1

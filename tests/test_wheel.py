@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from zipfile import ZipFile
@@ -25,11 +25,12 @@ pytestmark = pytest.mark.skipif(build.best_instruction_set() is None, reason="no
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    subprocess.run([*map(str, command), "--quiet"], cwd=ROOT, check=True)
-    return next(folder.glob("*.whl"))
+def wheel(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet"]
+        subprocess.run([*command, "--wheel-dir", str(folder)], cwd=ROOT, check=True)
+
+    return next(made_once("wheel", make).glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
