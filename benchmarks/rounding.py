@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int, default=12, help="prompts per domain that are measured")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--fitting", type=int, default=8, help="further prompts per domain, to fit to")
+    parser.add_argument("--fitting", type=int, default=8, help="further prompts per domain, to fit to; 0 fits none")
     parser.add_argument("--fitting-tokens", type=int, default=32, help="tokens of each continuation of those")
     parser.add_argument("--by-domain", action="store_true", help="copies fitted to one domain's text as well")
     parser.add_argument("--ranges", action="store_true", help="other settings of the first start's rounding as well")
@@ -182,7 +182,7 @@ def main() -> None:
     if args.upper_bits:
         show("upper bits", backend, held_out, lambda: reading_upper_bits(backend, False))
         show("upper bits, blocks fitted", backend, held_out, lambda: reading_upper_bits(backend, True))
-    chosen = {"all domains": list(fitting.values())}
+    chosen = {"all domains": list(fitting.values())} if args.fitting else {}
     if args.by_domain:
         chosen |= {domain: [own] for domain, own in fitting.items()}
     for name, domains in chosen.items():
