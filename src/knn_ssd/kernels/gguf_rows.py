@@ -101,6 +101,8 @@ class QuantisedEmbedding(nn.Embedding):
         quantisation: as in `GGUFRows`.
     """
 
+    embed_scale: torch.Tensor | None
+
     def __init__(self, embedding: nn.Embedding, quantisation: str) -> None:
         super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
         self.weight = _no_rows(self.num_embeddings, self.embedding_dim, quantisation)
