@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    get_tensor_name_map,
+    quantize,
+)
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -64,13 +72,13 @@ def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return tensors
 
 
-def tiny_writer(path: Path, architecture: str) -> GGUFWriter:
-    """A writer with the sizes of `tiny_model`."""
+def tiny_writer(path: Path, architecture: str, num_layers: int = 2) -> GGUFWriter:
+    """A writer with the sizes of `tiny_model`, or another number of layers."""
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
-    writer.add_block_count(2)
+    writer.add_block_count(num_layers)
     writer.add_feed_forward_length(64)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -118,6 +126,57 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_family(
+    path: Path,
+    family: str,
+    architecture: str,
+    chosen: Callable[[str], str] = lambda _: "F32",
+    *,
+    splitting: str | None = None,
+    more: Callable[[GGUFWriter], None] = lambda _: None,
+    **sizes: Any,
+) -> PreTrainedModel:
+    """Writes a file of a family whose tensors have gguf's own names for its weights, and returns the model that has the
+    file's values.
+
+    Args:
+        path: the file.
+        family: transformers' name of it.
+        architecture: llama.cpp's name of it.
+        chosen: the type of each matrix, by its name in the model.
+        splitting: the name of the pre-tokenizer; None writes no vocabulary.
+        more: adds metadata or tensors.
+        sizes: further sizes of the model.
+    """
+    options = {"num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 260, **sizes}
+    model = testing.tiny_model(family, **options)
+    count = options["num_hidden_layers"]
+    writer = tiny_writer(path, architecture, count)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_vocab_size(options["vocab_size"])
+    writer.add_key_length(getattr(model.config, "head_dim", None) or 8)
+    if splitting is not None:
+        add_vocabulary(writer, splitting)
+    more(writer)
+    names = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), count)
+    for name, weight in model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        theirs = f"{names.get_name(stem)}.{suffix}"
+        if weight.dim() < 2:
+            torch.nn.init.normal_(weight, 0.0 if suffix == "bias" else 1.0, 0.1)
+        if weight.dim() < 2 or chosen(name) == "F32":
+            writer.add_tensor(theirs, weight.numpy())
+            continue
+        rows = random_rows(chosen(name), *weight.shape)
+        weight.copy_(rows.dequantised())
+        writer.add_tensor(theirs, rows.data.numpy(), raw_dtype=GGMLQuantizationType[chosen(name)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
 
 
 def add_vocabulary(writer: GGUFWriter, splitting: str) -> None:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from gguf import GGUFReader
-from gguf_files import write_gguf
+from gguf_files import write_family, write_gguf
 
 from knn_ssd import Engine
 from knn_ssd.backends.native.obstacles import native_obstacle
@@ -113,6 +113,15 @@ def test_weights_as_they_are_and_unpacked_are_compared(run: Run, tiny: tuple[str
     assert all("2 of 2" in row for row in found)
 
 
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_values_of_a_file_are_checked(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_family(file, "llama", "llama", lambda name: "Q5_0" if "q_proj" in name else "Q8_0", splitting="smollm")
+    shown = run("formats.py", "--model", str(file), "--prompts", tiny[1], "--check", "--max-new-tokens", "8")
+    assert "Q5_0: 2 of 2 matrices" in shown
+    assert "Q8_0: 14 of 14 matrices" in shown
+
+
 def test_a_gguf_file_is_written_anew_in_another_type(run: Run, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     run("requantised.py", str(tmp_path / "new.gguf"), "--source", str(file), "--type", "Q8_0")
@@ -122,6 +131,18 @@ def test_a_gguf_file_is_written_anew_in_another_type(run: Run, tmp_path: Path) -
     }
     assert {tensor.tensor_type.name for tensor in after.tensors} == {"F32", "Q8_0"}
     assert [tensor.name for tensor in after.tensors] == [tensor.name for tensor in before.tensors]
+
+
+def test_another_order_of_dimensions_is_the_same_model(run: Run, tmp_path: Path) -> None:
+    file = write_family(tmp_path / "tiny.gguf", "qwen2", "qwen2", lambda _: "Q8_0", splitting="smollm", head_dim=None)
+    options = ["--source", str(tmp_path / "tiny.gguf"), "--type", "F16"]
+    run("requantised.py", str(tmp_path / "same.gguf"), *options)
+    run("requantised.py", str(tmp_path / "other.gguf"), *options, "--shuffled")
+    same, other = (load_model(tmp_path / f"{name}.gguf", dtype="float32").model for name in ("same", "other"))
+    ids = torch.arange(3, 83)[None]
+    torch.testing.assert_close(other(ids).logits, same(ids).logits, rtol=1e-2, atol=1e-2)
+    changed = {name for name, weight in same.state_dict().items() if not torch.equal(weight, other.state_dict()[name])}
+    assert {name for name, weight in file.state_dict().items() if weight.dim() > 1} <= changed
 
 
 def test_agreement_is_printed_by_share_of_skipped_sublayers(run: Run, tiny: tuple[str, str]) -> None:
@@ -144,6 +165,17 @@ def test_agreement_is_printed_by_rounding(run: Run, tiny: tuple[str, str], tmp_p
     assert [row[0] for row in found][-3:] == ["fitted to all domains", "fitted to letters", "fitted to signs"]
     assert len(found) == 1 + 5 + 3
     assert all(0 <= float(row[2]) <= 1 and float(row[3]) >= 0 for row in found)
+
+
+@pytest.mark.skipif(binding.kernels_obstacle() is not None, reason="no kernels here")
+def test_agreement_of_the_upper_bits_of_a_file_is_printed(run: Run, tiny: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_family(file, "llama", "llama", lambda _: "Q8_0", splitting="smollm", head_dim=32)
+    options = ["--prompts", tiny[1], "--limit", "2", "--max-new-tokens", "8", "--fitting", "2", "--upper-bits"]
+    _, *found = rows(run("rounding.py", "--model", str(file), *options))
+    own = {name: float(divergence) for name, _, _, divergence, *_ in found}
+    assert list(own) == ["first start", "upper bits", "upper bits, blocks fitted", "fitted to all domains"]
+    assert all(0 < divergence < 3 for divergence in own.values())
 
 
 def test_foreign_prompts_and_an_atlas_that_does_not_fit_are_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf_files import add_vocabulary, tiny_model, tiny_writer, write_gguf
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf_files import tiny_model, write_family, write_gguf
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
-from knn_ssd import testing
 from knn_ssd.errors import ModelError, UnsupportedModelError
 from knn_ssd.loading.resolve import load_model
 
@@ -137,72 +137,57 @@ def test_scaling_metadata_that_scales_nothing_is_accepted(tmp_path: Path) -> Non
     says_the_same(write_gguf(tmp_path / "t.gguf", more=metadata(rope__scaling__type="none")), tiny_model())
 
 
+def test_position_scaling_of_gemma_3_is_that_of_layers_without_a_window(tmp_path: Path) -> None:
+    def more(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    write_family(tmp_path / "plain.gguf", "gemma3_text", "gemma3", num_hidden_layers=6, layer_types=None)
+    write_family(tmp_path / "t.gguf", "gemma3_text", "gemma3", more=more, num_hidden_layers=6, layer_types=None)
+    plain = load_model(tmp_path / "plain.gguf", dtype="float32").model
+    config = copy.deepcopy(plain.config)
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    expected = type(plain)(config).eval()
+    expected.load_state_dict(plain.state_dict())
+    says_the_same(tmp_path / "t.gguf", expected)
+    assert (expected(IDS).logits - plain(IDS).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_queries_of_the_gemmas_of_27b_are_scaled_as_there(tmp_path: Path, family: str, layers: int) -> None:
+    """As llama.cpp does, which knows these by the number of their layers; the file does not say it."""
+    for count, scalar in ((layers, 8), (layers - 1, 256)):
+        sizes = {"num_hidden_layers": count, "layer_types": None}
+        write_family(tmp_path / f"{count}.gguf", family, family.removesuffix("_text"), **sizes)
+        assert load_model(tmp_path / f"{count}.gguf").model.config.query_pre_attn_scalar == scalar
+
+
 # Other architectures
-
-
-def write_other(path: Path, family: str, architecture: str, **sizes: Any) -> PreTrainedModel:
-    """A file of a family whose tensors have gguf's own names for its weights, and the model in it."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    model = testing.tiny_model(family, num_hidden_layers=2, intermediate_size=64, vocab_size=260, **sizes)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
-    writer = tiny_writer(path, architecture)
-    writer.add_key_length(model.config.head_dim if hasattr(model.config, "head_dim") else 8)
-    add_vocabulary(writer, "smollm")
-    names = get_tensor_name_map(next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), 2)
-    for name, weight in model.named_parameters():
-        stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 @pytest.mark.parametrize(("family", "sizes"), [("qwen2", {"head_dim": None}), ("qwen3", {"head_dim": 8})])
 @pytest.mark.parametrize("tied", [True, False])
 def test_qwen_with_its_biases_and_norms(tmp_path: Path, family: str, sizes: dict[str, Any], tied: bool) -> None:
-    expected = write_other(tmp_path / "t.gguf", family, family, tie_word_embeddings=tied, **sizes)
+    expected = write_family(tmp_path / "t.gguf", family, family, splitting="smollm", tie_word_embeddings=tied, **sizes)
     says_the_same(tmp_path / "t.gguf", expected)
 
 
 def test_what_transformers_would_leave_out_of_an_architecture_of_its_own_is_refused(tmp_path: Path) -> None:
-    """Phi-3 goes by transformers' reader."""
-
-    def more(writer: GGUFWriter) -> None:
-        writer.add_tensor("blk.0.attn_qkv.bias", np.ones(64, dtype=np.float32))
-
-    file = tmp_path / "t.gguf"
-    write_phi3(file, lambda _: None)
-    assert load_model(file).model.config.model_type == "phi3"
-    write_phi3(file, more)
-    refused(file, "64 of")
+    """Falcon goes by transformers' reader."""
+    write_family(tmp_path / "t.gguf", "falcon", "falcon")
+    assert load_model(tmp_path / "t.gguf").model.config.model_type == "falcon"
+    write_family(tmp_path / "t.gguf", "falcon", "falcon", more=with_tensor("blk.0.attn_qkv.bias", np.ones(48)))
+    refused(tmp_path / "t.gguf", "48 of")
 
 
-def write_phi3(path: Path, more: Callable[[GGUFWriter], None]) -> None:
-    model = testing.tiny_model("phi3", num_hidden_layers=2, intermediate_size=64, vocab_size=32064, head_dim=None)
-    writer = tiny_writer(path, "phi3")
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(32064)  # transformers' default for the padding token is 32000
-    names = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    more(writer)
-    for name, weight in model.named_parameters():
-        if name.startswith("model.layers."):
-            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-            theirs = f"blk.{layer}.{names[part]}.weight"
-        else:
-            theirs = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(
-                name, "output.weight"
-            )
-        writer.add_tensor(theirs, weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_a_tensor_without_a_place_in_another_family_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32064, "head_dim": None}  # transformers' default for the padding token is 32000
+    write_family(tmp_path / "t.gguf", "phi3", "phi3", **sizes)
+    assert load_model(tmp_path / "t.gguf").model.config.model_type == "phi3"
+    more = with_tensor("blk.0.attn_qkv.bias", np.ones(64))
+    write_family(tmp_path / "t.gguf", "phi3", "phi3", more=more, **sizes)
+    refused(tmp_path / "t.gguf", "blk.0.attn_qkv.bias")
 
 
 # Split files

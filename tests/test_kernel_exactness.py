@@ -29,6 +29,7 @@ from knn_ssd.kernels.binding import (
     INT4,
     Q4_0_BLOCKS,
     Q4_K_BLOCKS,
+    Q5_0_BLOCKS,
     Q6_K_BLOCKS,
     Q8_0_BLOCKS,
     Attention,
@@ -98,7 +99,9 @@ class Sizes:
         )
 
 
-QUANTISED = {"Q8_0": Q8_0_BLOCKS, "Q6_K": Q6_K_BLOCKS, "Q4_K": Q4_K_BLOCKS, "Q4_0": Q4_0_BLOCKS}
+QUANTISED = {
+    **{"Q8_0": Q8_0_BLOCKS, "Q6_K": Q6_K_BLOCKS, "Q5_0": Q5_0_BLOCKS, "Q4_K": Q4_K_BLOCKS, "Q4_0": Q4_0_BLOCKS},
+}
 NAMES = {
     **{BFLOAT16: "tiles", INT4: "int4", FLOAT32_BLOCKS: "float32", FLOAT16_BLOCKS: "float16"},
     **{BFLOAT16_BLOCKS: "bfloat16", BFLOAT16_PACKED: "packed"},
@@ -129,6 +132,7 @@ CASES = (
     Sizes(64, 9, 3, FLOAT16_BLOCKS, FLOAT16_BLOCKS, hidden=608, bias=True),
     Sizes(32, 6, 2, Q8_0_BLOCKS, Q4_0_BLOCKS, inner=608, window=9),
     Sizes(64, 4, 4, Q6_K_BLOCKS, Q4_K_BLOCKS, hidden=512, inner=768, vocab=33),
+    Sizes(64, 4, 2, Q5_0_BLOCKS, Q5_0_BLOCKS, hidden=160, vocab=33),
     Sizes(64, 4, 1, Q4_K_BLOCKS, INT4, hidden=256, inner=160, bias=True),
 )
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf_files import add_vocabulary, permuted, random_rows, write_gguf
+from gguf_files import add_vocabulary, permuted, random_rows, write_family, write_gguf
 from helpers import share_kernels
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from knn_ssd import Engine, testing
 from knn_ssd.backends.native.backend import NativeBackend
@@ -27,7 +28,7 @@ from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend
 from knn_ssd.bench.methods import make_methods
 from knn_ssd.errors import BenchError, ModelError, UsageError
-from knn_ssd.kernels import binding
+from knn_ssd.kernels import binding, gguf_rows
 from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedEmbedding, QuantisedLinear
 from knn_ssd.loading.fingerprint import fingerprint, fingerprint_of_checkpoint
 from knn_ssd.loading.resolve import load_model
@@ -167,7 +168,7 @@ def a_mixture(name: str) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q4_K", "Q4_0", "mixture"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0", "mixture"])
 def test_a_quantised_file_gives_the_bits_of_its_unpacked_values(tmp_path: Path, kind: str, tied: bool) -> None:
     file = tmp_path / "t.gguf"
     expected = write_blocks(file, a_mixture if kind == "mixture" else lambda _: kind, tied)
@@ -182,6 +183,59 @@ def test_a_quantised_file_gives_the_bits_of_its_unpacked_values(tmp_path: Path, 
     torch.testing.assert_close(loaded.model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+OTHERS = {  # by transformers' name: llama.cpp's, and sizes
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3", {"layer_types": None}),
+    "phi3": ("phi3", {"head_dim": None, "vocab_size": 32064}),
+    "stablelm": ("stablelm", {"qk_layernorm": False}),
+    "starcoder2": ("starcoder2", {"head_dim": None, "vocab_size": 49152}),  # transformers' default
+    "nemotron": ("nemotron", {"head_dim": None}),
+}
+
+
+def another_mixture(name: str) -> str:
+    """As in files of Q4_K_M whose matrices have no multiple of 256 columns."""
+    return "Q8_0" if "embed" in name or "lm_head" in name or "v_proj" in name else "Q5_0"
+
+
+def read_by_transformers(file: Path) -> PreTrainedModel:
+    """The model in a file, its weights unpacked to float32 by transformers."""
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_quantised_file_of_another_family_gives_the_bits_of_its_unpacked_values(tmp_path: Path, family: str) -> None:
+    file, (architecture, sizes) = tmp_path / "t.gguf", OTHERS[family]
+    write_family(file, family, architecture, another_mixture, **sizes)
+    expected = read_by_transformers(file)
+    for _ in range(2):  # at the first run and at the second, which finds the converted model
+        loaded = load_model(file).model
+        backend = select_backend(loaded)
+        assert type(backend) is KernelBackend
+        assert torch.equal(logits(loaded), logits(expected))
+    ids = torch.tensor([IDS])
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    quantised = [module for module in loaded.modules() if isinstance(module, QuantisedLinear | QuantisedEmbedding)]
+    assert len(quantised) == len([each for each in expected.modules() if isinstance(each, nn.Linear | nn.Embedding)])
+    assert backend.weight_bytes < 1.3 * file.stat().st_size  # an embedding that is the head as well is there once
+    engine = Engine(loaded, answers=False, backend=backend)
+    plain = engine.generate(IDS, max_new_tokens=30, plain=True)
+    assert engine.generate(IDS, max_new_tokens=30).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_dtype_unpacks_the_blocks_of_another_family_as_transformers_does(tmp_path: Path, family: str) -> None:
+    file, (architecture, sizes) = tmp_path / "t.gguf", OTHERS[family]
+    write_family(file, family, architecture, another_mixture, **sizes)
+    own, expected = load_model(file, dtype="bfloat16").model.state_dict(), read_by_transformers(file).state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], weight.bfloat16()) for name, weight in expected.items())
+
+
 def test_the_transformers_backend_runs_the_blocks_as_well(tmp_path: Path) -> None:
     expected = write_blocks(tmp_path / "t.gguf", lambda _: "Q8_0")
     found = [KernelBackend(model) for model in (load_model(tmp_path / "t.gguf").model, expected)]
@@ -192,7 +246,8 @@ def test_the_transformers_backend_runs_the_blocks_as_well(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"), [("Q8_0", 34 / 32), ("Q6_K", 28 / 32), ("Q4_K", 22 / 32), ("Q4_0", 18 / 32)]
+    ("kind", "share"),
+    [("Q8_0", 34 / 32), ("Q6_K", 28 / 32), ("Q5_0", 22 / 32), ("Q4_K", 22 / 32), ("Q4_0", 18 / 32)],
 )
 def test_memory_and_drafts_of_a_quantised_file(
     tmp_path: Path, kind: str, share: float, caplog: pytest.LogCaptureFixture
@@ -204,7 +259,7 @@ def test_memory_and_drafts_of_a_quantised_file(
     assert engine.backend.weight_bytes == pytest.approx(share * weights, rel=0.1)
     assert (Mode.LOW in engine.backend.modes) == (kind in ("Q8_0", "Q6_K"))
     said = [record.getMessage() for record in caplog.records if "drafts without 4-bit weights" in record.getMessage()]
-    assert len(said) == (kind in ("Q4_K", "Q4_0"))
+    assert len(said) == (kind in ("Q5_0", "Q4_K", "Q4_0"))
     result = engine.generate(IDS, max_new_tokens=30)
     assert result.token_ids == Engine(expected, answers=False).generate(IDS, max_new_tokens=30, plain=True).token_ids
     assert engine.generate(IDS, max_new_tokens=30, plain=True).token_ids == result.token_ids
@@ -233,14 +288,14 @@ def test_a_dtype_unpacks_the_blocks(tmp_path: Path) -> None:
 def test_a_type_that_the_kernels_do_not_know_is_unpacked_and_its_cost_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = write_gguf(tmp_path / "t.gguf", kind=GGMLQuantizationType.Q5_0)
+    file = write_gguf(tmp_path / "t.gguf", kind=GGMLQuantizationType.Q5_1)
     model = load_model(file).model
     assert not any(isinstance(module, QuantisedLinear | QuantisedEmbedding) for module in model.modules())
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any("Q5_0" in each and "KiB become" in each and "rounds" in each for each in said)
+    assert any("Q5_1" in each and "KiB become" in each and "rounds" in each for each in said)
     caplog.clear()
     load_model(file)  # once for a file
-    assert not [record for record in caplog.records if "Q5_0" in record.getMessage()]
+    assert not [record for record in caplog.records if "Q5_1" in record.getMessage()]
 
 
 def test_the_fingerprint_is_that_of_the_files_and_of_the_unpacked_weights(tmp_path: Path) -> None:
@@ -278,3 +333,22 @@ def test_rows_of_an_embedding_are_unpacked_alone() -> None:
     assert torch.equal(quantised(ids), rows.dequantised()[ids])
     assert rows.shape == (40, 64)
     assert np.array_equal(GGUFRows(rows.data[3:4], "Q8_0", 64).dequantised().numpy(), rows.dequantised()[3:4].numpy())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_matrix_is_unpacked_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    own = GGUFRows.dequantised
+
+    def dequantised(rows: GGUFRows) -> torch.Tensor:
+        unpacked.append(rows.shape[0])
+        return own(rows)
+
+    monkeypatch.setattr(GGUFRows, "dequantised", dequantised)
+    monkeypatch.setattr(gguf_rows, "_MOST_VALUES", 64 * 17)
+    linear, rows = nn.Linear(64, 40, bias=bias).requires_grad_(False), random_rows("Q8_0", 40, 64)
+    quantised, inputs = QuantisedLinear(linear, "Q8_0"), torch.randn(2, 3, 64)
+    quantised.weight = nn.Parameter(rows.data, requires_grad=False)
+    expected = nn.functional.linear(inputs, own(rows), linear.bias)
+    torch.testing.assert_close(quantised(inputs), expected)
+    assert unpacked == [17, 17, 6]

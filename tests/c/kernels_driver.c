@@ -158,8 +158,9 @@ static int64_t unit_weights(void) { return 8 * block_rows(); }
 
 /* Bytes of 32 columns of a row in blocks. */
 static int64_t bytes_of_32(int64_t kind) {
-    const int64_t bytes[] = {[FLOAT32_BLOCKS] = 128, [FLOAT16_BLOCKS] = 64, [BFLOAT16_BLOCKS] = 64, [BFLOAT16_PACKED] = 48,
-                             [Q8_0_BLOCKS] = 34,     [Q6_K_BLOCKS] = 28,    [Q4_K_BLOCKS] = 22,     [Q4_0_BLOCKS] = 18};
+    const int64_t bytes[] = {[FLOAT32_BLOCKS] = 128, [FLOAT16_BLOCKS] = 64, [BFLOAT16_BLOCKS] = 64,
+                             [BFLOAT16_PACKED] = 48, [Q8_0_BLOCKS] = 34,    [Q6_K_BLOCKS] = 28,
+                             [Q5_0_BLOCKS] = 22,     [Q4_K_BLOCKS] = 22,    [Q4_0_BLOCKS] = 18};
     return bytes[kind];
 }
 
@@ -487,13 +488,14 @@ static void check_rows(const Matrix *source, const Matrix *stored) {
 }
 
 static const int64_t GGUF_KINDS[][2] = {
-    {FLOAT16, FLOAT16_BLOCKS}, {Q8_0, Q8_0_BLOCKS}, {Q6_K, Q6_K_BLOCKS}, {Q4_K, Q4_K_BLOCKS}, {Q4_0, Q4_0_BLOCKS}};
+    {FLOAT16, FLOAT16_BLOCKS}, {Q8_0, Q8_0_BLOCKS}, {Q6_K, Q6_K_BLOCKS},
+    {Q5_0, Q5_0_BLOCKS},       {Q4_K, Q4_K_BLOCKS}, {Q4_0, Q4_0_BLOCKS}};
 enum { N_GGUF_KINDS = sizeof GGUF_KINDS / sizeof *GGUF_KINDS };
 
 /* A float16 matrix, or rows of a GGUF file's blocks: random bits, with scales below 2. */
 static Matrix gguf_matrix(int64_t rows, int64_t cols, int64_t kind) {
-    const int64_t bytes = kind == Q8_0 ? 34 : kind == Q4_0 ? 18 : kind == Q6_K ? 210 : kind == Q4_K ? 144 : 2;
-    const int64_t width = kind == Q8_0 || kind == Q4_0 ? 32 : kind == FLOAT16 ? 1 : 256, count = rows * cols / width;
+    const int64_t bytes = (int64_t[]){[FLOAT16] = 2, [Q8_0] = 34, [Q6_K] = 210, [Q5_0] = 22, [Q4_K] = 144, [Q4_0] = 18}[kind];
+    const int64_t width = kind == FLOAT16 ? 1 : kind == Q6_K || kind == Q4_K ? 256 : 32, count = rows * cols / width;
     uint8_t *data = take(count * bytes, 2);
     for (int64_t i = 0; i < count * bytes; i++) data[i] = (uint8_t)random_below(256);
     for (int64_t i = 0; i < count; i++) {

@@ -24,9 +24,9 @@ from knn_ssd.errors import KnnSsdError, UsageError
 from knn_ssd.kernels.build import KernelsUnavailable, library_path
 from knn_ssd.kernels.threads import thread_count
 
-FLOAT32, FLOAT16, BFLOAT16, Q8_0, Q6_K, Q4_K, Q4_0, INT4 = range(8)
-FLOAT32_BLOCKS, FLOAT16_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED = range(8, 12)
-Q8_0_BLOCKS, Q6_K_BLOCKS, Q4_K_BLOCKS, Q4_0_BLOCKS = range(12, 16)
+FLOAT32, FLOAT16, BFLOAT16, Q8_0, Q6_K, Q5_0, Q4_K, Q4_0, INT4 = range(9)
+FLOAT32_BLOCKS, FLOAT16_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED = range(9, 13)
+Q8_0_BLOCKS, Q6_K_BLOCKS, Q5_0_BLOCKS, Q4_K_BLOCKS, Q4_0_BLOCKS = range(13, 18)
 _INVALID_SIZES = 2  # a status
 GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
 

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from knn_ssd.kernels.binding import BFLOAT16, FLOAT16, Q4_0, Q4_K, Q6_K, Q8_0
+from knn_ssd.kernels.binding import BFLOAT16, FLOAT16, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0
 
-KIND_OF = {"Q8_0": Q8_0, "Q6_K": Q6_K, "Q4_K": Q4_K, "Q4_0": Q4_0, "F16": FLOAT16, "BF16": BFLOAT16}
+KIND_OF = {
+    **{"Q8_0": Q8_0, "Q6_K": Q6_K, "Q5_0": Q5_0, "Q4_K": Q4_K, "Q4_0": Q4_0},
+    **{"F16": FLOAT16, "BF16": BFLOAT16},
+}
 """The kinds of matrices by ggml's names of their types."""
 # Columns and bytes of a block.
-_BLOCKS = {"Q8_0": (32, 34), "Q6_K": (256, 210), "Q4_K": (256, 144), "Q4_0": (32, 18), "F16": (1, 2), "BF16": (1, 2)}
+_BLOCKS = {
+    **{"Q8_0": (32, 34), "Q6_K": (256, 210), "Q5_0": (32, 22), "Q4_K": (256, 144), "Q4_0": (32, 18)},
+    **{"F16": (1, 2), "BF16": (1, 2)},
+}
+
+_MOST_VALUES = 2**22  # that are de-quantised at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +85,29 @@ class QuantisedLinear(nn.Linear):
         return GGUFRows(self.weight.detach(), self.quantisation, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.rows.dequantised().to(input.dtype)
-        return nn.functional.linear(input, weight, self.bias)
+        """Computes with some rows after the others, whose values are then never in memory as a whole."""
+        rows = torch.split(self.weight.detach(), max(1, _MOST_VALUES // self.in_features))
+        weights = (GGUFRows.of(each, self.quantisation).dequantised().to(input.dtype) for each in rows)
+        parts = [nn.functional.linear(input, weight) for weight in weights]
+        outputs = torch.cat(parts, dim=-1)
+        return outputs if self.bias is None else outputs + self.bias.to(input.dtype)
 
 
 class QuantisedEmbedding(nn.Embedding):
     """An embedding whose table is quantised; its rows are de-quantised as they are read.
 
     Args:
-        embedding: the layer in whose place it stands.
+        embedding: the layer in whose place it stands; what that one multiplies its rows by (Gemma) is taken over.
         quantisation: as in `GGUFRows`.
     """
+
+    embed_scale: torch.Tensor | None
 
     def __init__(self, embedding: nn.Embedding, quantisation: str) -> None:
         super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
         self.weight = _no_rows(self.num_embeddings, self.embedding_dim, quantisation)
         self.quantisation = quantisation
+        self.register_buffer("embed_scale", getattr(embedding, "embed_scale", None), persistent=False)
 
     @property
     def rows(self) -> GGUFRows:
@@ -102,7 +117,12 @@ class QuantisedEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # by numpy: torch would use threads, which then spin for a while on the cores that the kernels' threads need
         rows = torch.from_numpy(self.weight.detach().numpy()[input.flatten().numpy()])
-        return GGUFRows(rows, self.quantisation, self.embedding_dim).dequantised().view(*input.shape, -1)
+        return self.outputs(GGUFRows(rows, self.quantisation, self.embedding_dim).dequantised(), input)
+
+    def outputs(self, rows: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """What is computed from the rows (n, D) of all tokens of the input (…)."""
+        outputs = rows.view(*input.shape, -1)
+        return outputs if self.embed_scale is None else outputs * self.embed_scale
 
 
 _LAYERS = (QuantisedLinear, QuantisedEmbedding)

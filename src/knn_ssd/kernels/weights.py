@@ -29,6 +29,8 @@ from knn_ssd.kernels.binding import (
     Q4_0_BLOCKS,
     Q4_K,
     Q4_K_BLOCKS,
+    Q5_0,
+    Q5_0_BLOCKS,
     Q6_K,
     Q6_K_BLOCKS,
     Q8_0,
@@ -48,11 +50,13 @@ _BLOCKS_OF = {
     BFLOAT16: (BFLOAT16_PACKED, BFLOAT16_BLOCKS),
     Q8_0: (Q8_0_BLOCKS,),
     Q6_K: (Q6_K_BLOCKS,),
+    Q5_0: (Q5_0_BLOCKS,),
     Q4_K: (Q4_K_BLOCKS,),
     Q4_0: (Q4_0_BLOCKS,),
 }
 _DTYPES = {FLOAT32_BLOCKS: torch.float32, FLOAT16_BLOCKS: torch.float16, BFLOAT16_BLOCKS: torch.bfloat16}
-_UNIT_BYTES = {Q8_0_BLOCKS: 34, Q6_K_BLOCKS: 28, Q4_K_BLOCKS: 22, Q4_0_BLOCKS: 18}  # of 32 columns of a row
+# Of 32 columns of a row.
+_UNIT_BYTES = {Q8_0_BLOCKS: 34, Q6_K_BLOCKS: 28, Q5_0_BLOCKS: 22, Q4_K_BLOCKS: 22, Q4_0_BLOCKS: 18}
 _ESCAPE_BYTES = 8
 _MAX_ESCAPES = 1 / 128  # of the weights; with more, a matrix stays in 16 bits
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Increased whenever conversion gives another result than before, so that old results are not used again.
-_CONVERSION_VERSION = 2
+_CONVERSION_VERSION = 3
 _BLOCKS = "-blocks"  # the end of a directory's name; it has nothing but this file if the blocks cannot stay:
 _UNPACKED = "unpacked.txt"
 

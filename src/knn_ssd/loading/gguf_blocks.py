@@ -2,7 +2,7 @@
 
 Its directory has a `gguf_blocks.json`, which names the type of each matrix that is stored as the bytes of its rows; all
 other weights are float32. transformers would not know such weights, so the model is built here without weights, and
-those of the file are put into it, memory-mapped.
+those of the file are put into it, memory-mapped. Buffers, such as rotary frequencies, are those of the model's code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -49,14 +50,12 @@ def load_blocks(directory: Path, config: PreTrainedConfig, remedy: str) -> PreTr
     Raises:
         ModelError: the files are not those that a conversion writes.
     """
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with raised_as(ModelError, f"the weights in '{directory}' cannot be loaded", remedy):
         for name, quantisation in block_types(directory).items():
             _replace(model, name.removesuffix(".weight"), quantisation)
         _put_in(model, load_file(directory / _WEIGHTS_FILE))
-    rotary = type(model.base_model.rotary_emb)
-    model.base_model.rotary_emb = rotary(config)  # its frequencies are no weights
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
@@ -74,12 +73,13 @@ def _replace(model: PreTrainedModel, name: str, quantisation: str) -> None:
 def _put_in(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
     """Puts all weights into a model; a head without one has that of the embedding."""
     embedding: Any = model.get_input_embeddings()
-    is_tied = "lm_head.weight" not in tensors
+    names = {module: name for name, module in model.named_modules()}
+    head = names[model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    is_tied = f"{head}.weight" not in tensors
     if is_tied and isinstance(embedding, QuantisedEmbedding):
-        _replace(model, "lm_head", embedding.quantisation)
+        _replace(model, head, embedding.quantisation)
     if is_tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors[f"{head}.weight"] = tensors[f"{names[embedding]}.weight"]
     model.load_state_dict(tensors, assign=True)
     if is_tied:
-        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head.weight = embedding.weight
+        model.get_submodule(head).weight = embedding.weight

@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.loading.gguf_file import GGUFFacts
-from knn_ssd.loading.gguf_weights import DIRECT_ARCHITECTURES, USE_SAFETENSORS
+from knn_ssd.loading.gguf_weights import USE_SAFETENSORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LLAMA_LIKE = ("llama", "qwen2", "qwen3")
 # Metadata by which llama.cpp computes otherwise, and which transformers' families do not have.
 _FOREIGN = ("attention.scale", "logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping")
 _HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+# The models whose scale is not that of a head's size; llama.cpp knows them by these numbers of layers as well.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _KNOWN_SCALING = {"rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
 def refuse_foreign(gguf: Path, facts: GGUFFacts) -> None:
-    """Refuses metadata that changes the output of a directly converted architecture and has no place in its config."""
-    if facts.architecture not in DIRECT_ARCHITECTURES:
+    """Refuses metadata that changes the output of a Llama-like architecture and has no place in its config."""
+    if facts.architecture not in _LLAMA_LIKE:
         return
     for name in _FOREIGN:
         if name in facts.numbers:
@@ -37,21 +40,25 @@ def refuse_foreign(gguf: Path, facts: GGUFFacts) -> None:
 
 
 def complete_config(gguf: Path, config: Any, facts: GGUFFacts) -> None:
-    """Adds the head size and the position scaling to a config."""
-    if facts.architecture in DIRECT_ARCHITECTURES:
+    """Adds the head size, the scale of queries and the position scaling to a config."""
+    if facts.architecture in _LLAMA_LIKE:
         if "attention.key_length" in facts.numbers:
             config.head_dim = int(facts.numbers["attention.key_length"])
         if "attention.head_count_kv" not in facts.numbers:
             config.num_key_value_heads = config.num_attention_heads
         if config.model_type == "mistral":  # llama.cpp's llama has no window, and transformers' default is 4096
             config.sliding_window = None
+    if _GEMMA_27B_LAYERS.get(facts.architecture) == config.num_hidden_layers:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     wanted = _rope(gguf, config, facts)
     own = getattr(config, "rope_parameters", None) or {}
-    if not wanted or own.get("rope_type", "default") == wanted["rope_type"]:
+    scaled = own.get("full_attention", own)  # Gemma 3 scales positions in the layers without a window alone
+    if not wanted or scaled.get("rope_type", "default") == wanted["rope_type"]:
         return
-    if own.get("rope_type", "default") != "default" or "rope_theta" not in own:
+    if scaled.get("rope_type", "default") != "default" or "rope_theta" not in scaled:
         raise _lost(gguf, f"the position scaling {wanted['rope_type']}")
-    config.rope_parameters = {**own, **wanted}
+    parameters = {**scaled, **wanted}
+    config.rope_parameters = parameters if scaled is own else {**own, "full_attention": parameters}
 
 
 def _rope(gguf: Path, config: Any, facts: GGUFFacts) -> dict[str, Any]:

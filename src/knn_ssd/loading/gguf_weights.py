@@ -1,8 +1,9 @@
 """Writes the tensors of a GGUF file as safetensors, several at once and none longer in memory than it takes.
 
-It does so for the architectures whose tensors differ from transformers' in name alone, or in the order of their rows
-(Llama). Quantised tensors are either unpacked, or written as the bytes of their rows. Each tensor of the file must have
-its place in the model, and each weight of the model its tensor.
+It does so for the architectures whose tensors differ from transformers' in name alone, in the order of their rows
+(Llama), or by the 1 that llama.cpp adds to the weights of norms (Gemma). Quantised tensors are either unpacked, or
+written as the bytes of their rows. Each tensor of the file must have its place in the model, and each weight of the
+model its tensor.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from knn_ssd.loading.gguf_file import COPY_AGAIN, Reader
 from knn_ssd.loading.pretrained import first_of
 
 USE_SAFETENSORS = "Use the model's safetensors form instead."
-DIRECT_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+DIRECT_ARCHITECTURES = (*("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2", "nemotron"),)
 """The architectures that this module converts; transformers converts the others."""
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _MOST_THREADS = 8  # each holds a tensor in float32
 _ROTARY = re.compile(r"blk\.\d+\.attn_(q|k)\.")  # rows that llama.cpp orders in its own way for its rotary embedding
+_NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")  # transformers' norms of these add the 1 themselves
 _ROPE_FACTORS = re.compile(r"rope_freqs\.weight")  # these are in the config
 
 
@@ -79,7 +81,8 @@ def write_weights(
         def write(ours: str) -> int:
             tensor = tensors[weights[ours][0]]
             match = _ROTARY.match(tensor.name)
-            values = _values(tensor, dtypes[ours], heads.get(match[1]) if match else None)
+            added = 1.0 if architecture in _NORMS_PLUS_ONE and tensor.name.endswith("norm.weight") else 0.0
+            values = _values(tensor, dtypes[ours], heads.get(match[1]) if match else None, added)
             with one_at_a_time:
                 output.seek(len(header) + offsets[ours])
                 output.write(values.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -103,7 +106,8 @@ def _weights(
         stem, _, suffix = ours.rpartition(".")
         weights[ours] = (f"{names.get_name(stem)}.{suffix}", weight)
     if getattr(model.config, "tie_word_embeddings", False) and "output.weight" not in tensors:
-        weights = {ours: pair for ours, pair in weights.items() if pair[0] != "output.weight"}
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        del weights[next(f"{name}.weight" for name, module in model.named_modules() if module is head)]
     return weights
 
 
@@ -150,12 +154,14 @@ def _layout(weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _values(tensor: ReaderTensor, dtype: torch.dtype, heads: int | None) -> torch.Tensor:
-    """A tensor's values, or the bytes of its rows, with the rows in transformers' order if it has rotary `heads`."""
+def _values(tensor: ReaderTensor, dtype: torch.dtype, heads: int | None, added: float) -> torch.Tensor:
+    """A tensor's values less what llama.cpp has added to them, or the bytes of its rows; with the rows in transformers'
+    order if it has rotary `heads`.
+    """
     if dtype is torch.uint8:
         values = torch.tensor(tensor.data.view(np.uint8))
     else:
-        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
+        values = (torch.tensor(dequantize(tensor.data, tensor.tensor_type)) - added).to(dtype)
     if heads is not None:
         rows = values.shape[0]
         values = values.reshape(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(values.shape)

@@ -30,9 +30,9 @@ from knn_ssd.backends.transformers.replacement import Replacement, forward_of, r
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels.binding import float32_inputs, kernels, kernels_obstacle
-from knn_ssd.kernels.gguf_rows import float_parameters
+from knn_ssd.kernels.gguf_rows import QuantisedEmbedding, float_parameters, has_rows
 from knn_ssd.kernels.quantisation import sample_tokens
-from knn_ssd.kernels.weights import KINDS, release_unpacked
+from knn_ssd.kernels.weights import KINDS, read_rows, release_unpacked
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
@@ -104,6 +104,7 @@ class KernelLinearBackend(TransformersBackend):
         if waste := low_bit_waste(self._linears.num_weights, self._linears.weight_bytes):
             self.modes -= {Mode.LOW}
             logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, waste)
+        self._row_wise += self._tied_embedding()
         release_unpacked(model.parameters())
         self._resolved: dict[PlanModes, list[Replacement]] = {}
         self._check_logits(expected)
@@ -114,8 +115,9 @@ class KernelLinearBackend(TransformersBackend):
         if self._linears is None:
             return super().weight_bytes
         anew = {id(weight) for each in self._linears.modules for weight in each.parameters()}
-        embedding = {id(weight) for weight in self.model.get_input_embeddings().parameters()}
-        others = [weight for weight in self.model.parameters() if id(weight) not in anew - embedding]
+        if not self._tied_embedding():
+            anew -= {id(weight) for weight in self.model.get_input_embeddings().parameters()}
+        others = [weight for weight in self.model.parameters() if id(weight) not in anew]
         return sum(weight.nbytes for weight in others) + self._linears.weight_bytes
 
     @property
@@ -136,6 +138,21 @@ class KernelLinearBackend(TransformersBackend):
             assert self._linears is not None
             self._resolved[key] = [*self._row_wise, *self._linears.forwards(plan), *skipped]
         return self._resolved[key]
+
+    def _tied_embedding(self) -> list[Replacement]:
+        """Has an embedding of quantised rows read those of the head, if both are one: so the kernels' copy of them is
+        the only one in memory.
+        """
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        matrix = self._linears.matrix_of(head) if self._linears is not None else None
+        if matrix is None or not isinstance(embedding, QuantisedEmbedding) or head.weight is not embedding.weight:
+            return []
+
+        def forward(tokens: torch.Tensor) -> torch.Tensor:
+            return embedding.outputs(read_rows(matrix, tokens.flatten().tolist()), tokens)
+
+        return [forward_of(embedding, forward)]
 
     def _check_before_packing(self, found: Sequence[KernelModule], cache: StaticCache, expected: torch.Tensor) -> None:
         """Refuses what can be known before the weights are packed, which takes long.
@@ -237,6 +254,8 @@ class KernelBackend(KernelLinearBackend):
             raise KernelsRefusedError("its attention stays torch's: the model takes no position_ids")
         layers: Any = cache.layers
         self._cache_shapes = [_cache_shape(layer.keys, layer.values) for layer in layers]
+        if has_rows(self.model):  # packing takes less long than a pass of layers that de-quantise
+            return
         unpacked = [_with_float32_outputs(each.module, self.model.dtype) for each in found]
         with self.lock, replaced([*self._row_wise, *unpacked, *attention_replacements(self.model)]):
             self._check_attention(expected, _TOLERANCE[self.model.dtype])

@@ -129,6 +129,11 @@ class KernelLinears:
         """The modules."""
         return [each.module for each in self._modules]
 
+    def matrix_of(self, module: nn.Module) -> Matrix | None:
+        """The matrix of a linear layer; None if the kernels do not run it."""
+        pairs = zip(self._modules, self._matrices, strict=True)
+        return next((matrices[0] for each, matrices in pairs if each.module is module), None)
+
     @property
     def weight_bytes(self) -> int:
         """Memory of the checkpoint's weights as the kernels read them."""

@@ -44,6 +44,7 @@ static void widen_unit(const uint8_t *unit, int64_t kind, float *values) {
     switch (kind) {
     case Q8_0_BLOCKS: widen_quantised(unit, Q8_0_BLOCKS, values); break;
     case Q6_K_BLOCKS: widen_quantised(unit, Q6_K_BLOCKS, values); break;
+    case Q5_0_BLOCKS: widen_quantised(unit, Q5_0_BLOCKS, values); break;
     case Q4_K_BLOCKS: widen_quantised(unit, Q4_K_BLOCKS, values); break;
     case Q4_0_BLOCKS: widen_quantised(unit, Q4_0_BLOCKS, values); break;
     default:

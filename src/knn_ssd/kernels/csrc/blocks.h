@@ -19,6 +19,7 @@
  *   Q6_K_BLOCKS         float16 scale; (2) signed bytes that multiply it, for 16 columns each; (16) lower 4 bits of columns i
  *                       and i + 16; (8) upper 2 bits of columns i, i + 8, i + 16 and i + 24
  *   Q4_K_BLOCKS         float16 scale and minimum; bytes that multiply the one and the other; (16) 4 bits as above
+ *   Q5_0_BLOCKS         float16 scale; (16) lower 4 bits as above; (4) upper bits of columns i, i + 4, … and i + 28
  *   Q4_0_BLOCKS         float16 scale; (16) 4 bits as above
  *
  * A weight is the code times the scale, less the minimum. A product of what a file has in so few bits is exact in float32,
@@ -47,6 +48,7 @@ INLINE int64_t unit_bytes(int64_t kind) {
     case BFLOAT16_PACKED: return 3 * HALF;
     case Q8_0_BLOCKS: return BLOCK_ROWS * (2 + 32);
     case Q6_K_BLOCKS: return BLOCK_ROWS * (2 + 2 + 16 + 8);
+    case Q5_0_BLOCKS: return BLOCK_ROWS * (2 + 16 + 4);
     case Q4_K_BLOCKS: return BLOCK_ROWS * (4 + 2 + 16);
     case Q4_0_BLOCKS: return BLOCK_ROWS * (2 + 16);
     default: return 2 * UNIT;
@@ -153,6 +155,17 @@ INLINE void unpack_6_bits(const uint8_t *nibbles, const uint8_t *upper, int8_t *
     }
 }
 
+/* codes (32, LANES) = codes of 5 bits, less 16. */
+INLINE void unpack_5_bits(const uint8_t *nibbles, const uint8_t *upper, int8_t *codes) {
+    const Uints bits = load_uints(upper);
+    unpack_nibbles(nibbles, 0, codes);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const Codes all = (Codes)(load_uints(codes + 4 * LANES * i) | (bits >> i & 0x01010101u) << 4) - 16;
+        memcpy(codes + 4 * LANES * i, &all, sizeof all);
+    }
+}
+
 /* Half a quantised unit; `buffer` (32, LANES) has room for its codes. */
 INLINE Quantised read_quantised(const uint8_t *half, const int kind, int8_t *buffer) {
     const Floats scale = load_float16(half);
@@ -162,6 +175,8 @@ INLINE Quantised read_quantised(const uint8_t *half, const int kind, int8_t *buf
         result.scales[0] = scale * load_int8(bytes);
         result.scales[1] = scale * load_int8(bytes + LANES);
         unpack_6_bits(half + 4 * LANES, half + 20 * LANES, buffer);
+    } else if (kind == Q5_0_BLOCKS) {
+        unpack_5_bits(half + 2 * LANES, half + 18 * LANES, buffer);
     } else if (kind == Q4_K_BLOCKS) {
         result.scales[0] = result.scales[1] = scale * load_int8(bytes + 2 * LANES);
         result.minimum = load_float16(bytes) * load_int8(bytes + 3 * LANES);

@@ -25,6 +25,7 @@ enum Kind {
     BFLOAT16,
     Q8_0,
     Q6_K,
+    Q5_0,
     Q4_K,
     Q4_0,
     INT4,
@@ -34,6 +35,7 @@ enum Kind {
     BFLOAT16_PACKED,
     Q8_0_BLOCKS,
     Q6_K_BLOCKS,
+    Q5_0_BLOCKS,
     Q4_K_BLOCKS,
     Q4_0_BLOCKS
 };

@@ -69,6 +69,16 @@ static void pack_q8_0(const uint8_t *row, int64_t unit, Lane to) {
     put(to, 2, from + 2, 32);
 }
 
+/* block_q5_0: scale, upper bits of all columns, lower 4 bits of columns i and i + 16. */
+static void pack_q5_0(const uint8_t *row, int64_t unit, Lane to) {
+    const uint8_t *from = row + unit * 22;
+    uint8_t bits[4] = {0};
+    for (int c = 0; c < 32; c++) bits[c % 4] |= (uint8_t)((from[2 + c / 8] >> (c % 8) & 1) << (c / 4));
+    put_two(to, 0, from);
+    put(to, 2, from + 6, 16);
+    put(to, 18, bits, 4);
+}
+
 /* block_q4_0: scale, codes of columns i and i + 16. */
 static void pack_q4_0(const uint8_t *row, int64_t unit, Lane to) {
     const uint8_t *from = row + unit * 18;
@@ -113,6 +123,7 @@ static int64_t gguf_row_bytes(const Matrix *source) {
     const int64_t cols = source->cols;
     switch (source->kind) {
     case Q8_0: return cols % 32 ? 0 : cols / 32 * 34;
+    case Q5_0: return cols % 32 ? 0 : cols / 32 * 22;
     case Q4_0: return cols % 32 ? 0 : cols / 32 * 18;
     case Q6_K: return cols % 256 ? 0 : cols / 256 * 210;
     case Q4_K: return cols % 256 ? 0 : cols / 256 * 144;
@@ -123,6 +134,7 @@ static int64_t gguf_row_bytes(const Matrix *source) {
 static void gather_quantised(const Matrix *source, int64_t block, int64_t unit, uint8_t *out) {
     const int64_t half = unit_bytes(source->kind == Q8_0   ? Q8_0_BLOCKS
                                     : source->kind == Q6_K ? Q6_K_BLOCKS
+                                    : source->kind == Q5_0 ? Q5_0_BLOCKS
                                     : source->kind == Q4_K ? Q4_K_BLOCKS
                                                            : Q4_0_BLOCKS) / 2;
     for (int64_t row = 0; row < BLOCK_ROWS; row++) {
@@ -130,6 +142,7 @@ static void gather_quantised(const Matrix *source, int64_t block, int64_t unit, 
         const Lane to = {out + row / LANES * half, row % LANES};
         if (source->kind == Q8_0) pack_q8_0(from, unit, to);
         else if (source->kind == Q6_K) pack_q6_k(from, unit, to);
+        else if (source->kind == Q5_0) pack_q5_0(from, unit, to);
         else if (source->kind == Q4_K) pack_q4_k(from, unit, to);
         else pack_q4_0(from, unit, to);
     }
@@ -178,6 +191,7 @@ static int64_t source_kind(int64_t kind) {
     case FLOAT16_BLOCKS: return FLOAT16;
     case Q8_0_BLOCKS: return Q8_0;
     case Q6_K_BLOCKS: return Q6_K;
+    case Q5_0_BLOCKS: return Q5_0;
     case Q4_K_BLOCKS: return Q4_K;
     case Q4_0_BLOCKS: return Q4_0;
     default: return BFLOAT16;
