@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from openai import OpenAI
 from server import MODEL, Served, serving
 from test_server_requests import chat, complete
@@ -16,9 +17,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from knn_ssd.engine import Engine
+from knn_ssd.grammar import Grammar
 from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.parameters import read_value, value_rules
 from knn_ssd.server.reply_text import ReplyText
-from knn_ssd.server.structured import Tool
+from knn_ssd.server.structured import FieldError, FunctionDefinition, Tool
+from knn_ssd.server.terms import quoted
+from knn_ssd.server.thinking import formed
 from knn_ssd.server.tool_calls import ToolReply, ToolUse
 from knn_ssd.server.tool_formats import ToolFormat
 from knn_ssd.testing import tiny_model, tiny_tokenizer
@@ -352,3 +357,105 @@ def test_a_template_without_tools_gets_them_in_a_system_message() -> None:
     assert ToolFormat.of(HERMES).messages([{"role": "user", "content": "hi"}], tools) == [
         {"role": "user", "content": "hi"}
     ]
+
+
+WRITTEN = {
+    "hermes": f"<tool_call>\n{CALL}\n</tool_call>",
+    "qwen coder": CODER_CALL,
+    "seed": SEED_CALL,
+    "glm": GLM_CALL,
+    "llama": LLAMA_CALL,
+    "mistral": f"[TOOL_CALLS][{CALL}]",
+    "mistral, names": f"[TOOL_CALLS]paint[ARGS]{ARGUMENTS}",
+    "granite": f"<|tool_call|>[{CALL}]",
+    "deepseek": f"{DEEPSEEK_CALL}<｜tool▁calls▁end｜>",
+    "deepseek 3.1": f"{DEEPSEEK_31_CALL}<｜tool▁calls▁end｜>",
+    "no mark": CALL,
+    "no tools": CALL,
+}
+
+
+def accepts(grammar: Grammar, text: str) -> bool:
+    """Whether a grammar accepts a text, byte by byte."""
+    matcher = LLMatcher(LLTokenizer("byte"), grammar.source, log_level=0)
+    data = list(text.encode())
+    return (not data or matcher.try_consume_tokens(data) == len(data)) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_family_s_own_writing_is_what_the_grammar_demands_and_what_is_read(family: str) -> None:
+    form, text, functions = ToolFormat.of(TEMPLATES[family]), WRITTEN[family], {0: Tool.model_validate(PAINT).function}
+    demanded = formed(form.rules(functions, quoted, several=False, or_text=False), None)
+    assert accepts(demanded, text)
+    for wrong in ("", "x" + text, text[:-1], text + text, text.replace("red", "blue"), text.replace("size", "sizes")):
+        assert not accepts(demanded, wrong)
+    free = formed(form.rules(functions, quoted, several=True, or_text=True), None)
+    assert accepts(free, text)
+    assert accepts(free, "Hello.")
+    assert accepts(free, "")
+    assert not accepts(free, text.replace("red", "blue"))
+    assert not form.mark or accepts(free, f"Sure.\n{text}")
+    reply = ToolReply(form, {"paint": SCHEMA}, True)
+    assert reply.whole(text) == ""
+    assert [json.loads(call.arguments) for call in reply.calls] == [{"colour": "red", "size": 3}]
+
+
+# --- Arguments that are written one by one
+
+
+DEFINED = {"$defs": {"X": {"enum": ["a", "b"]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string"}, {"": "", "a\nb": "a\nb", "</p": "</p", "3": "3", "\n": "\n"}, ["</parameter>"]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, {"ab": "ab", "abc": "abc"}, ["a", "abcd"]),
+        ({"type": "string", "pattern": "^a/b$"}, {"a/b": "a/b"}, ["xa/b", "a/bx"]),
+        ({"type": "string", "pattern": "x|y"}, {"axa": "axa"}, ["aaa"]),
+        ({"enum": ["red", 1, None, True]}, {"red": "red", "1": 1, "null": None, "true": True}, ["2", "blue"]),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]}, {"a": "a", "null": None}, ["abc"]),
+        ({"type": ["integer", "null"]}, {"1": 1, "null": None}, ["one"]),
+        ({"type": "boolean"}, {"true": True}, ["True"]),
+        ({"$ref": "#/$defs/X"}, {"a": "a"}, ["c"]),
+        ({"allOf": [{"$ref": "#/$defs/X"}], "description": "x"}, {"a": "a"}, ["c"]),
+        ({"type": "array", "items": {"$ref": "#/$defs/X"}}, {'["a"]': ["a"]}, ['["c"]', "a"]),
+        ({"type": "object"}, {'{"x": 1}': {"x": 1}}, ["x"]),
+        ({}, {"[1]": "[1]"}, []),
+    ],
+)
+def test_a_value_without_quotes_is_valid_by_its_schema_and_read_as_it_was_meant(
+    schema: dict[str, Any], good: dict[str, Any], bad: list[str]
+) -> None:
+    end = "\n</parameter>\n"
+    grammar = formed(["form: value", *value_rules("value", schema, DEFINED, end)], None)
+    for text, value in good.items():
+        assert accepts(grammar, text + end)
+        found = read_value(text, schema, DEFINED)
+        assert (found, type(found)) == (value, type(value))
+        assert jsonschema_rs.is_valid({**schema, **DEFINED}, value)
+    for text in bad:
+        assert not accepts(grammar, text + end)
+
+
+def test_what_a_model_writes_beside_its_schema_is_read_as_far_as_it_can_be() -> None:
+    assert read_value("True", {"type": "boolean"}, {}) is True
+    assert read_value("None", {"type": ["string", "null"]}, {}) is None
+    assert read_value("NaN", {"type": "number"}, {}) == "NaN"
+    assert read_value("x", {"type": {}, "anyOf": 3, "$ref": 5}, {}) == "x"
+    assert read_value("x", {"$ref": "#"}, {"$ref": "#"}) == "x"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"properties": {"day": {"type": "string", "format": "date"}}}, "'format' cannot be enforced"),
+        ({"type": "object", "minProperties": 1}, "'minProperties' cannot be enforced"),
+        ({"properties": {"a>b": {"type": "string"}}}, "'a>b' cannot be written"),
+    ],
+)
+def test_keywords_that_cannot_be_enforced_without_quotes_are_refused(parameters: dict[str, Any], word: str) -> None:
+    function = FunctionDefinition(name="f", parameters=parameters)
+    with pytest.raises(FieldError, match=word):
+        ToolFormat.of(TEMPLATES["qwen coder"]).rules({0: function}, quoted, several=False, or_text=False)
+    ToolFormat.of(HERMES).rules({0: function}, quoted, several=False, or_text=False)

@@ -113,7 +113,7 @@ class ToolFormat:
         if not or_text:
             more = f"({term(self.between)} {mark} block)*" if repeats else ""
             return [f"form: {mark} block {more}", *lines]
-        if not mark:
+        if not self.mark:
             return ["form: block | TEXT", r"TEXT: /([^{\s](.|\n)*)?/", *lines]
         lazy = "" if mark.startswith("<[") else "[lazy]"  # the first mark ends the text, unless it is a token
         opened = [f"form: (opened block){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {mark}"]
