@@ -324,7 +324,9 @@ def test_thinking_before_a_response_format_of_a_batch_is_no_content(
     thinker, path = tmp_path / "thinker", tmp_path / "formats.jsonl"
     shutil.copytree(model_dir, thinker)
     tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.chat_template = f"{tokenizer.chat_template}<think>{{# </think> #}}"
+    tokenizer.chat_template = (
+        f"{tokenizer.chat_template}{{% if add_generation_prompt %}}<think>{{% endif %}}{{# </think> #}}"
+    )
     tokenizer.save_pretrained(thinker)
     form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": {"enum": ["red", "green"]}}}
     path.write_text(line("a", {**CHAT, "max_tokens": 20, "response_format": form}))

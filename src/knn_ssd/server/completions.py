@@ -229,9 +229,12 @@ class CompletionHandler:
         """The event of a stream for what was reported; None where it brings nothing."""
         if isinstance(reported, PromptScored):
             return self._event(self.writer.beginning(choice))
-        if isinstance(reported, Chunk) and (reported.text or self._is_detailed):
+        if isinstance(reported, Chunk):
+            piece = self.writer.chunk(choice, reported)
+            if not (reported.text or self._is_detailed or any(piece.get("delta", {}).values())):
+                return None
             fields = self._round_fields(choice, reported) if self.request.knn_ssd.rounds else None
-            return self._event(self.writer.chunk(choice, reported), fields)
+            return self._event(piece, fields)
         if not isinstance(reported, Generation):
             return None
         return "".join(self._event(piece) for piece in self.writer.end(choice))
