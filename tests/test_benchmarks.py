@@ -336,6 +336,28 @@ def test_forced_drafts_are_compared_with_none_and_with_plain_decoding(run: Run, 
     assert shown.count("forced drafts are ") == 2
 
 
+def test_grammar_libraries_are_judged_by_valid_and_invalid_instances(
+    run: Run, tiny: tuple[str, str], tmp_path: Path
+) -> None:
+    groups = [
+        {"schema": {"type": "string", "maxLength": 2}, "tests": [("ab", True), ("abc", False), (1, False)]},
+        {"schema": {"type": "string"}, "tests": [("ab", False)]},
+        {"schema": {"type": "string"}, "tests": [(1, True)]},
+        {"schema": {"uniqueItems": True}, "tests": [([1], True)]},
+        {"schema": {"$ref": "http://localhost/other"}, "tests": [(1, True)]},
+    ]
+    for group in groups:
+        group["tests"] = [{"data": data, "valid": valid} for data, valid in group["tests"]]  # type: ignore[misc]
+    files = {"suite/tests/draft2020-12/type.json": groups, "store/jsondata/a.json": {"items": {"enum": [1, 2]}}}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    options = ["--model", tiny[0], "--libraries", "llguidance"]
+    shown = run("grammars.py", "--suite", str(tmp_path / "suite"), "--store", str(tmp_path / "store"), *options)
+    assert "4 schemas: accepts an invalid 1, not compiled 1, refuses a valid 1, right 1" in shown
+    assert "SchemaStore, llguidance: 1 schemas: compiled 1" in shown
+
+
 def test_planted_redundancy_is_measured_in_streams(run: Run, tmp_path: Path) -> None:
     """The methods skip what the search found, whatever judging would come to."""
     options = ["--out", str(tmp_path), "--limit", "1", "--calibrating", "2", "--trials", "4", "--max-new-tokens", "8"]

@@ -370,6 +370,26 @@ def test_sampling_over_drafts_has_the_masked_targets_distribution(
             assert p_value([output[position] for output in outputs], shares) > SIGNIFICANCE
 
 
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
+def test_a_self_draft_masks_each_token_once(
+    params: SamplingParams, letters_state: Callable[[], GrammarState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    mask = GrammarState.mask
+
+    def noted(state: GrammarState, context: list[int], scores: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(context))
+        return mask(state, context, scores)
+
+    monkeypatch.setattr(GrammarState, "mask", noted)
+    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(7))
+    sampler = Sampler.from_params(params, torch.device("cpu"), 2, {6}, letters_state())
+    session: Any = TableSession(table, table, 2)
+    plan = Plan.skipping(1, attention=[0], policy=Policy(max_draft=3, threshold=0.0))
+    draft = SelfDraft(session, plan, sampler).propose([4, 2], 3)
+    assert asked == [(4, 2, *draft.tokens[:count]) for count in range(3)]
+
+
 # --- What is refused
 
 

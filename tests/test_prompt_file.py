@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -317,6 +318,25 @@ def test_a_response_format_of_a_batch_is_kept_and_tools_are_refused(generate: Ru
     assert "line 1 offers tools" in generate("--prompts", path)[2]
 
 
+def test_thinking_before_a_response_format_of_a_batch_is_no_content(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinker, path = tmp_path / "thinker", tmp_path / "formats.jsonl"
+    shutil.copytree(model_dir, thinker)
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        f"{tokenizer.chat_template}{{% if add_generation_prompt %}}<think>{{% endif %}}{{# </think> #}}"
+    )
+    tokenizer.save_pretrained(thinker)
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": {"enum": ["red", "green"]}}}
+    path.write_text(line("a", {**CHAT, "max_tokens": 20, "response_format": form}))
+    capsys.readouterr()
+    assert main(["generate", "--model", str(thinker), "--prompts", str(path)]) == 0
+    [choice] = json.loads(capsys.readouterr().out)["response"]["body"]["choices"]
+    assert choice["finish_reason"] == "length"
+    assert (choice["message"]["content"], len(choice["message"]["reasoning_content"])) == ("", 20)
+
+
 USER = {"role": "user", "content": "What is 12 + 7?"}
 CHAT = {"model": "tiny", "messages": [USER], "max_tokens": 9, "temperature": 0}
 TEXT = {"model": "tiny", "prompt": "Once upon", "max_tokens": 8, "temperature": 1, "seed": 5, "logprobs": 2}
@@ -391,6 +411,10 @@ def test_a_batch_is_resumed(generate: Run, batch: Path, tmp_path: Path) -> None:
             "a request of a batch has one answer, which is neither streamed nor echoed, got n=2",
         ),
         (line("x", {**CHAT, "stream": True}), "got stream=true"),
+        (
+            line("x", {**CHAT, "ignore_eos": True, "response_format": {"type": "json_object"}}),
+            "ignore_eos cannot be used with structured output",
+        ),
         (line("x", {}), "'body.model': Field required"),
         ('{"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": 5}\n', "'body"),
         ("{\n", "is not JSON"),

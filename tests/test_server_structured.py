@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import jsonschema_rs
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from openai import OpenAI
 from server import MODEL, Served, serving
 from test_server_requests import chat, complete
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from knn_ssd.engine import Engine
+from knn_ssd.grammar import Grammar
 from knn_ssd.server.app import ServeSettings
-from knn_ssd.server.structured import Tool
-from knn_ssd.server.tool_calls import ToolFormat, ToolReply, ToolUse
+from knn_ssd.server.parameters import read_value, value_rules
+from knn_ssd.server.reply_text import ReplyText
+from knn_ssd.server.structured import FieldError, FunctionDefinition, Tool
+from knn_ssd.server.terms import quoted
+from knn_ssd.server.thinking import formed
+from knn_ssd.server.tool_calls import ToolReply, ToolUse
+from knn_ssd.server.tool_formats import ToolFormat
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
 PLAIN = (
@@ -26,8 +35,34 @@ PLAIN = (
 WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + PLAIN
 HERMES = WITH_TOOLS + "{# <tool_call> #}"
 LLAMA = WITH_TOOLS + '{# {"name": function name, "parameters": dictionary of arguments} #}'
-MISTRAL = WITH_TOOLS + "{# [TOOL_CALLS] #}"
-TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "no mark": WITH_TOOLS, "no tools": PLAIN}
+TEMPLATES = {
+    "hermes": HERMES,
+    "qwen coder": HERMES + "{# <function=example><parameter=x> #}",
+    "seed": WITH_TOOLS + "{# <seed:tool_call><function=example><parameter=x> #}",
+    "glm": HERMES + "{# <arg_key> #}",
+    "llama": LLAMA,
+    "mistral": WITH_TOOLS + "{# [TOOL_CALLS] #}",
+    "mistral, names": WITH_TOOLS + "{# [TOOL_CALLS] [ARGS] #}",
+    "granite": WITH_TOOLS + "{# <|tool_call|> #}",
+    "deepseek": WITH_TOOLS + "{# <｜tool▁sep｜> ```json #}",
+    "deepseek 3.1": WITH_TOOLS + "{# <｜tool▁sep｜> #}",
+    "no mark": WITH_TOOLS,
+    "no tools": PLAIN,
+}
+DEEPSEEK = [
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+]
+SPECIAL = {  # the marks that are special tokens; those of Hermes, Qwen and Seed are plain text
+    "mistral": ["[TOOL_CALLS]"],
+    "mistral, names": ["[TOOL_CALLS]", "[ARGS]"],
+    "granite": ["<|tool_call|>"],
+    "deepseek": DEEPSEEK,
+    "deepseek 3.1": DEEPSEEK,
+}
 
 SCHEMA = {
     "type": "object",
@@ -41,8 +76,18 @@ STOP = {"type": "function", "function": {"name": "stop"}}
 NAMED = {"type": "function", "function": {"name": "paint"}}
 
 
-def engine(template: str) -> Engine:
-    tokenizer = tiny_tokenizer(chat=True)
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast, special: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with more special tokens, whose ids are 3 and so on."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    settings["model"]["vocab"] |= {text: 3 + place for place, text in enumerate(special)}
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(settings)), **ends)
+    own.add_special_tokens({"additional_special_tokens": list(special)})
+    return own
+
+
+def engine(template: str, special: Sequence[str] = ()) -> Engine:
+    tokenizer = with_special_tokens(tiny_tokenizer(chat=True), special)
     tokenizer.chat_template = template
     return Engine(tiny_model(max_position_embeddings=1024, initializer_range=0.4), tokenizer)
 
@@ -122,8 +167,8 @@ def test_a_format_that_cannot_be_used_is_refused_by_the_fields_name(
 
 def test_options_that_contradict_a_format_are_refused(served: Served) -> None:
     for options, words in (
-        ({"ignore_eos": True}, "ignore_eos cannot be used with response_format"),
-        ({"min_tokens": 3}, "min_tokens cannot be used with response_format"),
+        ({"ignore_eos": True}, "ignore_eos cannot be used with structured output"),
+        ({"min_tokens": 3}, "min_tokens cannot be used with structured output"),
         ({"tools": [PAINT]}, "response_format cannot be used with tools"),
     ):
         refused = chat(served, response_format=FORMAT, **options)
@@ -199,28 +244,47 @@ def test_tools_that_cannot_be_used_are_refused(served: Served, options: dict[str
 @pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("choice", ["required", "auto"])
 def test_what_the_grammar_of_each_family_gives_is_parsed_as_calls(family: str, choice: Any) -> None:
-    own = engine(TEMPLATES[family])
+    own = engine(TEMPLATES[family], SPECIAL.get(family, ()))
     strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}  # type: ignore[dict-item]
     use = ToolUse([Tool.model_validate(each) for each in (strict, STOP)], choice, True, own.tokenizer)
     biases = {}
     if choice == "auto":  # nothing but the marks of a call, where the text may end
-        biases = {"logit_bias": dict.fromkeys(own.tokenizer.encode((use.format.opening or "{")[:1]), 60)}
+        biases = {"logit_bias": dict.fromkeys(own.tokenizer.encode(use.format.mark or "{")[:1], 60)}
     for seed in range(3):
         options = {"temperature": 1.0, "seed": seed, "max_new_tokens": 400, **biases}
-        output = own.generate("a fox", grammar=use.grammar(), **options)
-        reply = use.reply()
-        streamed = "".join(map(reply.push, output.text)) + reply.finish()
-        assert streamed == ToolReply(use.format, reply.names, False).whole(output.text)
+        stream = own.stream("a fox", grammar=use.grammar(None), **options)
+        reply = ReplyText(None, use.reply(), use.special_tokens)
+        streamed = "".join([*(reply.push(chunk).content for chunk in stream), reply.finish().content])
+        output = stream.result
+        assert reply.tools is not None
         if choice == "required" and output.finish_reason == "eos":
-            assert reply.calls
+            assert reply.tools.calls
             assert streamed == ""
-        for call in reply.calls:
+        for call in reply.tools.calls:
             schema = SCHEMA if call.name == "paint" else {"type": "object"}
             assert jsonschema_rs.is_valid(schema, json.loads(call.arguments))
 
 
 CALL = '{"name": "paint", "arguments": {"colour": "red", "size": 3}}'
 LLAMA_CALL = CALL.replace("arguments", "parameters")
+ARGUMENTS = '{"colour": "red", "size": 3}'
+CODER_CALL = (
+    "<tool_call>\n<function=paint>\n<parameter=colour>\nred\n</parameter>\n<parameter=size>\n3\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+SEED_CALL = (
+    "<seed:tool_call>\n<function=paint>\n<parameter=colour>red</parameter>\n<parameter=size>3</parameter>\n"
+    "</function>\n</seed:tool_call>"
+)
+GLM_CALL = (
+    "<tool_call>paint\n<arg_key>colour</arg_key>\n<arg_value>red</arg_value>\n"
+    "<arg_key>size</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+)
+DEEPSEEK_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>paint\n"
+    f"```json\n{ARGUMENTS}\n```<｜tool▁call▁end｜>"
+)
+DEEPSEEK_31_CALL = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>paint<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>"
 REPLIES: list[tuple[str, str, str, int]] = [
     ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", 1),
     ("hermes", f"Sure.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "Sure.", 2),
@@ -232,6 +296,25 @@ REPLIES: list[tuple[str, str, str, int]] = [
     ("hermes", CALL.replace("paint", "burn"), CALL.replace("paint", "burn"), 0),
     ("mistral", f"[{CALL}, {CALL}]", "", 2),
     ("mistral", f"[TOOL_CALLS] [{CALL}]", "", 1),
+    ("mistral, names", f"Sure.[TOOL_CALLS]paint[ARGS]{ARGUMENTS}[TOOL_CALLS]paint[ARGS]{ARGUMENTS}", "Sure.", 2),
+    ("mistral, names", f"[TOOL_CALLS]paint{ARGUMENTS}", "", 1),
+    ("mistral, names", f"[TOOL_CALLS] paint [CALL_ID]abc123XYZ[ARGS] {ARGUMENTS}", "", 1),
+    ("mistral, names", "[TOOL_CALLS]paint[ARGS]{", "[TOOL_CALLS]paint[ARGS]{", 0),
+    ("mistral, names", f"[TOOL_CALLS]burn[ARGS]{ARGUMENTS}", f"[TOOL_CALLS]burn[ARGS]{ARGUMENTS}", 0),
+    ("granite", f"<|tool_call|>[{CALL}, {CALL}]", "", 2),
+    ("granite", f"<|tool_call|> [{CALL}]", "", 1),
+    ("qwen coder", CODER_CALL, "", 1),
+    ("qwen coder", f"I paint.\n\n{CODER_CALL}\n{CODER_CALL}", "I paint.", 2),
+    ("qwen coder", CODER_CALL.replace("\n", ""), "", 1),
+    ("qwen coder", CODER_CALL.replace("paint", "burn"), CODER_CALL.replace("paint", "burn"), 0),
+    ("qwen coder", CODER_CALL[:60], CODER_CALL[:60], 0),
+    ("qwen coder", CALL, "", 1),
+    ("seed", SEED_CALL, "", 1),
+    ("glm", f"{GLM_CALL}\n{GLM_CALL}", "", 2),
+    ("glm", GLM_CALL[:90], GLM_CALL[:90], 0),
+    ("deepseek", f"Yes. {DEEPSEEK_CALL}<｜tool▁calls▁end｜>", "Yes.", 1),
+    ("deepseek", DEEPSEEK_CALL + "\n" + DEEPSEEK_CALL.partition("<｜tool▁calls▁begin｜>")[2], "", 2),
+    ("deepseek 3.1", DEEPSEEK_31_CALL, "", 1),
     ("llama", LLAMA_CALL, "", 1),
     ("llama", f"<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}", "", 2),
     ("no mark", CALL, "", 1),
@@ -244,19 +327,19 @@ REPLIES: list[tuple[str, str, str, int]] = [
 @pytest.mark.parametrize(("family", "text", "rest", "count"), REPLIES)
 def test_calls_are_found_in_a_familys_format_whole_and_in_pieces(family: str, text: str, rest: str, count: int) -> None:
     form = ToolFormat.of(TEMPLATES[family])
-    whole, pieces = ToolReply(form, ["paint"], False), ToolReply(form, ["paint"], False)
+    whole, pieces = ToolReply(form, {"paint": SCHEMA}, False), ToolReply(form, {"paint": SCHEMA}, False)
     assert whole.whole(text) == rest
     assert "".join([*map(pieces.push, text), pieces.finish()]) == rest
     assert len(whole.calls) == len(pieces.calls) == count
     for call in whole.calls:
         assert (call.name, json.loads(call.arguments)) == ("paint", {"colour": "red", "size": 3})
-        assert family != "mistral" or len(call.id) == 9
+        assert not family.startswith("mistral") or len(call.id) == 9
 
 
 def test_marks_within_arguments_are_part_of_them() -> None:
     form = ToolFormat.of(HERMES)
     arguments = json.dumps({"text": "</tool_call> <tool_call>"})
-    reply = ToolReply(form, ["write"], False)
+    reply = ToolReply(form, {"write": {}}, False)
     call = '{"name": "write", "arguments": ' + arguments + "}"
     assert reply.whole(f"<tool_call>\n{call}\n</tool_call>") == ""
     assert [each.arguments for each in reply.calls] == [arguments]
@@ -274,3 +357,105 @@ def test_a_template_without_tools_gets_them_in_a_system_message() -> None:
     assert ToolFormat.of(HERMES).messages([{"role": "user", "content": "hi"}], tools) == [
         {"role": "user", "content": "hi"}
     ]
+
+
+WRITTEN = {
+    "hermes": f"<tool_call>\n{CALL}\n</tool_call>",
+    "qwen coder": CODER_CALL,
+    "seed": SEED_CALL,
+    "glm": GLM_CALL,
+    "llama": LLAMA_CALL,
+    "mistral": f"[TOOL_CALLS][{CALL}]",
+    "mistral, names": f"[TOOL_CALLS]paint[ARGS]{ARGUMENTS}",
+    "granite": f"<|tool_call|>[{CALL}]",
+    "deepseek": f"{DEEPSEEK_CALL}<｜tool▁calls▁end｜>",
+    "deepseek 3.1": f"{DEEPSEEK_31_CALL}<｜tool▁calls▁end｜>",
+    "no mark": CALL,
+    "no tools": CALL,
+}
+
+
+def accepts(grammar: Grammar, text: str) -> bool:
+    """Whether a grammar accepts a text, byte by byte."""
+    matcher = LLMatcher(LLTokenizer("byte"), grammar.source, log_level=0)
+    data = list(text.encode())
+    return (not data or matcher.try_consume_tokens(data) == len(data)) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_family_s_own_writing_is_what_the_grammar_demands_and_what_is_read(family: str) -> None:
+    form, text, functions = ToolFormat.of(TEMPLATES[family]), WRITTEN[family], {0: Tool.model_validate(PAINT).function}
+    demanded = formed(form.rules(functions, quoted, several=False, or_text=False), None)
+    assert accepts(demanded, text)
+    for wrong in ("", "x" + text, text[:-1], text + text, text.replace("red", "blue"), text.replace("size", "sizes")):
+        assert not accepts(demanded, wrong)
+    free = formed(form.rules(functions, quoted, several=True, or_text=True), None)
+    assert accepts(free, text)
+    assert accepts(free, "Hello.")
+    assert accepts(free, "")
+    assert not accepts(free, text.replace("red", "blue"))
+    assert not form.mark or accepts(free, f"Sure.\n{text}")
+    reply = ToolReply(form, {"paint": SCHEMA}, True)
+    assert reply.whole(text) == ""
+    assert [json.loads(call.arguments) for call in reply.calls] == [{"colour": "red", "size": 3}]
+
+
+# --- Arguments that are written one by one
+
+
+DEFINED = {"$defs": {"X": {"enum": ["a", "b"]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string"}, {"": "", "a\nb": "a\nb", "</p": "</p", "3": "3", "\n": "\n"}, ["</parameter>"]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, {"ab": "ab", "abc": "abc"}, ["a", "abcd"]),
+        ({"type": "string", "pattern": "^a/b$"}, {"a/b": "a/b"}, ["xa/b", "a/bx"]),
+        ({"type": "string", "pattern": "x|y"}, {"axa": "axa"}, ["aaa"]),
+        ({"enum": ["red", 1, None, True]}, {"red": "red", "1": 1, "null": None, "true": True}, ["2", "blue"]),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]}, {"a": "a", "null": None}, ["abc"]),
+        ({"type": ["integer", "null"]}, {"1": 1, "null": None}, ["one"]),
+        ({"type": "boolean"}, {"true": True}, ["True"]),
+        ({"$ref": "#/$defs/X"}, {"a": "a"}, ["c"]),
+        ({"allOf": [{"$ref": "#/$defs/X"}], "description": "x"}, {"a": "a"}, ["c"]),
+        ({"type": "array", "items": {"$ref": "#/$defs/X"}}, {'["a"]': ["a"]}, ['["c"]', "a"]),
+        ({"type": "object"}, {'{"x": 1}': {"x": 1}}, ["x"]),
+        ({}, {"[1]": "[1]"}, []),
+    ],
+)
+def test_a_value_without_quotes_is_valid_by_its_schema_and_read_as_it_was_meant(
+    schema: dict[str, Any], good: dict[str, Any], bad: list[str]
+) -> None:
+    end = "\n</parameter>\n"
+    grammar = formed(["form: value", *value_rules("value", schema, DEFINED, end)], None)
+    for text, value in good.items():
+        assert accepts(grammar, text + end)
+        found = read_value(text, schema, DEFINED)
+        assert (found, type(found)) == (value, type(value))
+        assert jsonschema_rs.is_valid({**schema, **DEFINED}, value)
+    for text in bad:
+        assert not accepts(grammar, text + end)
+
+
+def test_what_a_model_writes_beside_its_schema_is_read_as_far_as_it_can_be() -> None:
+    assert read_value("True", {"type": "boolean"}, {}) is True
+    assert read_value("None", {"type": ["string", "null"]}, {}) is None
+    assert read_value("NaN", {"type": "number"}, {}) == "NaN"
+    assert read_value("x", {"type": {}, "anyOf": 3, "$ref": 5}, {}) == "x"
+    assert read_value("x", {"$ref": "#"}, {"$ref": "#"}) == "x"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"properties": {"day": {"type": "string", "format": "date"}}}, "'format' cannot be enforced"),
+        ({"type": "object", "minProperties": 1}, "'minProperties' cannot be enforced"),
+        ({"properties": {"a>b": {"type": "string"}}}, "'a>b' cannot be written"),
+    ],
+)
+def test_keywords_that_cannot_be_enforced_without_quotes_are_refused(parameters: dict[str, Any], word: str) -> None:
+    function = FunctionDefinition(name="f", parameters=parameters)
+    with pytest.raises(FieldError, match=word):
+        ToolFormat.of(TEMPLATES["qwen coder"]).rules({0: function}, quoted, several=False, or_text=False)
+    ToolFormat.of(HERMES).rules({0: function}, quoted, several=False, or_text=False)

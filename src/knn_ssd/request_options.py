@@ -84,7 +84,9 @@ class RequestOptions(SamplingParams):
         require_kind("grammar", self.grammar, (Grammar, type(None)), "a Grammar")
         for name in ("ignore_eos", "min_tokens"):
             if self.grammar is not None and getattr(self, name):
-                raise UsageError(f"{name} cannot be used with a grammar, which decides where the output may end")
+                raise UsageError(
+                    f"{name} cannot be used with structured output, which decides where the output may end"
+                )
         self._check_ends()
 
     def _check_ends(self) -> None:

@@ -205,6 +205,7 @@ class Sampler:
     ) -> None:
         masks = [] if grammar is None else [GrammarMask(grammar)]
         self.processors = LogitsProcessorList([*masks, *processors])
+        self._after_mask = processors
         self.greedy = greedy
         self.generator = generator
         self.grammar = grammar
@@ -229,17 +230,25 @@ class Sampler:
             generator.manual_seed(int(params.seed))
         return cls(processors, greedy=False, generator=generator, grammar=grammar)
 
-    def probs(self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = ()) -> Probs:
+    def masked(self, logits: torch.Tensor, context: Sequence[int]) -> torch.Tensor:
+        """Logits (1, V) after a context: minus infinity for tokens that the grammar does not allow there."""
+        return logits if self.grammar is None else self.grammar.mask(context, logits)
+
+    def probs(
+        self, logits: torch.Tensor, context: Sequence[int], tokens: Sequence[int] = (), *, is_masked: bool = False
+    ) -> Probs:
         """The distributions of the next token, (n, V) float32; `Certain` in greedy decoding.
 
         Args:
             logits: (n, V); row i follows `context` and the first i tokens of `tokens`.
             context: the tokens that row 0 follows.
             tokens: at least n - 1 of them.
+            is_masked: whether `masked` was applied to the logits.
         """
-        if self.greedy and not self.processors:
+        processors = self._after_mask if is_masked else self.processors
+        if self.greedy and not processors:
             return Certain(most_likely(logits))
-        scores = self._process(logits.to(torch.float32, copy=True), context, tokens)
+        scores = _processed(processors, logits.to(torch.float32, copy=True), context, tokens)
         return Certain(most_likely(scores)) if self.greedy else scores.softmax(dim=-1)
 
     def pick(self, probs: Row) -> int:
@@ -257,15 +266,18 @@ class Sampler:
         device = self.generator.device if self.generator is not None else None
         return torch.rand(count, generator=self.generator, device=device).tolist()
 
-    def _process(self, scores: torch.Tensor, context: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-        if not self.processors:
-            return scores
-        ids = torch.tensor([[*context, *tokens]], device=scores.device)  # (1, T)
-        rows = [
-            self.processors(ids[:, : len(context) + i], scores[i : i + 1])  # type: ignore[arg-type]
-            for i in range(len(scores))
-        ]
-        return torch.cat(rows)
+
+def _processed(
+    processors: LogitsProcessorList, scores: torch.Tensor, context: Sequence[int], tokens: Sequence[int]
+) -> torch.Tensor:
+    if not processors:
+        return scores
+    ids = torch.tensor([[*context, *tokens]], device=scores.device)  # (1, T)
+    rows = [
+        processors(ids[:, : len(context) + i], scores[i : i + 1])  # type: ignore[arg-type]
+        for i in range(len(scores))
+    ]
+    return torch.cat(rows)
 
 
 def most_likely(scores: torch.Tensor) -> tuple[int, ...]:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from transformers import PreTrainedTokenizerBase
 
+    from knn_ssd.engine import Engine
     from knn_ssd.outputs import Generation
     from knn_ssd.server.schemas import ChatRequest, CompletionRequest
+    from knn_ssd.server.thinking import Thinking
     from knn_ssd.tokenization import PromptLike
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -40,6 +42,15 @@ class BatchLine:
     def prompt(self) -> PromptLike:
         """Its prompt."""
         return self.request.prompts[0]
+
+    def thinking(self, engine: Engine, token_ids: Sequence[int]) -> Thinking | None:
+        """How the answer to its prompt may begin with thinking, if the answer has to be of a form."""
+        from knn_ssd.server.schemas import ChatRequest
+        from knn_ssd.server.thinking import Thinking
+
+        if not isinstance(self.request, ChatRequest) or not self.request.demands_form or engine.tokenizer is None:
+            return None
+        return Thinking.of(engine.tokenizer, token_ids)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,6 +80,7 @@ def parse_requests(lines: Sequence[str], name: str) -> list[BatchLine]:
 def _parse(line: str, where: str) -> BatchLine:
     from pydantic import ValidationError
 
+    from knn_ssd.request_options import RequestOptions
     from knn_ssd.server.schemas import ChatRequest, CompletionRequest
 
     data = parse_line(line, where)
@@ -88,7 +100,7 @@ def _parse(line: str, where: str) -> BatchLine:
             f"{where}: a request of a batch has one answer, which is neither streamed nor echoed, got {given}"
         )
     try:
-        request.options()
+        RequestOptions.of(request.options())
     except UsageError as error:
         raise PromptError(f"{where}: {error.message}", error.hint) from error
     if isinstance(request, ChatRequest) and request.offers_tools:
@@ -108,6 +120,7 @@ def result_json(
     prompt_tokens: int,
     generation: Generation,
     tokenizer: PreTrainedTokenizerBase | None,
+    thinking: Thinking | None = None,
 ) -> dict[str, Any]:
     """The line that answers a request.
 
@@ -117,11 +130,14 @@ def result_json(
         prompt_tokens: length of the prompt.
         generation: the output.
         tokenizer: spells the tokens of log-probabilities.
+        thinking: how an answer of a demanded form may begin.
     """
     from knn_ssd.server.replies import usage
     from knn_ssd.server.schemas import FINISH_REASONS
 
     message = {"role": "assistant", "content": generation.text}
+    if thinking is not None and tokenizer is not None:
+        message |= _divided(thinking, generation, _pieces(line, generation, tokenizer))
     content: dict[str, Any] = {"message": message} if line.is_chat else {"text": generation.text}
     logprobs = None if line.request.num_logprobs is None else _logprobs(line, generation, tokenizer)
     choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": FINISH_REASONS[generation.finish_reason]}
@@ -146,16 +162,35 @@ def _logprobs(line: BatchLine, generation: Generation, tokenizer: PreTrainedToke
     from knn_ssd.outputs import Chunk
     from knn_ssd.server.logprobs import Logprobs
     from knn_ssd.speculation.decode import Round
-    from knn_ssd.tokenization import Detokenizer
 
     if line.is_chat or tokenizer is None:
         pieces = [""] * len(generation.token_ids)
     else:
-        detokenizer = Detokenizer(tokenizer, line.request.options()["stop"])
-        pieces = []
-        for token in generation.token_ids:
-            detokenizer.push(token)
-            pieces.append(detokenizer.take())
+        pieces = _pieces(line, generation, tokenizer)
     chunk = Chunk(tuple(pieces), Round(generation.token_ids, logprobs=generation.logprobs))
     writer = Logprobs(tokenizer)
     return writer.chat([chunk]) if line.is_chat else writer.completion([chunk])
+
+
+def _divided(thinking: Thinking, generation: Generation, pieces: Sequence[str]) -> dict[str, str]:
+    """The fields of a message whose text may begin with thinking."""
+    from knn_ssd.outputs import Chunk
+    from knn_ssd.server.reply_text import ReplyText
+    from knn_ssd.speculation.decode import Round
+
+    reply = ReplyText(thinking, None, thinking.special)
+    reply.push(Chunk(tuple(pieces), Round(generation.token_ids)))
+    reply.finish()
+    return {"content": reply.content, **({"reasoning_content": reply.reasoning} if reply.reasoning else {})}
+
+
+def _pieces(line: BatchLine, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text that became certain with each token."""
+    from knn_ssd.tokenization import Detokenizer
+
+    detokenizer, pieces = Detokenizer(tokenizer, line.request.options()["stop"]), []
+    for token in generation.token_ids:
+        detokenizer.push(token)
+        pieces.append(detokenizer.take())
+    pieces[-1] += detokenizer.finish()
+    return pieces

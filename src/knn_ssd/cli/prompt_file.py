@@ -96,10 +96,12 @@ def _request_task(engine: Engine, model: str, request: openai_batch.BatchLine, a
     chosen = {**request.options, "domain": args.domain, "plain": args.plain or request.options["plain"]}
     is_chat, template = bool(chosen.pop("chat", True)), request.request.template
     token_ids = engine.encode(request.prompt, is_chat, template, name=request.custom_id)
+    thinking = request.thinking(engine, token_ids)
+    chosen |= {} if thinking is None else {"grammar": request.request.options(thinking)["grammar"]}
     key = _key(model, request.custom_id, token_ids, chosen)
 
     def to_json(generation: Generation) -> dict[str, Any]:
-        return openai_batch.result_json(request, key, len(token_ids), generation, engine.tokenizer)
+        return openai_batch.result_json(request, key, len(token_ids), generation, engine.tokenizer, thinking)
 
     return Task(request.custom_id, token_ids, chosen, key, to_json)
 

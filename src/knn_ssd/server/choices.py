@@ -11,9 +11,10 @@ from typing import Any
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.routing.answers import Neighbour
 from knn_ssd.server.logprobs import Logprobs, joined
+from knn_ssd.server.reply_text import ReplyPart, ReplyText
 from knn_ssd.server.scheduler import Job, PromptScored
 from knn_ssd.server.schemas import FINISH_REASONS, ChatRequest, CompletionRequest
-from knn_ssd.server.tool_calls import ToolReply
+from knn_ssd.server.tool_calls import ToolCallFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Choice:
         num_tokens: tokens that were generated so far.
         result: what was generated; None until then.
         is_done: whether nothing more comes.
-        tools: finds its tool calls; None where it may not call any.
+        reply: its text, divided into thinking, content and tool calls.
     """
 
     index: int
@@ -61,14 +62,19 @@ class Choice:
     num_tokens: int = 0
     result: Generation | None = None
     is_done: bool = False
-    tools: ToolReply | None = None
+    reply: ReplyText = field(default_factory=ReplyText)
+
+    @property
+    def calls(self) -> Sequence[ToolCallFound]:
+        """Its tool calls, once it is finished."""
+        return self.reply.tools.calls if self.reply.tools is not None else ()
 
     @property
     def reason(self) -> str | None:
         """The API's finish reason; None while more may come."""
         if not self.is_done:
             return None
-        if self.tools is not None and self.tools.calls:
+        if self.calls:
             return "tool_calls"
         return "length" if self.result is None else FINISH_REASONS[self.result.finish_reason]
 
@@ -95,20 +101,20 @@ class ChoiceWriter:
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """A finished choice."""
-        text = "" if choice.result is None else choice.result.text
         if self._is_chat:
-            content: dict[str, Any] = {"message": self._message(choice, text)}
+            content: dict[str, Any] = {"message": self._message(choice)}
         else:
+            text = "" if choice.result is None else choice.result.text
             content = {"text": choice.prompt.text * self._request.echoes + text}
         logprobs = self._of(choice, choice.chunks, with_prompt=True)
         return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.reason}
 
-    def _message(self, choice: Choice, text: str) -> dict[str, Any]:
-        rest = text if choice.tools is None else choice.tools.whole(text)
-        if choice.tools is None or not choice.tools.calls:
-            return {"role": "assistant", "content": rest}
-        calls = [call.json() for call in choice.tools.calls]
-        return {"role": "assistant", "content": rest or None, "tool_calls": calls}
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        choice.reply.finish()
+        message = {"role": "assistant", **_fields(ReplyPart(choice.reply.reasoning, choice.reply.content))}
+        if not choice.calls:
+            return {"content": "", **message}
+        return {"content": None, **message, "tool_calls": [call.json() for call in choice.calls]}
 
     def beginning(self, choice: Choice) -> dict[str, Any]:
         """What a stream says of a choice before it is generated: its role, or its prompt with `echo`."""
@@ -122,17 +128,14 @@ class ChoiceWriter:
         """One round of a choice."""
         logprobs = self._of(choice, [chunk], with_prompt=False)
         choice.offset += len(chunk.text)
-        text = chunk.text if choice.tools is None else choice.tools.push(chunk.text)
-        return self._piece(choice, {"content" if self._is_chat else "text": text}, logprobs)
+        delta = (_fields(choice.reply.push(chunk)) or {"content": ""}) if self._is_chat else {"text": chunk.text}
+        return self._piece(choice, delta, logprobs)
 
     def end(self, choice: Choice) -> list[dict[str, Any]]:
         """The last pieces of a choice: text that was held back, tool calls, and the finish reason."""
-        pieces: list[dict[str, Any]] = []
-        if choice.tools is not None:
-            if rest := choice.tools.finish():
-                pieces.append({"content": rest})
-            if choice.tools.calls:
-                pieces.append({"tool_calls": [{"index": n, **c.json()} for n, c in enumerate(choice.tools.calls)]})
+        rest = _fields(choice.reply.finish())
+        pieces: list[dict[str, Any]] = [rest] if rest else []
+        pieces += [{"tool_calls": [each]} for n, call in enumerate(choice.calls) for each in call.deltas(n)]
         early = [{**self._piece(choice, piece, None), "finish_reason": None} for piece in pieces]
         return [*early, self._piece(choice, {} if self._is_chat else {"text": ""}, None)]
 
@@ -149,3 +152,9 @@ class ChoiceWriter:
             return self._logprobs.completion(chunks, choice.offset)
         prompt = self._logprobs.prompt(choice.prompt.token_ids, choice.prompt.pieces, choice.scored.logprobs)
         return joined(prompt, self._logprobs.completion(chunks, len(choice.prompt.text)))
+
+
+def _fields(part: ReplyPart) -> dict[str, Any]:
+    """The fields of a message, or of a stream's delta, for what is not empty."""
+    fields = {"reasoning_content": part.reasoning, "content": part.content}
+    return {name: text for name, text in fields.items() if text}

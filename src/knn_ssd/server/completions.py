@@ -16,10 +16,12 @@ from knn_ssd.server.choices import Choice, ChoiceWriter, EncodedPrompt
 from knn_ssd.server.metrics import Metrics
 from knn_ssd.server.problems import error_body, error_message
 from knn_ssd.server.replies import usage
+from knn_ssd.server.reply_text import ReplyText
 from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
 from knn_ssd.server.schemas import ChatRequest, CompletionRequest
 from knn_ssd.server.streams import DONE, PING, PING_SEC, event
+from knn_ssd.server.thinking import Thinking
 from knn_ssd.server.tool_calls import ToolUse
 from knn_ssd.tokenization import Messages, PromptLike, echoed
 
@@ -69,8 +71,9 @@ class CompletionHandler:
         """
         await self._start()
         async for choice, each in self._reported():
-            if isinstance(each, Chunk) and self._is_detailed:
-                choice.chunks.append(each)
+            if isinstance(each, Chunk):
+                choice.reply.push(each)
+                choice.chunks += [each] * self._is_detailed
         choices = [self.writer.whole(choice) for choice in self.choices]
         fields = {"knn_ssd": {**self._first_fields, "rounds": self._rounds()}} if self.request.knn_ssd.rounds else {}
         return {**self.writer.head(streamed=False), "choices": choices, "usage": self._usage(), **fields}
@@ -118,9 +121,10 @@ class CompletionHandler:
         try:
             async with self._in_time():
                 encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
-                options = await asyncio.to_thread(self._options)
+                thinking = self._thinking(encoded[0])
+                options = await asyncio.to_thread(self._options, thinking)
             for choice in self.choices:
-                choice.tools = self._tools.reply() if self._tools is not None else None
+                choice.reply = self._reply(thinking)
                 choice.prompt = encoded[choice.index // n]
                 seeded = {**options, "seed": self.request.seed_of(choice.index % n)}
                 num_logprobs = self.request.num_prompt_logprobs
@@ -137,11 +141,25 @@ class CompletionHandler:
             return None
         return ToolUse(request.tools, request.tool_choice, request.parallel_tool_calls, tokenizer)
 
-    def _options(self) -> dict[str, Any]:
+    def _thinking(self, prompt: EncodedPrompt) -> Thinking | None:
+        """How an answer of a demanded form may begin with thinking."""
+        tokenizer = self.scheduler.engine.tokenizer
+        if not isinstance(self.request, ChatRequest) or not self.request.demands_form or tokenizer is None:
+            return None
+        return Thinking.of(tokenizer, prompt.token_ids)
+
+    def _reply(self, thinking: Thinking | None) -> ReplyText:
+        """The text of a choice that begins."""
+        special = {} if thinking is None else thinking.special
+        if self._tools is None:
+            return ReplyText(thinking, None, special)
+        return ReplyText(thinking, self._tools.reply(), {**special, **self._tools.special_tokens})
+
+    def _options(self, thinking: Thinking | None) -> dict[str, Any]:
         """The options of `Engine.stream`, with a grammar that was compiled if there is one."""
-        options = {**self.request.options(), "owner": self.owner}
+        options = {**self.request.options(thinking), "owner": self.owner}
         if self._tools is not None:
-            options["grammar"] = self._tools.grammar()
+            options["grammar"] = self._tools.grammar(thinking)
         if options.get("grammar") is not None:
             self.scheduler.engine.check_options(options)
         return options
@@ -211,9 +229,12 @@ class CompletionHandler:
         """The event of a stream for what was reported; None where it brings nothing."""
         if isinstance(reported, PromptScored):
             return self._event(self.writer.beginning(choice))
-        if isinstance(reported, Chunk) and (reported.text or self._is_detailed):
+        if isinstance(reported, Chunk):
+            piece = self.writer.chunk(choice, reported)
+            if not (reported.text or self._is_detailed or any(piece.get("delta", {}).values())):
+                return None
             fields = self._round_fields(choice, reported) if self.request.knn_ssd.rounds else None
-            return self._event(self.writer.chunk(choice, reported), fields)
+            return self._event(piece, fields)
         if not isinstance(reported, Generation):
             return None
         return "".join(self._event(piece) for piece in self.writer.end(choice))

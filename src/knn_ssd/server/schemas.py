@@ -18,6 +18,7 @@ from knn_ssd.server.structured import (
     check_tools,
     format_grammar,
 )
+from knn_ssd.server.thinking import Thinking
 from knn_ssd.speculation.decode import FinishReason
 from knn_ssd.tokenization import PromptLike, TemplateOptions
 
@@ -134,16 +135,17 @@ class ChatRequest(_Request):
         if self.offers_tools and not isinstance(self.response_format, TextFormat):
             message = "response_format cannot be used with tools that may be called; set tool_choice to 'none'"
             raise PydanticCustomError("two_forms", message)
-        for name in ("ignore_eos", "min_tokens"):
-            if getattr(self, name) and not isinstance(self.response_format, TextFormat):
-                message = f"{name} cannot be used with response_format, which decides where the answer may end"
-                raise PydanticCustomError("no_end", message)
         return self
 
     @property
     def offers_tools(self) -> bool:
         """Whether the answer may call tools."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def demands_form(self) -> bool:
+        """Whether the answer has to be of a form: that of the response format, or of a tool call."""
+        return not isinstance(self.response_format, TextFormat) or (self.offers_tools and self.tool_choice != "auto")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -158,14 +160,17 @@ class ChatRequest(_Request):
     def template(self) -> TemplateOptions:
         return TemplateOptions(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, thinking: Thinking | None = None) -> dict[str, Any]:
         """The options of `Engine.stream`.
+
+        Args:
+            thinking: how an answer of a demanded form may begin.
 
         Raises:
             FieldError: the schema of the response format cannot be used.
         """
         limit = _limit(self.max_completion_tokens or self.max_tokens)
-        return {**self.sampling(), "max_new_tokens": limit, "grammar": format_grammar(self.response_format)}
+        return {**self.sampling(), "max_new_tokens": limit, "grammar": format_grammar(self.response_format, thinking)}
 
 
 class CompletionRequest(_Request):
@@ -212,8 +217,8 @@ class CompletionRequest(_Request):
             return [cast("PromptLike", self.prompt)]
         return list(cast("list[PromptLike]", self.prompt))
 
-    def options(self) -> dict[str, Any]:
-        """The options of `Engine.stream`."""
+    def options(self, _thinking: Thinking | None = None) -> dict[str, Any]:
+        """The options of `Engine.stream`; no completion has a demanded form."""
         return {**self.sampling(), "max_new_tokens": _limit(self.max_tokens), "chat": False}
 
 

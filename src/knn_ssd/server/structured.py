@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from knn_ssd.errors import UsageError
-from knn_ssd.grammar import Grammar
+from knn_ssd.grammar import Grammar, json_rule
 from knn_ssd.server.messages import Strict
+from knn_ssd.server.thinking import Thinking, formed
 
 MOST_TOOLS = 128
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -103,18 +104,20 @@ class NamedTool(Strict):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def format_grammar(form: TextFormat | JsonObjectFormat | JsonSchemaFormat) -> Grammar | None:
-    """The grammar of a response format; None for free text.
+def format_grammar(
+    form: TextFormat | JsonObjectFormat | JsonSchemaFormat, thinking: Thinking | None = None
+) -> Grammar | None:
+    """The grammar of a response format, after the thinking if there may be any; None for free text.
 
     Raises:
         FieldError: the schema cannot be used.
     """
     if isinstance(form, TextFormat):
         return None
-    if isinstance(form, JsonObjectFormat):
-        return Grammar.json_object()
+    schema = {"type": "object"} if isinstance(form, JsonObjectFormat) else form.json_schema.json_schema
     try:
-        return Grammar.json_schema(form.json_schema.json_schema)
+        grammar = Grammar.json_schema(schema)
+        return grammar if thinking is None else formed([f"form: {json_rule(schema)}"], thinking)
     except UsageError as error:
         raise FieldError("response_format.json_schema.schema", error) from error
 

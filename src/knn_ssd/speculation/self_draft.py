@@ -71,12 +71,11 @@ class SelfDraft:
         """One forward pass, which drafts a token, and another one for each guess that turns out right."""
         last = draft.tokens[-1] if draft.tokens else context[-1]
         logits = self._session.forward([last, *guesses], self._plan)  # (1 + guesses, V)
-        grammar = self._sampler.grammar
         for row in range(len(logits)):
-            before, own = [*context, *draft.tokens], logits[row : row + 1]
-            probs = self._sampler.probs(own, before)[0]
-            confidence = top_probability(own if grammar is None else grammar.mask(before, own))
-            draft.add(self._sampler.pick(probs), probs, float(confidence[0]))
+            before = [*context, *draft.tokens]
+            own = self._sampler.masked(logits[row : row + 1], before)
+            probs = self._sampler.probs(own, before, is_masked=True)[0]
+            draft.add(self._sampler.pick(probs), probs, float(top_probability(own)[0]))
             if draft.has_stopped or row == len(guesses) or guesses[row] != draft.tokens[-1]:
                 self._session.commit(row + 1)
                 return

@@ -1,0 +1,208 @@
+"""How a single tool call is written: its grammar and its reader. `tool_formats` puts marks around it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from knn_ssd.errors import UsageError
+from knn_ssd.grammar import json_rule
+from knn_ssd.server.parameters import (
+    DECODER,
+    Schema,
+    check_object,
+    parameter_of,
+    parameters_of,
+    read_value,
+    value_rules,
+)
+from knn_ssd.server.terms import Term
+
+_NAME = r"([a-zA-Z0-9_.-]+)"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenCall:
+    """A call as a model wrote it.
+
+    Args:
+        name: the function's name.
+        arguments: its arguments.
+    """
+
+    name: str
+    arguments: dict[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCalls:
+    """What was read at the beginning of a text.
+
+    Args:
+        calls: the calls; None stands for one that cannot be read.
+        length: the characters that were read.
+    """
+
+    calls: Sequence[WrittenCall | None]
+    length: int
+
+
+_UNREADABLE = ReadCalls([None], 0)
+
+
+class CallSyntax(Protocol):
+    """How a single call is written between the marks around it."""
+
+    @property
+    def marks(self) -> str:
+        """The marks within a call, after each other."""
+        ...
+
+    def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
+        """The rules of a grammar in which `rule` is a call of a function whose arguments have a schema.
+
+        Args:
+            rule: the rule's name.
+            name: the function's name.
+            parameters: the schema of its arguments.
+            term: writes a text as terms of a grammar.
+
+        Raises:
+            UsageError: the schema cannot be enforced.
+        """
+        ...
+
+    def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
+        """The call that a text begins with.
+
+        Args:
+            text: the reply after an opening mark.
+            schemas: of the arguments of each function that was offered.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JsonCall:
+    """A JSON object of the name and the arguments; several may stand in a list.
+
+    Args:
+        arguments: the name of the arguments.
+    """
+
+    arguments: str = "arguments"
+    marks: str = ""
+
+    def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
+        head = json.dumps({"name": name})[:-1] + f', "{self.arguments}": '
+        return [f'{rule}: {term(head)} {json_rule(parameters)} "}}"']
+
+    def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
+        value, length = _decoded(text)
+        values = value if isinstance(value, list) else [value]
+        return ReadCalls([self._call(each) for each in values], length)
+
+    def _call(self, value: Any) -> WrittenCall | None:
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        return WrittenCall(value["name"], arguments) if isinstance(arguments, str | dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCall:
+    """The name, a mark, and the arguments as JSON.
+
+    Args:
+        mark: between name and arguments.
+    """
+
+    mark: str
+
+    @property
+    def marks(self) -> str:
+        return self.mark
+
+    def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
+        return [f"{rule}: {term(name + self.mark)} {json_rule(parameters)}"]
+
+    def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
+        call_id = r"(?:\[CALL_ID\][^\[{]*)?"  # Mistral's eleventh tokenizer
+        found = re.match(rf"\s*{_NAME}\s*{call_id}(?:{re.escape(self.mark.strip())})?\s*", text)
+        value, length = _decoded(text[found.end() :]) if found else (None, 0)
+        if found is None or not isinstance(value, dict):
+            return _UNREADABLE
+        return ReadCalls([WrittenCall(found[1], value)], found.end() + length)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCall:
+    """The name, and each argument between marks of its own: text as it is, other values as JSON.
+
+    Args:
+        head: before the name.
+        after_name: after it.
+        key: before an argument's name.
+        after_key: between that and the value.
+        end: after the value.
+        tail: after the last argument.
+    """
+
+    head: str
+    after_name: str
+    key: str
+    after_key: str
+    end: str
+    tail: str
+
+    @property
+    def marks(self) -> str:
+        return "".join((self.head, self.after_name, self.key, self.after_key, self.end, self.tail))
+
+    def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
+        check_object(parameters)
+        required = parameters.get("required", [])
+        parts, lines = [], []
+        for place, (key, schema) in enumerate(parameters_of(parameters).items()):
+            if not re.fullmatch(r"[^<>\n]+", key):
+                raise UsageError(f"the parameter name {key!r} cannot be written between this model's marks")
+            part = f"{rule}_{place}"
+            parts.append(part if key in required else f"{part}?")
+            lines.append(f"{part}: {term(self.key + key + self.after_key)} {part}_value")
+            lines += value_rules(f"{part}_value", schema, parameters, self.end)
+        if not parts and parameters.get("additionalProperties") is not False:
+            parts.append(f"{rule}_any*")
+            lines.append(f"{rule}_any: {term(self.key)} /{_NAME}/ {term(self.after_key)} {rule}_any_value")
+            lines += value_rules(f"{rule}_any_value", parameter_of(parameters, ""), parameters, self.end)
+        return [f"{rule}: {term(self.head + name + self.after_name)} {' '.join(parts)} {term(self.tail)}", *lines]
+
+    def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
+        head = re.match(rf"\s*{_flexible(self.head)}{_NAME}{_flexible(self.after_name)}", text)
+        if head is None:
+            return _UNREADABLE
+        schema, place, arguments = schemas.get(head[1], {}), head.end(), {}
+        one = re.compile(
+            rf"\s*{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}(.*?){_flexible(self.end)}", re.DOTALL
+        )
+        while found := one.match(text, place):
+            arguments[found[1]] = read_value(found[2], parameter_of(schema, found[1]), schema)
+            place = found.end()
+        tail = re.compile(rf"\s*{_flexible(self.tail)}").match(text, place)
+        return _UNREADABLE if tail is None else ReadCalls([WrittenCall(head[1], arguments)], tail.end())
+
+
+def _decoded(text: str) -> tuple[Any, int]:
+    """The JSON that a text begins with, and its length; None and 0 if it begins with none."""
+    try:
+        return DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, 0
+
+
+def _flexible(text: str) -> str:
+    """A regular expression for a mark: lines around it may be missing, and white space within it may differ."""
+    inner = r"\s*".join(map(re.escape, text.split()))
+    return r"\n?" * text.startswith("\n") + inner + r"\n?" * text.endswith("\n")

@@ -1,0 +1,105 @@
+"""The text of a reply as it arrives, divided into thinking, content and tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from knn_ssd.outputs import Chunk
+from knn_ssd.server.thinking import CLOSING, OPENING, Thinking, partial_mark
+from knn_ssd.server.tool_calls import ToolReply
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPart:
+    """What became certain of a reply.
+
+    Args:
+        reasoning: text of its thinking.
+        content: text of its content.
+    """
+
+    reasoning: str = ""
+    content: str = ""
+
+
+class _Phase(Enum):
+    BEGINNING = auto()  # thinking may follow
+    THINKING = auto()
+    GAP = auto()  # white space between thinking and content
+    CONTENT = auto()
+
+
+@dataclass(slots=True)
+class ReplyText:
+    """The text of one reply.
+
+    Args:
+        thinking: how it may begin with thinking, which is kept apart from its content; None if it may not.
+        tools: finds its tool calls; None where it may not call any.
+        special: the special tokens that are marks in it, which a text without special tokens lacks.
+
+    Attributes:
+        reasoning: its thinking so far.
+        content: its content so far.
+    """
+
+    thinking: Thinking | None = None
+    tools: ToolReply | None = None
+    special: Mapping[int, str] = field(default_factory=dict)
+    reasoning: str = ""
+    content: str = ""
+    _held: str = ""
+    _phase: _Phase = _Phase.CONTENT
+
+    def __post_init__(self) -> None:
+        if self.thinking is not None:
+            self._phase = _Phase.THINKING if self.thinking.is_open else _Phase.BEGINNING
+
+    def push(self, chunk: Chunk) -> ReplyPart:
+        """Adds a round, and returns what is certain with it."""
+        pieces = zip(chunk.round.tokens, chunk.pieces, strict=True)
+        part = self._divide("".join(piece + self.special.get(token, "") for token, piece in pieces), is_end=False)
+        return self._add(part.reasoning, part.content if self.tools is None else self.tools.push(part.content))
+
+    def finish(self) -> ReplyPart:
+        """Returns the rest, once all tool calls were found."""
+        part = self._divide("", is_end=True)
+        if self.tools is None:
+            return self._add(part.reasoning, part.content)
+        return self._add(part.reasoning, self.tools.push(part.content) + self.tools.finish())
+
+    def _add(self, reasoning: str, content: str) -> ReplyPart:
+        self.reasoning += reasoning
+        self.content += content
+        return ReplyPart(reasoning, content)
+
+    def _divide(self, text: str, *, is_end: bool) -> ReplyPart:
+        self._held += text
+        if self._phase is _Phase.BEGINNING:
+            self._begin(is_end)
+        reasoning = self._think(is_end) if self._phase is _Phase.THINKING else ""
+        if self._phase is _Phase.GAP:
+            self._held = self._held.lstrip()
+            self._phase = _Phase.CONTENT if self._held else _Phase.GAP
+        content = ""
+        if self._phase is _Phase.CONTENT:
+            content, self._held = self._held, ""
+        return ReplyPart(reasoning, content)
+
+    def _begin(self, is_end: bool) -> None:
+        start = self._held.lstrip()
+        if start.startswith(OPENING):
+            self._phase, self._held = _Phase.THINKING, start[len(OPENING) :]
+        elif is_end or not OPENING.startswith(start):
+            self._phase = _Phase.CONTENT
+
+    def _think(self, is_end: bool) -> str:
+        reasoning, closing, rest = self._held.partition(CLOSING)
+        if closing:
+            self._phase, self._held = _Phase.GAP, rest
+            return reasoning
+        certain = len(reasoning) - (0 if is_end else partial_mark(reasoning, CLOSING))
+        self._held = reasoning[certain:]
+        return reasoning[:certain]

@@ -1,0 +1,35 @@
+"""Texts as terms of a grammar in llguidance's variant of Lark's syntax."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Term = Callable[[str], str]  # writes a text as terms
+
+
+def quoted(text: str) -> str:
+    """A text as one term."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens of a tokenizer by their texts."""
+    return {each.content: token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+
+
+def term_of(tokenizer: PreTrainedTokenizerBase) -> Term:
+    """Writes a text as terms of a grammar: special tokens by their ids, other text as it is."""
+    tokens = special_tokens(tokenizer)
+    any_token = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+    def term(text: str) -> str:
+        parts = re.split(f"({any_token.pattern})", text)
+        return " ".join(f"<[{tokens[part]}]>" if part in tokens else quoted(part) for part in parts if part)
+
+    return term
