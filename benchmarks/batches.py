@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
+    engine.prepare()
     prompts = [each.prompt for each in stream(limit_each(read_workloads(args.prompts), args.limit), mix_ratio=1.0)]
     speeds: dict[int, list[float]] = {1: [], args.concurrency: []}
     outputs: dict[int, list[tuple[int, ...]]] = {}

@@ -53,7 +53,8 @@ def main() -> None:
     conditions = QUOTA_CONDITIONS if args.quota else CONDITIONS
     engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
     prompts = limit_each(read_workloads(args.prompts), args.limit)
-    engine.generate("Hello", max_new_tokens=16)  # the warm-up, which makes the 4-bit copies
+    engine.prepare()
+    engine.generate("Hello", max_new_tokens=16)  # the warm-up
     ms_per_token: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(args.repeats):
         for prompt in prompts:

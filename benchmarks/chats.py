@@ -70,7 +70,8 @@ def main() -> None:
         for suffix, size in (("", 0), (", cache", args.prefix_cache * 2**20))
         for method in ("plain", "auto")
     }
-    for name, engine in methods.items():  # the warm-up, which makes the 4-bit copies
+    bare.prepare()
+    for name, engine in methods.items():  # the warm-up
         engine.generate("Hello", max_new_tokens=8, plain=name.startswith("plain"))
     sums: Sums = defaultdict(lambda: defaultdict(Counter))
     for number, prompt in enumerate(limit_each(halves(read_workloads(args.prompts))[1], args.limit)):

@@ -50,7 +50,8 @@ def main() -> None:
     files = [read_prompts(path) for path in args.prompts]
     chosen = [chooser.sample(prompts, min(args.limit, len(prompts))) for prompts in files]
     order = [prompts[i] for i in range(args.limit) for prompts in chosen if i < len(prompts)]
-    engine.generate("Hello", max_new_tokens=8)  # the warm-up, which makes the 4-bit copies
+    engine.prepare()
+    engine.generate("Hello", max_new_tokens=8)  # the warm-up
     sums: dict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for turn, prompt in enumerate(order):
         results = {}

@@ -81,7 +81,8 @@ def main() -> None:
     files = [read_prompts(path) for path in args.prompts]
     prompts = [each for file in files for each in chooser.sample(file, min(args.limit, len(file)))]
     for engine in engines.values():
-        engine.generate("Hello", max_new_tokens=8)  # the warm-up, which makes the 4-bit copies
+        engine.prepare()
+        engine.generate("Hello", max_new_tokens=8)  # the warm-up
     methods = [(name, plain) for name in engines for plain in (True, False)]
     results: dict[tuple[str, bool], list[Generation]] = {method: [] for method in methods}
     for turn, prompt in enumerate(prompts):

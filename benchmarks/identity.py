@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--cache", type=int, default=6 * 2**30, help="size of the prefix cache in bytes")
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, atlas=args.atlas, device="cpu", prefix_cache=args.cache)
+    engine.prepare()
     prompts = limit_each(read_workloads(args.prompts), args.limit)
     count = args.max_new_tokens
     plain = outputs(engine, prompts, args.clients, "plain", max_new_tokens=count, plain=True)

@@ -51,7 +51,8 @@ def main() -> None:
         without[name] = Engine(engine.model, engine.tokenizer, **alike)
     prompts = limit_each(halves(read_workloads(args.prompts))[1], args.limit)
     for own, options in [(own, options) for own, options, _ in methods.values()] + [(e, {}) for e in without.values()]:
-        own.generate("Hello", max_new_tokens=8, **options)  # the warm-up, which makes the 4-bit copies
+        own.prepare()
+        own.generate("Hello", max_new_tokens=8, **options)  # the warm-up
     tokens: dict[tuple[str, str], float] = defaultdict(float)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     for turn, prompt in enumerate(prompts):

@@ -119,6 +119,7 @@ def own_first_token(name: str | None, prompts: Sequence[list[int]], threads: int
         sys.exit(
             f"{longest} tokens are over the model's context of {engine.backend.context_length}: give smaller --tokens."
         )
+    engine.prepare()
     engine.generate(prompts[0][:WARM_UP_PROMPT], max_new_tokens=WARM_UP_TOKENS, ignore_eos=True)
 
     def first_token(place: int) -> tuple[float, int]:

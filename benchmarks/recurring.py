@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="then send the whole stream once more")
     args = parser.parse_args()
     engine = Engine.from_pretrained(args.model, device="cpu", answers=False)
+    engine.prepare()
     prompts = stream(limit_each(read_workloads(args.prompts), args.limit), mix_ratio=1.0) * (2 if args.again else 1)
     stores = {name: kind(args.k, args.radius) for name, kind in _STORES.items() if name in args.arms}
     options: dict[str, Any] = {}

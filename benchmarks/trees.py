@@ -26,6 +26,7 @@ import inspect, json, sys
 from knn_ssd import Engine
 options = {"answers": False} if "answers" in inspect.signature(Engine.from_pretrained).parameters else {}
 engine = Engine.from_pretrained(sys.argv[1] or None, device="cpu", **options)
+engine.prepare()
 engine.generate("Hello", max_new_tokens=8)
 print(json.dumps("ready"), flush=True)
 for line in sys.stdin:

@@ -61,7 +61,8 @@ def show_routed_decoding(engine: Engine, prompts: Sequence[Prompt]) -> bool:
     """Decodes one prompt of each domain with the plan of its route; whether all output was that of plain decoding."""
     table = new_table("Routed decoding of one unseen prompt per domain", "domain", "routed to", "plan")
     identical = True
-    engine.generate(prompts[0].prompt, max_new_tokens=4)  # makes the 4-bit copies, once
+    engine.prepare()
+    engine.generate(prompts[0].prompt, max_new_tokens=4)  # the warm-up
     for prompt in prompts:
         plain = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS, plain=True)
         routed = engine.generate(prompt.prompt, max_new_tokens=NEW_TOKENS)
@@ -99,7 +100,8 @@ def show_drafts_from_earlier_answers(loaded: LoadedModel) -> bool:
         "neighbours (distance)",
         "copied",
     )
-    engine.generate("Hello", max_new_tokens=4, store=False)  # makes the 4-bit copies, once
+    engine.prepare()
+    engine.generate("Hello", max_new_tokens=4, store=False)  # the warm-up
     identical, names = True, list(ORDERS)
     for name, prompt in ORDERS.items():
         plain = engine.generate(prompt, max_new_tokens=2 * NEW_TOKENS, plain=True)

@@ -276,17 +276,17 @@ def test_an_atlas_calibrated_in_another_dtype_is_taken(engine: Engine) -> None:
 def test_custom_generate_routes_as_the_engine_does(engine: Engine) -> None:
     routed = with_atlas(engine)
     token_ids = routed.encode(DOMAINS["story"])
-    drafts: list[Plan] = []
-    prepare = routed.backend.prepare
+    drafts: set[Plan] = set()
+    prepare_later = routed.backend.prepare_later
 
-    def noted(plan: Plan) -> None:
-        drafts.append(plan)
-        prepare(plan)
+    def noted(plan: Plan) -> bool:
+        drafts.add(plan)
+        return prepare_later(plan)
 
-    routed.backend.prepare = noted
+    routed.backend.prepare_later = noted
     output = transformers_output(engine.model, token_ids, 8, custom_generate=routed.custom_generate)
     assert output == transformers_output(engine.model, token_ids, 8)
-    assert drafts == [PLANS["story"]]
+    assert drafts == {PLANS["story"]}
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_copies_are_the_same_however_many_layers_fit_in_memory(family: str, monk
     backend = NativeBackend(model)
     backend.prepare(Plan.low(4))
     assert {name: (each.shape, each.dtype) for name, each in whole.items()} == {
-        name: (each.shape, each.dtype) for name, each in backend.low._tensors.items()
+        name: (each.shape, each.dtype) for name, each in backend.low.maker.tensors.items()
     }
 
 
@@ -186,13 +186,13 @@ def test_copies_are_replaced_by_better_ones_only(better: bool, monkeypatch: pyte
 
     monkeypatch.setattr(low_bit_fit, "fitted_copies", copies)
     before = divergence(backend, held_out)
-    usual = dict(backend.low._tensors)
+    usual = dict(backend.low.maker.tensors)
     assert fit_low_bit(backend, domains, NoProgress()) == better
     assert len(fitted_to) == 12
     assert not {(*each.prompt_ids, *each.token_ids) for each in held_out} & set(fitted_to)
     after = divergence(backend, held_out)
     assert after < 0.9 * before if better else after == before
-    assert all(tensor is backend.low._tensors[name] for name, tensor in usual.items()) != better
+    assert all(tensor is backend.low.maker.tensors[name] for name, tensor in usual.items()) != better
 
 
 def test_too_little_text_changes_nothing() -> None:
@@ -219,6 +219,6 @@ def test_a_calibration_leaves_fitted_copies_for_later_starts(
     assert isinstance(atlas, Atlas)
     later = Engine.from_pretrained(tmp_path / "model", device="cpu")
     later.prepare()
-    tensors = [engine.backend.low._tensors for engine in (usual, later)]
+    tensors = [engine.backend.low.maker.tensors for engine in (usual, later)]
     assert tensors[0].keys() == tensors[1].keys()
     assert any(not torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items()) == keeps

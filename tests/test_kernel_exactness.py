@@ -221,7 +221,8 @@ def random_matrix(library: ctypes.CDLL, rows: int, cols: int, kind: int, keeper:
     padded, groups = -(-rows // lanes) * lanes, -(-cols // GROUP_SIZE)
     data = torch.zeros(padded, groups, GROUP_SIZE // 2, dtype=torch.uint8)
     scales = torch.zeros(padded, groups, 2, dtype=torch.bfloat16)
-    library.knn_ssd_quantise(ctypes.byref(source), address(torch.rand(cols) + 0.5), 3, address(data), address(scales))
+    importance = torch.rand(cols) + 0.5
+    library.knn_ssd_quantise(ctypes.byref(source), address(importance), 3, 0, rows, address(data), address(scales))
     return Matrix(keeper.keep(data), keeper.keep(scales), None, rows, cols, INT4)
 
 

@@ -453,6 +453,6 @@ def test_columns_with_large_inputs_get_smaller_errors() -> None:
     assert importance[:8].min() > 10 * importance[8:].mean()
     assert importance.mean() == pytest.approx(1, rel=0.01)
     copy = backend.low.mlp(2).gate
-    decoded = weights_of(copy, backend.low._tensors.values())
+    decoded = weights_of(copy, backend.low.maker.tensors.values())
     errors = (decoded - layer.mlp.gate_proj.weight).square().mean(dim=0)
     assert errors[:8].mean() < 0.7 * errors[8:64].mean()

@@ -591,6 +591,19 @@ def test_bfloat16_is_kept_where_the_kernels_read_it(
     assert default_dtype(torch.bfloat16, CPU) == torch.float32
 
 
+@pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
+def test_a_model_is_built_without_memory_at_most_once_in_a_load(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    testing.tiny_model("gpt2").to(torch.bfloat16).save_pretrained(directory)
+    monkeypatch.setattr(resolve, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(resolve, "uses_tiles", lambda: False)
+    built, real = [], resolve.experts_obstacle
+    monkeypatch.setattr(resolve, "experts_obstacle", lambda model: (built.append(model), real(model))[1])
+    assert load_model(directory).model.dtype == torch.bfloat16
+    assert len(built) == 1
+
+
 def test_float16_is_kept_where_the_native_backend_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for unavailable, expected in ((None, torch.float16), ("no kernels", torch.float32)):
         monkeypatch.setattr(resolve, "kernels_obstacle", lambda reason=unavailable: reason)

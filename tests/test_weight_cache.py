@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from knn_ssd.backends import kept_copies, packed
+from knn_ssd.backends import copy_maker, kept_copies, packed
 from knn_ssd.backends.native.backend import NativeBackend
-from knn_ssd.backends.transformers import linears
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
@@ -93,7 +92,7 @@ def prepared(directory: Path, **options: Any) -> tuple[Engine, Steps]:
 
 def copies(engine: Engine) -> dict[str, torch.Tensor]:
     assert isinstance(engine.backend, NativeBackend)
-    return engine.backend.low._tensors
+    return engine.backend.low.maker.tensors
 
 
 def draft_logits(engine: Engine) -> torch.Tensor:
@@ -188,7 +187,7 @@ def test_the_transformers_backend_takes_what_the_first_start_made(
     assert len(kept("weights in blocks")) == (0 if tiles else 1)
     if not tiles:
         monkeypatch.setattr(packed, "best_blocks", lambda *_: pytest.fail("packed again"))
-    monkeypatch.setattr(linears, "quantise", lambda *_: pytest.fail("quantised again"))
+    monkeypatch.setattr(copy_maker, "quantise_rows", lambda *_: pytest.fail("quantised again"))
     second, taken = prepared(other, dtype=dtype)
     assert taken.stages == []
     assert torch.equal(draft_logits(first), draft_logits(second))

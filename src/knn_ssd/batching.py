@@ -17,9 +17,11 @@ from typing import TypeVar
 from greenlet import getcurrent, greenlet
 
 from knn_ssd.backends.base import Backend, ForwardOutput, ForwardRequest, SharesPasses
+from knn_ssd.plan import Plan
 from knn_ssd.speculation.cost_model import CostModel, CostProfile
 
 T = TypeVar("T")
+_WAIT_SEC = 0.005  # between two looks at what is being made
 
 
 class Cancelled(BaseException):
@@ -86,6 +88,14 @@ class ContinuousBatcher:
         self._current.waits_for = request
         output: ForwardOutput = self._scheduler.switch()
         return output
+
+    def prepare(self, plan: Plan) -> None:
+        """Lets the other tasks run until the 4-bit copies that a plan uses are there; called inside a task."""
+        while not self._backend.prepare_later(plan) and self._backend.is_preparing:
+            if not any(task.waits_for for task in self._tasks):
+                time.sleep(_WAIT_SEC)
+            self._scheduler.switch()
+        self._backend.prepare(plan)
 
     def clock(self) -> float:
         """Seconds for which the current task has kept the machine busy."""

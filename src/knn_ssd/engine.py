@@ -171,9 +171,13 @@ class Engine:
         return self._requests.cost_model
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Makes now what the first request would otherwise wait for: the 4-bit copies that plans use."""
+        """Makes the 4-bit copies that plans use, and waits for them."""
         for plan in self._plans.plans:
             self.backend.prepare(plan, progress)
+
+    def prepare_later(self, progress: Progress | None = None) -> bool:
+        """Whether plans' 4-bit copies are there; if not, they are made in the background, as by the first request."""
+        return all(self.backend.prepare_later(plan, progress) for plan in self._plans.plans)
 
     def use_chat_template(self, template: str) -> None:
         """Replaces the tokenizer's chat template (Jinja), and with it the tokens that end a reply."""
@@ -274,16 +278,14 @@ class Engine:
         Raises:
             UsageError: an option that cannot be used.
         """
-        wanted = RequestOptions.of({**options, "repetition_penalty": self._repetition_penalty(options)})
+        given = options.get("repetition_penalty")
+        penalty = self.repetition_penalty if given is None else given
+        wanted = RequestOptions.of({**options, "repetition_penalty": penalty})
         wanted.check_tokens(self.backend.vocab_size, self.tokenizer is not None)
         if wanted.grammar is not None:
             self._grammars.compile(wanted.grammar)
         self._plans.check(wanted.plan_request)
         return wanted
-
-    def _repetition_penalty(self, options: Mapping[str, Any]) -> Any:
-        given = options.get("repetition_penalty")
-        return self.repetition_penalty if given is None else given
 
     def custom_generate(
         self,

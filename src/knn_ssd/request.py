@@ -46,6 +46,9 @@ class Batcher(Protocol):
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         """Runs one session's rows, perhaps in one pass with others'."""
 
+    def prepare(self, plan: Plan) -> None:
+        """Waits until forward passes can run under a plan; other requests go on meanwhile."""
+
     def clock(self) -> float:
         """Seconds for which the calling request has kept the machine busy."""
 
@@ -59,6 +62,9 @@ class Unbatched:
 
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         return self.backend.forward(request)
+
+    def prepare(self, plan: Plan) -> None:
+        self.backend.prepare(plan)
 
     def clock(self) -> float:
         return time.perf_counter()

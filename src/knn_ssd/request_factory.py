@@ -74,7 +74,10 @@ class RequestFactory:
                 if chosen.plan.policy.lookup:
                     request.neighbours = owner.neighbours(request.prefill, self._backend.vocab_size)
             request.route_sec = time.perf_counter() - started
-            self._backend.prepare(chosen.plan)
+            if wanted.adaptive and not wanted.reproducible:
+                self._backend.prepare_later(chosen.plan)
+            else:
+                self._batcher.prepare(chosen.plan)
             started = time.perf_counter()
             request.drafter = self._drafters.new_drafter(
                 request.session,

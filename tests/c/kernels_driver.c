@@ -140,7 +140,12 @@ static Matrix float_matrix(int64_t rows, int64_t cols, int64_t kind) {
 
 static int64_t padded_rows(int64_t rows) { return (rows + knn_ssd_lanes() - 1) / knn_ssd_lanes() * knn_ssd_lanes(); }
 
-static Matrix quantised(const Matrix *m) {
+/* Rows of a block, and weights of a unit; see blocks.h. */
+static int64_t block_rows(void) { return 2 * knn_ssd_lanes(); }
+static int64_t unit_weights(void) { return 8 * block_rows(); }
+
+/* The 4-bit copy of a matrix, made of so many rows at a time. */
+static Matrix quantised_in_parts(const Matrix *m, int64_t part) {
     const int64_t rows = padded_rows(m->rows), groups = (m->cols + GROUP - 1) / GROUP;
     uint8_t *data = take(rows * groups * (GROUP / 2), 2);
     uint16_t *scales = take(rows * groups * 4, 2);
@@ -148,13 +153,14 @@ static Matrix quantised(const Matrix *m) {
     memset(scales, 0xff, (size_t)(rows * groups * 4)); /* NaN */
     const float *importance = take_floats(m->cols, 1, 0.5f); /* not among the arguments: their order is the compiler's */
     const int64_t n_ranges = 1 + random_below(3);
-    CHECK(knn_ssd_quantise(m, importance, n_ranges, data, scales) == SUCCESS);
+    for (int64_t first = 0; first < m->rows; first += part) {
+        const int64_t last = first + part < m->rows ? first + part : m->rows;
+        CHECK(knn_ssd_quantise(m, importance, n_ranges, first, last, data, scales) == SUCCESS);
+    }
     return (Matrix){.data = data, .scales = scales, .rows = m->rows, .cols = m->cols, .kind = INT4};
 }
 
-/* Rows of a block, and weights of a unit; see blocks.h. */
-static int64_t block_rows(void) { return 2 * knn_ssd_lanes(); }
-static int64_t unit_weights(void) { return 8 * block_rows(); }
+static Matrix quantised(const Matrix *m) { return quantised_in_parts(m, m->rows); }
 
 /* Bytes of 32 columns of a row in blocks. */
 static int64_t bytes_of_32(int64_t kind) {
@@ -531,7 +537,7 @@ static void check_gguf(void) {
         CHECK(source.kind == FLOAT16 || knn_ssd_pack(&wrong, GGUF_KINDS[kind][1], NULL, y[0], NULL) == INVALID_SIZES);
         wrong.kind = FLOAT32;
         CHECK(knn_ssd_pack(&wrong, GGUF_KINDS[kind][1], NULL, y[0], NULL) == INVALID_SIZES);
-        CHECK(knn_ssd_quantise(&source, x, 1, NULL, NULL) == INVALID_SIZES);
+        CHECK(knn_ssd_quantise(&source, x, 1, 0, source.rows, NULL, NULL) == INVALID_SIZES);
         release(0);
     }
 }
@@ -548,7 +554,7 @@ static void quantise(uint64_t seed, int64_t cases) {
             const int64_t kind = source.kind == FLOAT32 ? FLOAT32_BLOCKS : BFLOAT16_BLOCKS + random_below(2);
             const Matrix stored = in_blocks(&source, kind); /* quantised first row-major, then from its blocks */
             check_rows(&source, &stored);
-            copy[j] = quantised(j ? &stored : &source);
+            copy[j] = j ? quantised_in_parts(&stored, block_rows()) : quantised(&source);
         }
         const int64_t bytes = padded_rows(source.rows) * ((source.cols + GROUP - 1) / GROUP) * (GROUP / 2);
         CHECK(!memcmp(copy[0].data, copy[1].data, (size_t)bytes));
@@ -603,7 +609,11 @@ static void contract(uint64_t seed) {
     REFUSES(m.mlps[0].up.rows, 161);
     REFUSES(m.mlps[1].down.cols, 0);
     const Matrix source = float_matrix(2, 60, FLOAT32);
-    CHECK(knn_ssd_quantise(&source, logits, 1, NULL, NULL) == INVALID_SIZES);
+    CHECK(knn_ssd_quantise(&source, logits, 1, 0, 2, NULL, NULL) == INVALID_SIZES);
+    const Matrix whole = float_matrix(3 * block_rows() - 1, 64, FLOAT32);
+    const int64_t ranges[][2] = {{0, 0}, {-block_rows(), 1}, {0, 3 * block_rows()}, {1, block_rows()}, {0, 1}};
+    for (int i = 0; i < 5; i++)
+        CHECK(knn_ssd_quantise(&whole, logits, 1, ranges[i][0], ranges[i][1], NULL, NULL) == INVALID_SIZES);
     CHECK(knn_ssd_lm_head(&source, m.norm, 1e-5, x, 1, (int64_t[]){0}, 1, x, logits) == INVALID_SIZES);
     CHECK(knn_ssd_linear(&source, x, 1, logits) == INVALID_SIZES);
     CHECK(knn_ssd_linear(&m.head, x, -1, logits) == INVALID_SIZES);

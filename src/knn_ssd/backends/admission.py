@@ -10,15 +10,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-
-from torch import nn
 
 from knn_ssd.errors import MemoryInUseError, MemoryLimitError
 from knn_ssd.tools.memory import FreeMemory, free_memory, size
 
 if TYPE_CHECKING:
+    from knn_ssd.backends.copy_maker import CopyMaker
     from knn_ssd.backends.cursor import Cursor
 
 _LAST_GROWTH = 2 / 3  # the largest part of a cache's final size from which it grows
@@ -49,23 +48,27 @@ class MemoryAdmission:
         token_bytes: memory of one token in a KV cache.
         copy_bytes: the part of it that is there twice while a cache grows.
         free: measures the free memory; None of it is not limited.
-        low_bit_bytes: memory of 4-bit copies of all weights.
+        copies: the 4-bit copies of the weights, whose memory is set aside while they are being made; None where there
+            are none.
     """
 
     weight_bytes: int
     token_bytes: int
     copy_bytes: int = 0
     free: Callable[[], FreeMemory | None] = free_memory
-    low_bit_bytes: int = 0
+    copies: CopyMaker | None = None
     _cursors: weakref.WeakSet[Cursor] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @classmethod
-    def of(cls, model: nn.Module, weight_bytes: int, token_bytes: int, copy_bytes: int = 0) -> MemoryAdmission:
-        """For the sessions of a model, with the memory of its weights in the backend's format."""
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        linear = sum(module.out_features * module.in_features for module in linears)
-        return cls(weight_bytes, token_bytes, copy_bytes, low_bit_bytes=int(_LOW_BIT_BYTES * linear))
+    @property
+    def low_bit_bytes(self) -> int:
+        """Memory of 4-bit copies of all weights."""
+        return self.copies.total_bytes if self.copies is not None else 0
+
+    def is_busy(self) -> bool:
+        """Whether a session is open."""
+        with self._lock:
+            return bool(self._open())
 
     def low_bit_shortage(self) -> str | None:
         """None if there is memory for the 4-bit copies now, else the arithmetic."""
@@ -83,7 +86,7 @@ class MemoryAdmission:
             MemoryInUseError: it does, but not now, beside other sessions.
         """
         with self._lock:
-            if (free := self.free()) is not None:
+            if (free := self._free()) is not None:
                 if cursor.capacity * self._peak_bytes > free.bytes + self._held:
                     raise MemoryLimitError(self._sentence(cursor.capacity, free), self._remedy(free))
                 self._take(cursor, cursor.reserved, cursor.reserved * self.token_bytes, free)
@@ -97,15 +100,22 @@ class MemoryAdmission:
             MemoryInUseError: there would be without the other sessions.
         """
         with self._lock:
-            if (free := self.free()) is not None:
+            if (free := self._free()) is not None:
                 more = (tokens - cursor.reserved) * self.token_bytes + cursor.length * self.copy_bytes
                 self._take(cursor, tokens, more, free)
 
     def most_tokens(self, context_length: int) -> int:
         """The most tokens of a session that fits into memory if it is the only one, at most those of the context."""
-        free = self.free()
+        free = self._free()
         with self._lock:
             return context_length if free is None else min(context_length, int(_CAUTION * self._fitting(free)))
+
+    def _free(self) -> FreeMemory | None:
+        """The free memory without what copies will take that are being made."""
+        free = self.free()
+        if free is None or self.copies is None or not self.copies.is_making:
+            return free
+        return replace(free, bytes=max(0, free.bytes - self.copies.total_bytes + self.copies.bytes))
 
     def _take(self, cursor: Cursor, tokens: int, num_bytes: int, free: FreeMemory) -> None:
         promised = sum(each.reserved - each.length for each in self._open()) * self.token_bytes

@@ -190,6 +190,19 @@ class Backend(Protocol):
             progress: receives a stage for what is made; none where all is there already.
         """
 
+    def prepare_later(self, plan: Plan, progress: Progress | None = None) -> bool:
+        """Whether forward passes can run under a plan now. If not, what they need is made in the background from then
+        on; but what takes a second or two is made at once.
+
+        Args:
+            plan: the plan.
+            progress: receives a stage for what is made at once.
+        """
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether 4-bit copies are being made in the background."""
+
     def forward(self, request: ForwardRequest) -> ForwardOutput:
         """Runs one session's rows."""
 

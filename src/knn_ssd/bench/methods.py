@@ -218,6 +218,8 @@ def engine_method(
     runner = Engine(engine.model, engine.tokenizer, atlas, answers=answers, backend=engine.backend)
 
     def run(prompt: list[int], max_new_tokens: int) -> Output:
+        if not options.get("plain"):
+            runner.prepare()  # at the warm-up: a prompt is timed with all drafters
         started = time.perf_counter()
         stream = runner.stream(prompt, max_new_tokens=max_new_tokens, **sampling, **options)
         rounds = [chunk.round for chunk in stream]

@@ -173,7 +173,7 @@ class _Calibration:
     def _fit_low_bit(self, observations: Sequence[Observation]) -> None:
         """Fits the 4-bit copies to the continuations that the searches see, where later starts find the copies."""
         backend = self.backend
-        if isinstance(backend, NativeBackend) and backend.low.is_kept and self.settings.uses_low_bit(backend):
+        if isinstance(backend, NativeBackend) and backend.low.maker.is_kept and self.settings.uses_low_bit(backend):
             searched = observations_by_search(observations, self.settings)
             fit_low_bit(backend, [searched[domain] for domain in self.grouped], self.progress)
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     engine = options.load_engine(args, atlas)
     if engine.tokenizer is None or not engine.tokenizer.chat_template:
         raise UsageError("the model has no chat template, so it cannot converse", "Use `knn-ssd generate`.")
-    options.prepare(engine)
+    options.prepare_later(engine)
     conversation = Conversation(engine, stream_options)
     if args.system is not None:
         conversation.set_system(args.system)

@@ -22,6 +22,9 @@ examples:
   git diff | knn-ssd generate --no-chat -
 
 The prompts of a file share forward passes. With --out, the same command resumes an interrupted run.
+
+The first use of a large model answers a single prompt at once and then, before it ends, makes the rest of the 4-bit
+copies of its weights, with which later starts are faster; Ctrl-C leaves that out. A file of prompts waits for them.
 """
 
 _ONLY_FOR_FILES = ("limit", "out", "concurrency")
@@ -75,12 +78,13 @@ def run(args: argparse.Namespace) -> int:
     engine = options.load_engine(args, atlas)
     token_ids = engine.encode(prompt, not args.no_chat)
     if not args.plain:
-        options.prepare(engine)
+        options.prepare_later(engine)
     generation = _answer(engine, token_ids, chosen, shows_text=not args.json)
     if args.json:
         output.write_json(results.generation_json(name, generation))
     if not args.json or (output.stderr_is_terminal() and not output.stdout_is_terminal()):
         output.note(results.summary(generation, args.domain))
+    options.finish_copies(engine)
     return 0
 
 

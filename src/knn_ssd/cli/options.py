@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,11 +297,34 @@ def note_loading(args: argparse.Namespace) -> None:
 
 
 def prepare(engine: Engine) -> None:
-    """Makes what the first request would otherwise wait for, with a progress bar."""
+    """Makes the 4-bit copies that plans use, with a progress bar."""
     from knn_ssd.progress import ProgressBars
 
     with ProgressBars() as progress:
         engine.prepare(progress)
+
+
+def prepare_later(engine: Engine) -> None:
+    """Has the 4-bit copies made in the background where that takes long, and notes it."""
+    from knn_ssd.progress import ProgressBars
+
+    with ProgressBars() as progress:
+        is_ready = engine.prepare_later(progress)
+    if not is_ready:
+        output.note("making 4-bit copies in the background; until they are there, drafts go without them")
+
+
+def finish_copies(engine: Engine) -> None:
+    """Before the process ends, has the copies made that are still being made, if later starts find them. Ctrl-C ends
+    this at once.
+    """
+    from knn_ssd.weight_cache import limit_gib
+
+    if engine.backend.is_preparing and limit_gib(os.environ):
+        output.flush()
+        output.note("making the rest of the 4-bit copies, which later starts find (Ctrl-C leaves it)")
+        with suppress(KeyboardInterrupt):
+            prepare(engine)
 
 
 def use_no_weight_cache() -> None:

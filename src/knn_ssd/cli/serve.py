@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         engine = options.load_engine(args, atlas)
         if template is not None:
             _use_template(engine, template)
-        options.prepare(engine)
+        options.prepare_later(engine)
         model = args.model or EMBEDDED_MODEL
         name = args.name or Path(model).name
         owners = keeping.owners(engine, keys)

@@ -130,7 +130,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_check_status, POINTER(OuterAttention), POINTER(OuterCache), c_int64),
         *(c_void_p, c_int64, c_void_p, c_void_p),
     ),
-    "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p),
+    "knn_ssd_quantise": (_check_status, POINTER(Matrix), c_void_p, *[c_int64] * 3, c_void_p, c_void_p),
     "knn_ssd_upper_bytes": (_check_status, POINTER(Matrix), c_void_p),
     "knn_ssd_pack": (_check_status, POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p),
     "knn_ssd_list_escapes": (_check_status, POINTER(Matrix), c_void_p, c_void_p, c_void_p),

@@ -12,6 +12,7 @@ from knn_ssd.kernels.binding import GROUP_SIZE, INT4, Matrix, address, kernels
 NUM_RANGES = 3  # tried for each group, each refitted by least squares
 MIN_IMPORTANCE = 1e-3  # of a column, relative to the mean
 SAMPLE_TOKENS = 64  # to whose activations copies are fitted
+PART_ROWS = 64  # a multiple of the rows that the kernels quantise together
 
 
 def sample_tokens(vocab_size: int, context_length: int) -> list[int]:
@@ -44,10 +45,32 @@ def quantise(matrix: Matrix, importance: torch.Tensor, arena: Arena | None = Non
         importance: (cols,) weights of the columns' squared errors.
         arena: gives the memory; None is one of its own.
     """
-    arena = arena or Arena()
-    data, scales = (arena.empty(shape, dtype).zero_() for shape, dtype in copy_forms(matrix))
-    kernels().knn_ssd_quantise(ctypes.byref(matrix), address(importance), NUM_RANGES, address(data), address(scales))
-    return data, scales
+    levels, scales = empty_copy(matrix, arena or Arena())
+    quantise_rows(matrix, importance, range(matrix.rows), levels, scales)
+    return levels, scales
+
+
+def empty_copy(matrix: Matrix, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels and the scales of a matrix's 4-bit copy, all zero, for `quantise_rows` to fill."""
+    levels, scales = (arena.empty(shape, dtype).zero_() for shape, dtype in copy_forms(matrix))
+    return levels, scales
+
+
+def quantise_rows(
+    matrix: Matrix, importance: torch.Tensor, rows: range, levels: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Quantises a part of a matrix into its copy; all parts together are what `quantise` gives.
+
+    Args:
+        matrix: a matrix of the checkpoint.
+        importance: (cols,) weights of the columns' squared errors.
+        rows: which ones; they begin and end at multiples of `PART_ROWS`, or end with the last row.
+        levels, scales: of the whole copy.
+    """
+    kernels().knn_ssd_quantise(
+        *(ctypes.byref(matrix), address(importance), NUM_RANGES, rows.start, rows.stop),
+        *(address(levels), address(scales)),
+    )
 
 
 def low_matrix(matrix: Matrix, levels: torch.Tensor, scales: torch.Tensor) -> Matrix:

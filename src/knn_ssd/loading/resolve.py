@@ -14,7 +14,9 @@ import importlib.util
 import logging
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,35 +205,36 @@ def _load_weights(
         check_memory(weight_files(directory), str(directory), None, 1.0)
         return load_blocks(directory, config, how_to_restore(directory))
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    kernels_read = cache(partial(_kernels_read, config))  # it builds a model without memory
 
     def load(dtype: torch.dtype | str) -> PreTrainedModel:
         if device.type == "cpu":
             known = dtype if isinstance(dtype, torch.dtype) else None
-            check_memory(weight_files(directory), str(directory), known, _memory_share(known, config))
+            check_memory(weight_files(directory), str(directory), known, _memory_share(known, config, kernels_read))
         return load_complete(
             directory, str(directory), how_to_restore(directory), config=config, dtype=dtype, **options
         )
 
     own = getattr(config, "dtype", None)
     if wanted is None and own is not None:
-        wanted = default_dtype(own, device, config)
+        wanted = _default_dtype(own, device, config, kernels_read)
     model = load(wanted or "auto")
     # Where the config names no dtype, it is known once the weights are loaded. Casting them would also cast buffers
     # that have to stay in float32 (rotary frequencies), so they are loaded again.
-    if wanted is None and (native := default_dtype(model.dtype, device, config)) != model.dtype:
+    if wanted is None and (native := _default_dtype(model.dtype, device, config, kernels_read)) != model.dtype:
         model = load(native)
     if own is not None and model.dtype != own:
         logger.info("weights stored in %s run in %s on %s", own, model.dtype, device)
     return model
 
 
-def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig) -> float:
+def _memory_share(dtype: torch.dtype | None, config: PreTrainedConfig, kernels_read: Callable[[], bool]) -> float:
     """Memory of a model on the CPU over the size of its weights in a dtype.
 
     Weights of the files' own dtype are mapped. Where the kernels store them anew, in 12 bits instead of 16 and a little
     for those without a code, the mapped ones are released, but converted ones stay.
     """
-    if dtype is None or (dtype == torch.bfloat16 and uses_tiles()) or not _kernels_read(config):
+    if dtype is None or (dtype == torch.bfloat16 and uses_tiles()) or not kernels_read():
         return 1.0
     converted_copy = 0.0 if dtype == getattr(config, "dtype", None) else 1.0
     return converted_copy + (0.8 if dtype == torch.bfloat16 else 1.0)
@@ -264,9 +267,18 @@ def default_dtype(
         device: where the model will run.
         config: the model's; None says nothing of the kernels.
     """
+    return _default_dtype(checkpoint_dtype, device, config, lambda: config is not None and _kernels_read(config))
+
+
+def _default_dtype(
+    checkpoint_dtype: torch.dtype,
+    device: torch.device,
+    config: PreTrainedConfig | None,
+    kernels_read: Callable[[], bool],
+) -> torch.dtype:
     on_cpu = device.type == "cpu"
     if checkpoint_dtype == torch.bfloat16:
-        native = _has_bfloat16(device) or (on_cpu and config is not None and _kernels_read(config))
+        native = _has_bfloat16(device) or (on_cpu and kernels_read())
     else:
         families = config is not None and config.model_type in NATIVE_FAMILIES and kernels_obstacle() is None
         native = checkpoint_dtype == torch.float16 and (families or not on_cpu)

@@ -32,6 +32,8 @@ class Metrics:
         self._queue = histogram("knn_ssd_queue_seconds", "From the arrival of a request until it ran.")
         self._prefill = histogram("knn_ssd_prefill_seconds", "Prefill of a request.")
         self._decode = histogram("knn_ssd_decode_seconds", "Decoding of a request.")
+        making = Gauge("knn_ssd_making_copies", "1 while 4-bit copies are being made, else 0.", registry=registry)
+        making.set_function(lambda: scheduler.engine.backend.is_preparing)
         for name, read in (("running", lambda: scheduler.running), ("waiting", lambda: scheduler.waiting)):
             Gauge(f"knn_ssd_{name}_requests", f"Number of {name} requests.", registry=registry).set_function(read)
 

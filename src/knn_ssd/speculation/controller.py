@@ -243,7 +243,7 @@ class Controller:
 
     def _self_draft_choice(self, limit: int) -> SelfDraftChoice | None:
         longest = min(limit, self.plan.policy.max_draft)
-        if self.self_draft is None or longest < 1:
+        if self.self_draft is None or longest < 1 or not self.self_draft.is_ready():
             return None
         step_sec = self.cost_model.draft_step_sec(self.plan) / self.acceptance.tokens_per_pass
         return SelfDraftChoice(self.cost_model, self.acceptance, longest, step_sec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from knn_ssd.backends.base import Backend, Session
 from knn_ssd.plan import Plan
@@ -70,7 +71,8 @@ class DrafterFactory:
         if not adaptive:
             drafts = plan.cheapens or lookup is None
             return FixedPolicy(plan, SelfDraft(session, plan, sampler) if drafts else None, lookup, grammar)
-        self_draft = SelfDraft(session, plan, sampler) if plan.cheapens else None
+        is_ready = partial(self._backend.prepare_later, plan)
+        self_draft = SelfDraft(session, plan, sampler, is_ready) if plan.cheapens else None
         if reproducible:
             on_paper = CostModel(self.profile, learns_from_rounds=False)
             return Controller(plan, on_paper, initial_acceptance(plan, agreement), self_draft, lookup, grammar=grammar)

@@ -26,9 +26,13 @@ class SelfDraft:
         session: holds all of the context except its last token.
         plan: the modes while drafting, and when to stop.
         sampler: greedy drafts take the most likely token; others are drawn from the draft's own distribution.
+        is_ready: whether passes under the plan can run at once.
     """
 
-    def __init__(self, session: Session, plan: Plan, sampler: Sampler) -> None:
+    def __init__(
+        self, session: Session, plan: Plan, sampler: Sampler, is_ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.is_ready = is_ready
         self._session = session
         self._plan = plan
         self._sampler = sampler

@@ -108,13 +108,15 @@ class NativeBackend:
         self.vocab_size = int(self.head.rows)  # it may be padded beyond config.vocab_size
         self._packed.finish()
         release_unpacked(model.parameters())
-        self.low = LowBitCopies(self.attentions, self.mlps, self.head, self._run_sample, weight_cache)
         self._rotary, self._rotary_lock = base.rotary_emb, threading.Lock()
         self._positions = self._positions_up_to(min(_FIRST_POSITIONS, self.context_length))
         self._resolved: dict[PlanModes, ResolvedPlan] = {}
         self._exactness: Exactness | None = None
         token_bytes, copy_bytes = self._kv_cache(1).token_bytes
-        self._admission = MemoryAdmission.of(model, self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
+        self._admission = MemoryAdmission(self.weight_bytes, token_bytes + 4 * self.hidden_size, copy_bytes)
+        sublayers = self.attentions, self.mlps, self.head
+        self.low = LowBitCopies(*sublayers, self._run_sample, weight_cache, self._admission.is_busy)
+        self._admission.copies = self.low.maker
 
     @property
     def exactness(self) -> Exactness:
@@ -143,9 +145,21 @@ class NativeBackend:
     def low_bit_bytes(self) -> int:
         return self.low.bytes
 
+    @property
+    def is_preparing(self) -> bool:
+        return self.low.maker.is_making
+
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
         self._resolve(plan, progress)
+
+    def prepare_later(self, plan: Plan, progress: Progress | None = None) -> bool:
+        if modes_of(plan) not in self._resolved:
+            self._check_plan(plan)
+            if not self.low.prepare_later(plan, progress or NoProgress()):
+                return False
+            self._resolve(plan)
+        return True
 
     def replace_low_bit(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Replaces all 4-bit copies, and returns those of before. No forward pass may be running."""
@@ -227,18 +241,20 @@ class NativeBackend:
         return resolved or self._resolved.setdefault(key, self._make_resolved(plan, progress))  # one for all threads
 
     def _make_resolved(self, plan: Plan | None, progress: Progress | None) -> ResolvedPlan:
-        if plan is None:
-            plan = Plan.plain(self.num_layers)
+        plan = plan or Plan.plain(self.num_layers)
+        self._check_plan(plan)
+        self.low.prepare(plan, progress or NoProgress())
+        head = self.low.head() if plan.head is Mode.LOW else self.head
+        attentions = sublayer_addresses(plan.attention, self.attentions, self.low.attention)
+        return ResolvedPlan(attentions, sublayer_addresses(plan.mlp, self.mlps, self.low.mlp), head)
+
+    def _check_plan(self, plan: Plan) -> None:
         if plan.num_layers != self.num_layers:
             raise UsageError(f"a plan for {plan.num_layers} layers was given to a model of {self.num_layers}")
         if plan.uses_low and Mode.LOW not in self.modes:
             raise MemoryLimitError(
                 self._low_bit_obstacle or "", "Decode plainly, or under a plan without the mode low."
             )
-        self.low.prepare(plan, progress or NoProgress())
-        head = self.low.head() if plan.head is Mode.LOW else self.head
-        attentions = sublayer_addresses(plan.attention, self.attentions, self.low.attention)
-        return ResolvedPlan(attentions, sublayer_addresses(plan.mlp, self.mlps, self.low.mlp), head)
 
     def _run_sample(self, attentions: Sequence[Attention], mlps: Sequence[Mlp], head: Matrix) -> None:
         """Runs tokens spread over the vocabulary through the model's sublayers and head, or copies of them."""

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from knn_ssd.backends.native.low_bit import FIRST_OF, names_of_copy
+from knn_ssd.backends.copy_maker import names_of_copy
+from knn_ssd.backends.native.low_bit import FIRST_OF, matrix_name
 from knn_ssd.kernels.binding import GROUP_SIZE, kernels
 from knn_ssd.kernels.gguf_rows import float_weight
 from knn_ssd.kernels.quantisation import MIN_IMPORTANCE
@@ -208,7 +209,7 @@ def _to_bfloat16(values: torch.Tensor) -> torch.Tensor:
 def fitted_copies(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """The levels and scales of a Llama-like model's 4-bit copies, by `low_bit.names_of_copy`, fitted to text.
+    """The levels and scales of a Llama-like model's 4-bit copies, by `names_of_copy`, fitted to text.
 
     Args:
         model: the model, on the CPU.
@@ -224,11 +225,13 @@ def fitted_copies(
         for layer in chunk:
             for name, linear in linears[layer].items():
                 rounding = round_with_feedback(float_weight(linear), products[layer, FIRST_OF[name]])
-                tensors |= zip(names_of_copy(layer, name), rounding.packed(), strict=True)
+                tensors |= zip(names_of_copy(matrix_name(layer, name)), rounding.packed(), strict=True)
             progress.advance()
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tensors |= zip(
-        names_of_copy(0, "head"), round_with_feedback(float_weight(head), head_products).packed(), strict=True
+        names_of_copy(matrix_name(0, "head")),
+        round_with_feedback(float_weight(head), head_products).packed(),
+        strict=True,
     )
     progress.advance()
     return tensors

@@ -12,16 +12,16 @@ well as text does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 
-from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
-from knn_ssd.kernels.arena import Arena
+from knn_ssd.backends.copy_maker import CopyMaker
+from knn_ssd.backends.kept_copies import copies_cache_key
 from knn_ssd.kernels.binding import GROUP_SIZE, Attention, Matrix, Mlp, address, kernels
-from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
+from knn_ssd.kernels.quantisation import relative_importance
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
@@ -32,42 +32,20 @@ _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 FIRST_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down", "head": "head"}
 
 
-def names_of_copy(layer: int, name: str) -> tuple[str, str]:
-    """The names of the levels and the scales of a matrix's copy; the LM head is `head` in layer 0."""
-    return f"{layer}.{name}.levels", f"{layer}.{name}.scales"
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A matrix of the checkpoint that has a 4-bit copy: its layer, and its name there."""
-
-    matrix: Matrix
-    layer: int
-    name: str
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The names of its copy's levels and scales."""
-        return names_of_copy(self.layer, self.name)
-
-    def is_low(self, plan: Plan) -> bool:
-        """Whether its copy runs under a plan."""
-        if self.name == "head":
-            return plan.head is Mode.LOW
-        return (plan.attention if self.name in _ATTENTION else plan.mlp)[self.layer] is Mode.LOW
+def matrix_name(layer: int, name: str) -> str:
+    """The name of a matrix among all of a model; the LM head is `head` in layer 0."""
+    return f"{layer}.{name}"
 
 
 class LowBitCopies:
-    """The 4-bit copies of a model's sublayers and head, shared by all plans and sessions.
-
-    Without a weight cache each is made at first use. With one, the first use takes all of them from there, or makes all
-    of them and leaves them there for the next start.
+    """The 4-bit copies of a model's sublayers and head, shared by all plans and sessions; see `CopyMaker`.
 
     Args:
         attentions, mlps: the sublayers with the checkpoint's weights.
         head: the LM head with the checkpoint's weights.
         run: runs a sample of tokens through sublayers and a head with these weights.
         cache: where copies are kept; None keeps none.
+        is_busy: whether requests are running, with which making copies in the background takes turns.
     """
 
     def __init__(
@@ -77,60 +55,40 @@ class LowBitCopies:
         head: Matrix,
         run: Callable[[Sequence[Attention], Sequence[Mlp], Matrix], None],
         cache: WeightCache | None = None,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._attentions, self._mlps, self._head, self._run = attentions, mlps, head, run
-        self._cache = cache
         self._importance: dict[tuple[int, str], torch.Tensor] = {}
-        self._arena = Arena()
-        self._tensors: dict[str, torch.Tensor] = {}  # levels and scales, by `names_of_copy`
+        keys = [_fitted_cache_key(), copies_cache_key()]
+        self.maker = CopyMaker(self._matrices(), self._importance_of, cache, keys, is_busy, nullcontext())
         self._made: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
 
     @property
-    def is_kept(self) -> bool:
-        """Whether there is a weight cache."""
-        return self._cache is not None
-
-    @property
     def bytes(self) -> int:
         """Memory of all copies made or read so far."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return self.maker.bytes
 
     def attention(self, layer: int) -> Attention:
-        """The 4-bit copy of a layer's attention sublayer."""
+        """The 4-bit copy of a layer's attention sublayer, whose matrices' copies were made."""
         return self._once(("attention", layer), lambda: self._copy(self._attentions[layer], layer, _ATTENTION))
 
     def mlp(self, layer: int) -> Mlp:
-        """The 4-bit copy of a layer's MLP sublayer."""
+        """The 4-bit copy of a layer's MLP sublayer, whose matrices' copies were made."""
         return self._once(("mlp", layer), lambda: self._copy(self._mlps[layer], layer, _MLP))
 
     def head(self) -> Matrix:
-        """The 4-bit copy of the LM head."""
-        return self._once(("head", 0), lambda: self._low(_Source(self._head, 0, "head")))
+        """The 4-bit copy of the LM head, which was made."""
+        return self._once(("head", 0), lambda: self.maker.matrix(matrix_name(0, "head")))
 
     def prepare(self, plan: Plan, progress: Progress) -> None:
-        """Makes the copies that a plan uses. With a weight cache, takes all copies from there, or makes and stores all.
+        """Makes the copies that a plan uses; see `CopyMaker.prepare`."""
+        if plan.uses_low:
+            self.maker.prepare(_names(plan), progress)
 
-        Args:
-            plan: the plan.
-            progress: receives a stage if copies are made, with a step for each matrix.
-        """
-        if not plan.uses_low:
-            return
-        with self._lock:
-            matrices = list(self._matrices())
-            if self._cache is not None and not self._tensors:
-                self._tensors = self._kept(self._cache, matrices)
-            wanted = [each for each in matrices if self._cache is not None or each.is_low(plan)]
-            missing = [each for each in wanted if each.names[0] not in self._tensors]
-            if not missing:
-                return
-            progress.stage("making 4-bit copies", len(missing))
-            for each in missing:
-                self._low(each)
-                progress.advance()
-            if self._cache is not None:
-                self._cache.store(copies_cache_key(), self._tensors)
+    def prepare_later(self, plan: Plan, progress: Progress) -> bool:
+        """Whether the copies that a plan uses are there; see `CopyMaker.prepare_later`."""
+        return not plan.uses_low or self.maker.prepare_later(_names(plan), progress)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Replaces all copies, and returns those of before.
@@ -139,19 +97,12 @@ class LowBitCopies:
             tensors: levels and scales of every matrix, by `names_of_copy`.
         """
         with self._lock:
-            before, self._tensors = self._tensors, dict(tensors)
             self._made.clear()
-            return before
+            return self.maker.replace(tensors)
 
     def keep_fitted(self) -> None:
         """Stores the copies, which are fitted to text, in the weight cache, where later starts prefer them."""
-        if self._cache is not None:
-            self._cache.store(_fitted_cache_key(), self._tensors)
-
-    def _kept(self, cache: WeightCache, matrices: Sequence[_Source]) -> dict[str, torch.Tensor]:
-        """The best kept copies; empty if there are none."""
-        named = {each.names: each.matrix for each in matrices}
-        return kept_copies(cache, [_fitted_cache_key(), copies_cache_key()], named)
+        self.maker.keep(_fitted_cache_key())
 
     def _once(self, key: tuple[str, int], make: Callable[[], _Made]) -> _Made:
         with self._lock:
@@ -163,23 +114,20 @@ class LowBitCopies:
     def _copy(self, sublayer: _Made, layer: int, names: Sequence[str]) -> _Made:
         copy = type(sublayer).from_buffer_copy(sublayer)
         for name in names:
-            setattr(copy, name, self._low(_Source(getattr(sublayer, name), layer, name)))
+            setattr(copy, name, self.maker.matrix(matrix_name(layer, name)))
         return copy
 
-    def _matrices(self) -> Iterator[_Source]:
+    def _matrices(self) -> dict[str, Matrix]:
         """Every matrix that has a copy."""
-        for layer, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
-            yield from (_Source(getattr(attention, name), layer, name) for name in _ATTENTION)
-            yield from (_Source(getattr(mlp, name), layer, name) for name in _MLP)
-        yield _Source(self._head, 0, "head")
+        matrices: dict[str, Matrix] = {}
+        for layer, pair in enumerate(zip(self._attentions, self._mlps, strict=True)):
+            for sublayer, names in zip(pair, (_ATTENTION, _MLP), strict=True):
+                matrices |= {matrix_name(layer, name): getattr(sublayer, name) for name in names}
+        return {**matrices, matrix_name(0, "head"): self._head}
 
-    def _low(self, source: _Source) -> Matrix:
-        """The copy of a matrix, made unless it is there."""
-        levels, scales = source.names
-        if levels not in self._tensors:
-            importance = self._column_importance(source.layer, FIRST_OF[source.name])
-            self._tensors[levels], self._tensors[scales] = quantise(source.matrix, importance, self._arena)
-        return low_matrix(source.matrix, self._tensors[levels], self._tensors[scales])
+    def _importance_of(self, name: str) -> torch.Tensor:
+        layer, _, name = name.partition(".")
+        return self._column_importance(int(layer), FIRST_OF[name])
 
     def _column_importance(self, layer: int, name: str) -> torch.Tensor:
         """Importance (cols,) of a matrix's columns: their mean squared input, relative to the mean of all columns.
@@ -191,7 +139,11 @@ class LowBitCopies:
             mlps = [self._with_input_squares(each, i, ("gate", "down")) for i, each in enumerate(self._mlps)]
             head = Matrix.from_buffer_copy(self._head)
             head.input_squares = self._new_input_squares(0, "head", head)
-            self._run(attentions, mlps, head)
+            try:
+                self._run(attentions, mlps, head)
+            except BaseException:
+                self._importance.clear()  # nothing is known of the inputs yet
+                raise
             for key, sums in self._importance.items():
                 self._importance[key] = relative_importance(sums)
         return self._importance[layer, name]
@@ -206,6 +158,15 @@ class LowBitCopies:
     def _new_input_squares(self, layer: int, name: str, matrix: Matrix) -> int | None:
         self._importance[layer, name] = torch.zeros(matrix.cols)
         return address(self._importance[layer, name])
+
+
+def _names(plan: Plan) -> list[str]:
+    """The matrices whose copies run under a plan."""
+    names = []
+    for modes, of_sublayer in ((plan.attention, _ATTENTION), (plan.mlp, _MLP)):
+        low = [layer for layer, mode in enumerate(modes) if mode is Mode.LOW]
+        names += [matrix_name(layer, name) for layer in low for name in of_sublayer]
+    return [*names, *([matrix_name(0, "head")] if plan.head is Mode.LOW else [])]
 
 
 def _fitted_cache_key() -> str:

@@ -71,7 +71,7 @@ class TransformersBackend:
         cache = StaticCache(self.num_layers, Cursor(2))
         self._silent = _zero_forwards(self, cache)
         on_cpu = self.device.type == "cpu"  # torch reports itself that an accelerator's memory is full
-        self._admission = MemoryAdmission.of(model, self.weight_bytes, cache.token_bytes) if on_cpu else None
+        self._admission = MemoryAdmission(self.weight_bytes, cache.token_bytes) if on_cpu else None
         self.context_length = context_length(config)
 
     @property
@@ -92,9 +92,16 @@ class TransformersBackend:
         return 0
 
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
-        """Checks that this backend can run a plan, and makes the 4-bit copies that it uses."""
-        with self.lock:
-            self._replacements(plan)
+        """Checks that this backend can run a plan, which needs nothing."""
+        self._check_plan(plan)
+
+    def prepare_later(self, plan: Plan, progress: Progress | None = None) -> bool:
+        self.prepare(plan, progress)
+        return True
+
+    @property
+    def is_preparing(self) -> bool:
+        return False
 
     def open(self, capacity: int, prefix_cache: PrefixCache | None = None, forward: Forward | None = None) -> Session:
         """Opens a session without the prefix cache: a row's bits may depend here on where its block begins."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from knn_ssd.kernels.gguf_rows import QuantisedEmbedding, float_parameters, has_
 from knn_ssd.kernels.quantisation import sample_tokens
 from knn_ssd.kernels.weights import KINDS, read_rows, release_unpacked
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.progress import Progress
+from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
@@ -100,14 +101,17 @@ class KernelLinearBackend(TransformersBackend):
         self._row_wise = row_wise_replacements(model, self.structure, {each.module for each in found}, self._mixtures)
         self._activation_dtype = torch.float32
         self._check_before_packing(found, cache, expected)
-        self._linears = KernelLinears(found, self._run_sample, weight_cache)
-        if waste := low_bit_waste(self._linears.num_weights, self._linears.weight_bytes):
-            self.modes -= {Mode.LOW}
-            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, waste)
+        assert self._admission is not None, "weights are on the CPU"
+        self._linears = KernelLinears(found, self._run_sample, weight_cache, self._admission.is_busy, self.lock)
         self._row_wise += self._tied_embedding()
+        self._admission.weight_bytes, self._admission.copies = self.weight_bytes, self._linears.copies
         release_unpacked(model.parameters())
         self._resolved: dict[PlanModes, list[Replacement]] = {}
         self._check_logits(expected)
+        waste = low_bit_waste(self._linears.num_weights, self._linears.weight_bytes)
+        if obstacle := waste or self._admission.low_bit_shortage():
+            self.modes -= {Mode.LOW}
+            logger.warning("%s drafts without 4-bit weights: %s", type(model).__name__, obstacle)
 
     @property
     def weight_bytes(self) -> int:
@@ -122,14 +126,29 @@ class KernelLinearBackend(TransformersBackend):
 
     @property
     def low_bit_bytes(self) -> int:
-        return self._linears.bytes if self._linears is not None else 0
+        return self._linears.copies.bytes if self._linears is not None else 0
 
     def prepare(self, plan: Plan, progress: Progress | None = None) -> None:
         """Makes the 4-bit copies that a plan uses, or all of them if they are kept in a weight cache."""
         assert self._linears is not None
-        with self.lock:
-            self._check_plan(plan)
-            self._linears.forwards(plan, progress)
+        self._check_plan(plan)
+        self._linears.prepare(plan, progress or NoProgress())
+
+    def prepare_later(self, plan: Plan, progress: Progress | None = None) -> bool:
+        assert self._linears is not None
+        self._check_plan(plan)
+        return modes_of(plan) in self._resolved or self._linears.prepare_later(plan, progress or NoProgress())
+
+    @property
+    def is_preparing(self) -> bool:
+        return self._linears is not None and self._linears.copies.is_making
+
+    @contextmanager
+    def skipping(self, plan: Plan | None) -> Iterator[None]:
+        if plan is not None and modes_of(plan) not in self._resolved:
+            self.prepare(plan)  # before the lock, for which copies that are being made may wait
+        with super().skipping(plan):
+            yield
 
     def _replacements(self, plan: Plan | None) -> list[Replacement]:
         key = modes_of(plan)

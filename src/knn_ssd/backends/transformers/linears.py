@@ -8,7 +8,8 @@ stay as they are.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from knn_ssd.backends.kept_copies import copies_cache_key, kept_copies
+from knn_ssd.backends.copy_maker import CopyMaker
+from knn_ssd.backends.kept_copies import copies_cache_key
 from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.structure import Structure
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
-from knn_ssd.kernels.arena import Arena
 from knn_ssd.kernels.binding import Matrix, address, kernels
 from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedLinear, weight_of
-from knn_ssd.kernels.quantisation import low_matrix, quantise, relative_importance
+from knn_ssd.kernels.quantisation import relative_importance
 from knn_ssd.kernels.weights import KINDS
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.progress import NoProgress, Progress
+from knn_ssd.progress import Progress
 from knn_ssd.weight_cache import WeightCache
 
 _SCHEME = "by module"  # how matrices are named in the weight cache
@@ -93,15 +94,15 @@ def find_linears(model: PreTrainedModel, places: Mapping[nn.Module, int]) -> Ite
 
 
 class KernelLinears:
-    """Runs modules of a model by the kernels; 4-bit copies are made at first use, for all plans.
-
-    With a weight cache, the first use takes all copies from there, or makes all and leaves them there.
+    """Runs modules of a model by the kernels, with the checkpoint's weights or their 4-bit copies; see `CopyMaker`.
 
     Args:
         modules: what is run.
         run_sample: runs a sample of tokens through the model with other forwards of these modules, to measure the
             inputs that the 4-bit copies are fitted to.
         cache: where packed weights and copies are kept; None keeps none.
+        is_busy: whether requests are running, with which making copies in the background takes turns.
+        turn: held while a part of a copy is made, as by forward passes; None is nothing.
     """
 
     def __init__(
@@ -109,8 +110,10 @@ class KernelLinears:
         modules: Sequence[KernelModule],
         run_sample: Callable[[Sequence[Replacement]], None],
         cache: WeightCache | None = None,
+        is_busy: Callable[[], bool] = lambda: False,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
-        self._modules, self._run_sample, self._cache = modules, run_sample, cache
+        self._modules, self._run_sample = modules, run_sample
         packed = PackedWeights(cache, _SCHEME)
         self._matrices = [
             [packed.matrix(name, *weight) for name, weight in zip(each.matrix_names, each.weights, strict=True)]
@@ -120,9 +123,12 @@ class KernelLinears:
         self._packed = packed
         self._kept = [_forward_of(each, matrices) for each, matrices in zip(modules, self._matrices, strict=True)]
         self._low: dict[int, Replacement] = {}
-        self._arena = Arena()
         self._importance: dict[str, torch.Tensor] = {}
-        self._copies: dict[str, torch.Tensor] = {}  # levels and scales, by the names of `_names_of_copy`
+        pairs = zip(modules, self._matrices, strict=True)
+        named = {name: m for each, own in pairs for name, m in zip(each.matrix_names, own, strict=True)}
+        self.copies = CopyMaker(
+            named, self._column_importance, cache, [copies_cache_key(_SCHEME)], is_busy, turn or nullcontext()
+        )
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -144,52 +150,37 @@ class KernelLinears:
         """How many weights there are."""
         return self._packed.num_weights
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the 4-bit copies made so far."""
-        return sum(tensor.nbytes for tensor in self._copies.values())
+    def prepare(self, plan: Plan | None, progress: Progress) -> None:
+        """Makes the copies that a plan uses; see `CopyMaker.prepare`. The caller holds no turn."""
+        if names := self._names_of_low(plan):
+            self.copies.prepare(names, progress)
 
-    def forwards(self, plan: Plan | None, progress: Progress | None = None) -> list[Replacement]:
-        """The forwards of all modules under a plan. Sublayers that it skips do not run, whatever their forwards are.
+    def prepare_later(self, plan: Plan, progress: Progress) -> bool:
+        """Whether the copies that a plan uses are there; see `CopyMaker.prepare_later`. The caller holds no turn."""
+        names = self._names_of_low(plan)
+        return not names or self.copies.prepare_later(names, progress)
+
+    def forwards(self, plan: Plan | None) -> list[Replacement]:
+        """The forwards of all modules under a plan whose copies were made. Sublayers that it skips do not run, whatever
+        their forwards are.
 
         Args:
             plan: the plan; None is the full model.
-            progress: receives a stage if copies are made to be kept, with a step for each matrix.
         """
-        low = {index for index, each in enumerate(self._modules) if each.mode(plan) is Mode.LOW}
-        if low - self._low.keys():
-            self._make_copies(low, progress if progress is not None and self._cache is not None else NoProgress())
-        return [self._low[i] if i in low else kept for i, kept in enumerate(self._kept)]
+        return [
+            self._low_forward(index) if each.mode(plan) is Mode.LOW else self._kept[index]
+            for index, each in enumerate(self._modules)
+        ]
 
-    def _make_copies(self, low: set[int], progress: Progress) -> None:
-        """Makes, or takes from the weight cache, the copies of the modules with these indices."""
-        if self._cache is not None and not self._copies:
-            named = {_names_of_copy(name): matrix for name, matrix in self._named(range(len(self._modules)))}
-            self._copies = kept_copies(self._cache, [copies_cache_key(_SCHEME)], named)
-        wanted = self._named(low if self._cache is None else range(len(self._modules)))
-        if missing := [each for each in wanted if _names_of_copy(each[0])[0] not in self._copies]:
-            progress.stage("making 4-bit copies", len(missing))
-            for name, matrix in missing:
-                tensors = quantise(matrix, self._column_importance(name), self._arena)
-                self._copies.update(zip(_names_of_copy(name), tensors, strict=True))
-                progress.advance()
-            if self._cache is not None:
-                self._cache.store(copies_cache_key(_SCHEME), self._copies)
-        self._low |= {index: self._low_forward(index) for index in low}
+    def _names_of_low(self, plan: Plan | None) -> list[str]:
+        """The matrices whose copies run under a plan."""
+        return [name for each in self._modules if each.mode(plan) is Mode.LOW for name in each.matrix_names]
 
     def _low_forward(self, index: int) -> Replacement:
-        return _forward_of(
-            self._modules[index],
-            [
-                low_matrix(matrix, *(self._copies[part] for part in _names_of_copy(name)))
-                for name, matrix in self._named([index])
-            ],
-        )
-
-    def _named(self, indices: Iterable[int]) -> list[tuple[str, Matrix]]:
-        """The matrices of the modules with these indices, by name."""
-        pairs = ((self._modules[index].matrix_names, self._matrices[index]) for index in indices)
-        return [named for names, matrices in pairs for named in zip(names, matrices, strict=True)]
+        if index not in self._low:
+            module = self._modules[index]
+            self._low[index] = _forward_of(module, [self.copies.matrix(name) for name in module.matrix_names])
+        return self._low[index]
 
     def _column_importance(self, name: str) -> torch.Tensor:
         """Importance (cols,) of a matrix's inputs: their mean square, relative to the mean of all (as in AWQ, arXiv
@@ -230,11 +221,6 @@ def _measuring(matrix: Matrix, squares: torch.Tensor) -> Matrix:
 
 def _forward_of(module: KernelModule, matrices: Sequence[Matrix]) -> Replacement:
     return forward_of(module.module, module.forward(matrices))
-
-
-def _names_of_copy(matrix_name: str) -> tuple[str, str]:
-    """The names of the levels and the scales of a matrix's copy."""
-    return f"{matrix_name}.levels", f"{matrix_name}.scales"
 
 
 def _weight(module: Any) -> torch.Tensor | GGUFRows:

@@ -70,3 +70,8 @@ int is_valid_source(const Matrix *m, int64_t n_ranges) {
     const int is_read = m->kind == FLOAT32 || m->kind == BFLOAT16 || is_valid_blocks(m);
     return m->data && is_read && m->rows > 0 && m->cols > 0 && m->cols % LANES == 0 && n_ranges > 0;
 }
+
+int is_valid_range(const Matrix *m, int64_t first, int64_t last) {
+    return first >= 0 && first < last && last <= m->rows && first % BLOCK_ROWS == 0 &&
+           (last % BLOCK_ROWS == 0 || last == m->rows);
+}

@@ -20,4 +20,7 @@ int is_valid_outer(const OuterAttention *a, const OuterCache *caches, int64_t n_
 /* Whether a 4-bit copy of the matrix can be made. */
 int is_valid_source(const Matrix *m, int64_t n_ranges);
 
+/* Whether the rows first .. last - 1 can be quantised by themselves. */
+int is_valid_range(const Matrix *m, int64_t first, int64_t last);
+
 #endif

@@ -126,8 +126,10 @@ EXPORT int knn_ssd_attend(const OuterAttention *a, const OuterCache *caches, int
                           int64_t n, const float *queries, float *out);
 
 /* Writes the 4-bit copy of `m` to `data` and `scales`, which have room for a multiple of LANES rows. `importance` (cols,)
- * weights the columns' squared errors; `n_ranges` ranges are tried for each group. */
-EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales);
+ * weights the columns' squared errors; `n_ranges` ranges are tried for each group. Only the rows first .. last - 1 are
+ * written, which begin and end at multiples of 2 * LANES or end with the last row. */
+EXPORT int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, int64_t first, int64_t last,
+                            uint8_t *data, uint16_t *scales);
 
 /* Chooses the 16 upper bytes that get codes for a BFLOAT16 matrix. */
 EXPORT int knn_ssd_upper_bytes(const Matrix *source, uint8_t *upper_bytes);

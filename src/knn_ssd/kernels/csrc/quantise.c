@@ -82,7 +82,7 @@ static void store_group(const uint8_t *levels, const uint16_t *scale, int64_t ro
 typedef struct {
     const Matrix *m;
     const float *importance;
-    int64_t n_ranges;
+    int64_t n_ranges, first_block;
     uint8_t *data;
     uint16_t *scales;
 } Quantisation;
@@ -107,7 +107,7 @@ static void quantise_blocks(void *context, int64_t first, int64_t last, int thre
     const Matrix *m = c->m;
     const int64_t groups = num_groups(m);
     (void)thread;
-    for (int64_t block = first; block < last; block++)
+    for (int64_t block = c->first_block + first; block < c->first_block + last; block++)
         for (int64_t g = 0; g < groups; g++) {
             float values[BLOCK_ROWS * GROUP_SIZE] = {0};
             read_group(m, block, g, values);
@@ -121,9 +121,13 @@ static void quantise_blocks(void *context, int64_t first, int64_t last, int thre
         }
 }
 
-int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, uint8_t *data, uint16_t *scales) {
-    if (!is_valid_source(m, n_ranges)) return INVALID_SIZES;
-    Quantisation quantisation = {m, importance, n_ranges, data, scales};
-    parallel_for(ceil_div(m->rows, BLOCK_ROWS), 1, quantise_blocks, &quantisation);
+int knn_ssd_quantise(const Matrix *m, const float *importance, int64_t n_ranges, int64_t first, int64_t last, uint8_t *data,
+                     uint16_t *scales) {
+    if (!is_valid_source(m, n_ranges) || !is_valid_range(m, first, last)) return INVALID_SIZES;
+    const int64_t first_block = first / BLOCK_ROWS;
+    Quantisation quantisation = {m, importance, n_ranges, first_block, data, scales};
+    pool_lock(); /* with one thread, too, it takes turns with forward passes */
+    parallel_for(ceil_div(last, BLOCK_ROWS) - first_block, 1, quantise_blocks, &quantisation);
+    pool_unlock();
     return SUCCESS;
 }

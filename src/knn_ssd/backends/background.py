@@ -1,0 +1,58 @@
+"""Work that is done step by step on a thread of its own, while requests run and whenever none does."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Iterator
+
+_TURN_SEC = 0.001  # long enough for a thread that waits for the kernels to get them
+
+_running: set[BackgroundWork] = set()
+
+
+class BackgroundWork:
+    """Runs one piece of work at a time.
+
+    It ends with the process, after its current step. A process that forks has it in the parent alone.
+
+    Args:
+        is_busy: whether others want the processor. Then they get a turn after each step.
+    """
+
+    def __init__(self, is_busy: Callable[[], bool]) -> None:
+        self._is_busy = is_busy
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, steps: Iterator[None]) -> None:
+        """Runs the steps from now on. They handle their own errors, and no other work may be running."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(steps,), name="knn-ssd background", daemon=True)
+        _running.add(self)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the work after its current step, and waits for that."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, steps: Iterator[None]) -> None:
+        try:
+            for _ in steps:
+                if self._stopping.is_set() or (self._is_busy() and self._stopping.wait(_TURN_SEC)):
+                    return
+        finally:
+            _running.discard(self)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread within the kernels must not outlive the memory that they read."""
+    for each in list(_running):
+        each.stop()
