@@ -216,7 +216,7 @@ def test_whoever_waits_makes_the_rest_and_sees_the_progress(engine: Engine, monk
     engine.prepare_later()
     halfway.wait(30)
     steps = Steps()
-    engine.prepare(steps)
+    maker(engine).prepare(maker(engine)._matrices, steps)
     assert not engine.backend.is_preparing
     assert steps.stages == [("making 4-bit copies", steps.steps)]
     assert 0 < steps.steps < len(maker(engine)._matrices)
@@ -227,7 +227,7 @@ def test_whoever_waits_makes_the_rest_and_sees_the_progress(engine: Engine, monk
 
 def test_few_copies_are_made_at_once_and_reported(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_maker, "BACKGROUND_WEIGHTS", 10**9)
-    assert engine.prepare_later(steps := Steps())
+    assert maker(engine).prepare_later(maker(engine)._matrices, steps := Steps())
     assert steps.stages == [("making 4-bit copies", len(maker(engine)._matrices))]
     assert self_drafted(engine.generate(PROMPT, max_new_tokens=40)) > 0
 

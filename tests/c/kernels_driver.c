@@ -546,7 +546,7 @@ static void quantise(uint64_t seed, int64_t cases) {
     for (int64_t i = 0; i < cases; i++) {
         seed_with(seed + (uint64_t)i);
         check_gguf();
-        Matrix source, copy[2];
+        Matrix source, copy[2] = {{0}};
         for (int j = 0; j < 2; j++) {
             seed_with(seed + (uint64_t)i);
             pool_set_threads(j ? 4 : 1);

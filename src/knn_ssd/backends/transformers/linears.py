@@ -28,7 +28,7 @@ from knn_ssd.kernels.gguf_rows import GGUFRows, QuantisedLinear, weight_of
 from knn_ssd.kernels.quantisation import relative_importance
 from knn_ssd.kernels.weights import KINDS
 from knn_ssd.plan import Mode, Plan
-from knn_ssd.progress import Progress
+from knn_ssd.progress import NoProgress, Progress
 from knn_ssd.weight_cache import WeightCache
 
 _SCHEME = "by module"  # how matrices are named in the weight cache
@@ -153,12 +153,16 @@ class KernelLinears:
     def prepare(self, plan: Plan | None, progress: Progress) -> None:
         """Makes the copies that a plan uses; see `CopyMaker.prepare`. The caller holds no turn."""
         if names := self._names_of_low(plan):
-            self.copies.prepare(names, progress)
+            self.copies.prepare(names, self._if_kept(progress))
 
     def prepare_later(self, plan: Plan, progress: Progress) -> bool:
         """Whether the copies that a plan uses are there; see `CopyMaker.prepare_later`. The caller holds no turn."""
         names = self._names_of_low(plan)
-        return not names or self.copies.prepare_later(names, progress)
+        return not names or self.copies.prepare_later(names, self._if_kept(progress))
+
+    def _if_kept(self, progress: Progress) -> Progress:
+        """The progress, which is shown where copies are made to be kept."""
+        return progress if self.copies.is_kept else NoProgress()
 
     def forwards(self, plan: Plan | None) -> list[Replacement]:
         """The forwards of all modules under a plan whose copies were made. Sublayers that it skips do not run, whatever
