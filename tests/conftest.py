@@ -78,14 +78,16 @@ def made_once(pytestconfig: pytest.Config) -> Callable[[str, Callable[[Path], ob
 
 def _everything_it_depends_on() -> str:
     digest = hashlib.sha256()
-    sources = [path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.[pch]*") if path.is_file()]
-    for path in sorted([*sources, ROOT / "pyproject.toml", ROOT / "hatch_build.py"]):
-        if path.suffix != ".pyc":
+    sources = [path for folder in ("src", "tests") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    more = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE")
+    for path in sorted([*sources, *(ROOT / name for name in more)]):
+        if path.suffix not in (".pyc", ".so"):
             digest.update(f"{path}\0".encode() + path.read_bytes())
     for compiler in ("cc", "gcc", "clang"):
         if shutil.which(compiler):
             digest.update(subprocess.check_output([compiler, "--version"]))
-    others = [provenance()["versions"], os.environ.get("CC"), sorted(build.processor_features())]
+    variables = [os.environ.get(name) for name in ("CC", "KNN_SSD_WHEEL_KERNELS")]
+    others = [provenance()["versions"], variables, sorted(build.processor_features())]
     digest.update(repr(others).encode())
     return digest.hexdigest()[:16]
 
@@ -98,7 +100,9 @@ def compiled_kernels(made_once: Callable[[str, Callable[[Path], object]], Path])
         found = shutil.which(compiler)
         if found is None:
             pytest.skip(f"{compiler} is not installed")
-        name = "-".join([os.path.basename(os.path.realpath(found)), *(flag.rpartition("=")[2] for flag in flags)])
+        version = subprocess.check_output([found, "--version"], text=True).partition(" ")[2]  # without its own name
+        compiled_by = hashlib.sha256(version.encode()).hexdigest()[:8]
+        name = "-".join([compiled_by, *(flag.rpartition("=")[2] for flag in flags)])
         folder = made_once(name, lambda folder: build.compile_library([compiler], folder, [*flags, "-Werror"]))
         return folder / "kernels.so"
 

@@ -102,7 +102,7 @@ def server_process(model: Path, *options: str, port: int = 0) -> Iterator[Server
     try:
         yield ServerProcess(process, _port(process, log), log)
         process.terminate()
-        ended(process, 20)
+        assert ended(process, 20) is not None, "the server did not end"
     finally:
         process.kill()
         process.join()

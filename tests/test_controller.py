@@ -30,6 +30,9 @@ class Drafts:
         self.chance, self._confidences = chance, confidences
         self.asked = 0
 
+    def is_ready(self) -> bool:
+        return True
+
     def propose(
         self,
         context: Sequence[int],

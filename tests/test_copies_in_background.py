@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import NUM_LAYERS, endless, endless_tokenizer
 from server import MODEL, serving
-from test_weight_cache import Steps, copies, kept, saved, weights_folder
+from test_weight_cache import Steps, copies, kept, saved, saved_mixture, weights_folder
 
 from knn_ssd.backends import background, copy_maker
 from knn_ssd.backends.background import BackgroundWork
@@ -39,7 +39,7 @@ from knn_ssd.server.app import ServeSettings
 from knn_ssd.speculation import controller
 from knn_ssd.testing import tiny_model
 from knn_ssd.tools.memory import FreeMemory
-from knn_ssd.weight_cache import LIMIT_VARIABLE
+from knn_ssd.weight_cache import LIMIT_VARIABLE, WeightCache
 
 pytestmark = pytest.mark.skipif(kernels_obstacle() is not None, reason="no kernels here")
 
@@ -335,9 +335,30 @@ def test_a_process_ends_at_once_and_leaves_nothing_half_made(end: str, code: int
 
 
 @pytest.mark.skipif(not hasattr(sys, "getdlopenflags") or sys.platform == "darwin", reason="fork with threads")
-def test_a_forked_process_makes_its_own(model: Path) -> None:
-    done = run(ENDS + FORK, model)
+@pytest.mark.parametrize("save", [saved, saved_mixture])
+def test_a_forked_process_makes_its_own(save: Callable[[Path], Path], model: Path) -> None:
+    done = run(ENDS + FORK, save(model.with_name("other")))
     assert done.returncode == 0, done.stderr
+
+
+def test_requests_go_on_while_copies_are_stored(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, may_go_on = threading.Event(), threading.Event()
+    real = WeightCache.store
+
+    def slow(*args: Any) -> None:
+        stored.set()
+        assert may_go_on.wait(30)
+        real(*args)
+
+    engine = Engine.from_pretrained(model, device="cpu", answers=False)
+    monkeypatch.setattr(WeightCache, "store", slow)
+    engine.prepare_later()
+    assert stored.wait(30)
+    generation = engine.generate(PROMPT, max_new_tokens=12)
+    assert self_drafted(generation) > 0
+    assert engine.backend.is_preparing
+    may_go_on.set()
+    wait_until_made(engine)
 
 
 def test_two_engines_on_one_model_keep_one_file_that_the_third_takes(model: Path) -> None:

@@ -237,8 +237,10 @@ def test_the_formats_of_bfloat16_weights_give_the_same_bits(library: ctypes.CDLL
     assert packed.num_escapes or rows == 1  # whose few weights have hardly more upper bytes than codes
     formats = [pack(weight, BFLOAT16_BLOCKS, library), packed]
     library.knn_ssd_keep_float32(1)
-    equal_bits_of_float32(library, weight.float(), formats)
-    library.knn_ssd_keep_float32(0)
+    try:
+        equal_bits_of_float32(library, weight.float(), formats)
+    finally:
+        library.knn_ssd_keep_float32(0)
     for n in (*range(1, 14), 17, 65):
         x = torch.randn(n, cols)
         plain, same = (products(library, each, x) for each in formats)

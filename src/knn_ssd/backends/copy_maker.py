@@ -106,6 +106,9 @@ class CopyMaker:
             names: the names of the matrices.
             progress: receives a stage if copies are made, with a step for each matrix.
         """
+        names = list(names)
+        if self.tensors and not self._missing(names):
+            return  # they may still be on their way to the weight cache
         with self._lock:
             self._background.stop()
             self._make_now(self._take_kept(names), progress)

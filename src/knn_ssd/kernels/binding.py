@@ -2,8 +2,8 @@
 
 Where they cannot be used, or with KNN_SSD_KERNELS=off, everything runs on the transformers backend, slower and without
 4-bit drafts. Where the processor has a tile unit (AMX), bfloat16 weights go through it, unless KNN_SSD_KERNELS=vectors.
-Else, where it multiplies pairs of bfloat16 (AVX512_BF16), inputs are rounded to bfloat16 for these weights, unless
-KNN_SSD_KERNELS=float32.
+Else, and for the bfloat16 rows of GGUF files, inputs are rounded to bfloat16 where the processor multiplies pairs of it
+(AVX512_BF16), unless KNN_SSD_KERNELS=float32.
 """
 
 from __future__ import annotations

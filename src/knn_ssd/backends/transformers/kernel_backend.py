@@ -202,7 +202,7 @@ class KernelLinearBackend(TransformersBackend):
     def _check_logits(self, expected: torch.Tensor) -> None:
         """Checks that the logits with the kernels are those of the model's own modules, up to rounding."""
         try:
-            with self.skipping(None):
+            with float32_inputs(), self.skipping(None):
                 found = self._trial_logits()
         except Exception as error:
             raise KernelsRefusedError(f"with the kernels, it does not run ({type(error).__name__}: {error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,8 +20,8 @@ _TOLERANCE = 1e-5  # relative
 def norm_replacements(modules: Iterable[nn.Module]) -> Iterator[Replacement]:
     """The RMS norms among some modules, run by the kernels on float32 inputs, row by row.
 
-    A norm is recognised by what it computes: each is run on one row, and compared with x / rms(x) times its weight, or
-    times one more than its weight, as Gemma has it.
+    A norm is recognised by what it computes, compared with x / rms(x) times its weight, or
+    times one more than its weight, as Gemma has it. Each is run on two rows, of which one is small.
     """
     for module in modules:
         if (found := _scale_and_epsilon(module)) is not None:
@@ -35,15 +36,21 @@ def _scale_and_epsilon(module: nn.Module) -> tuple[torch.Tensor, float] | None:
         return None
     if weight.dim() != 1 or len(weight) % kernels().knn_ssd_lanes() or any(True for _ in module.children()):
         return None
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
     scale = weight.detach().float()
     row = torch.linspace(-2, 3, len(weight))
-    with torch.no_grad():
-        found = module(row[None])
-    if not isinstance(found, torch.Tensor) or found.shape != (1, len(weight)):
+    rows = torch.stack([row, 1e-3 * row])  # in the second, epsilon counts
+    try:
+        with torch.no_grad():
+            found = module(rows)
+    except Exception:  # it computes something else
         return None
-    normed = row * torch.rsqrt(row.square().mean() + epsilon)
+    if not isinstance(found, torch.Tensor) or found.shape != rows.shape:
+        return None
+    normed = rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + epsilon)
     for each in (scale, scale + 1):
-        if (found[0] - normed * each).norm() <= _TOLERANCE * found.norm():
+        if ((found - normed * each).norm(dim=-1) <= _TOLERANCE * found.norm(dim=-1)).all():
             return each.contiguous(), epsilon
     return None
 
