@@ -20,8 +20,8 @@ _TOLERANCE = 1e-5  # relative
 def norm_replacements(modules: Iterable[nn.Module]) -> Iterator[Replacement]:
     """The RMS norms among some modules, run by the kernels on float32 inputs, row by row.
 
-    A norm is recognised by what it computes, compared with x / rms(x) times its weight, or
-    times one more than its weight, as Gemma has it. Each is run on two rows, of which one is small.
+    A norm is recognised by what it computes, on two rows of which one is small: x / rms(x) times its weight, or times
+    one more than its weight, as Gemma has it.
     """
     for module in modules:
         if (found := _scale_and_epsilon(module)) is not None:
@@ -32,27 +32,27 @@ def _scale_and_epsilon(module: nn.Module) -> tuple[torch.Tensor, float] | None:
     """The scale (D,) and the epsilon of an RMS norm; None for another module, and where the kernels do not take D."""
     weight: Any = module._parameters.get("weight")
     epsilon = next((vars(module)[name] for name in _EPSILONS if name in vars(module)), None)
-    if len(module._parameters) != 1 or weight is None or not isinstance(epsilon, float) or is_modified(module):
+    has_more = len(module._parameters) != 1 or any(True for _ in module.children()) or is_modified(module)
+    if has_more or weight is None or weight.dim() != 1 or len(weight) % kernels().knn_ssd_lanes():
         return None
-    if weight.dim() != 1 or len(weight) % kernels().knn_ssd_lanes() or any(True for _ in module.children()):
-        return None
-    if len(inspect.signature(module.forward).parameters) != 1:
+    if not isinstance(epsilon, float) or len(inspect.signature(module.forward).parameters) != 1:
         return None
     scale = weight.detach().float()
-    row = torch.linspace(-2, 3, len(weight))
+    return next(((each, epsilon) for each in (scale, scale + 1) if _computes_an_rms_norm(module, each, epsilon)), None)
+
+
+def _computes_an_rms_norm(module: nn.Module, scale: torch.Tensor, epsilon: float) -> bool:
+    row = torch.linspace(-2, 3, len(scale))
     rows = torch.stack([row, 1e-3 * row])  # in the second, epsilon counts
+    expected = scale * rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + epsilon)
     try:
         with torch.no_grad():
             found = module(rows)
     except Exception:  # it computes something else
-        return None
+        return False
     if not isinstance(found, torch.Tensor) or found.shape != rows.shape:
-        return None
-    normed = rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + epsilon)
-    for each in (scale, scale + 1):
-        if ((found - normed * each).norm(dim=-1) <= _TOLERANCE * found.norm(dim=-1)).all():
-            return each.contiguous(), epsilon
-    return None
+        return False
+    return bool(((found - expected).norm(dim=-1) <= _TOLERANCE * expected.norm(dim=-1)).all())
 
 
 def _normalised_by(scale: torch.Tensor, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
