@@ -88,12 +88,14 @@ def main() -> None:
     prompts = [each for path in args.prompts for each in chooser.sample(read_prompts(path), args.limit)]
     chooser.shuffle(prompts)
     ratios: dict[str, list[float]] = {}
-    same = 0
+    same: dict[str, int] = dict.fromkeys([*trees, "both"], 0)
     for prompt in prompts:
         turns = [(name, plain) for name in trees for plain in (True, False)]
         chooser.shuffle(turns)
         found = {turn: trees[turn[0]].run(prompt.prompt, args.max_new_tokens, turn[1]) for turn in turns}
-        same += all(each[0] == found["now", True][0] for each in found.values())
+        for tree in trees:
+            same[tree] += found[tree, True][0] == found[tree, False][0]
+        same["both"] += all(each[0] == found["now", True][0] for each in found.values())
         for name, first, second, with_prefill in RATIOS:
             one, other = (
                 (found[turn][2] + found[turn][1] * with_prefill) / len(found[turn][0]) for turn in (first, second)
@@ -103,7 +105,9 @@ def main() -> None:
     for name, each in ratios.items():
         low, median, high = statistics.quantiles(each, n=4)
         print(f"{name:50} median {median:.2f}, mean {statistics.mean(each):.2f}, quartiles {low:.2f} to {high:.2f}")
-    print(f"the same in all four: {same} of {len(prompts)}")
+    for tree in trees:
+        print(f"{tree}: default as plain {same[tree]} of {len(prompts)}")
+    print(f"the same in both: {same['both']} of {len(prompts)}")
 
 
 if __name__ == "__main__":

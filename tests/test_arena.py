@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from knn_ssd.kernels.arena import Arena
+from knn_ssd.tools import memory
 
 SHAPES = [((3, 5), torch.float32), ((2**25,), torch.uint8), ((7,), torch.bfloat16), ((1000, 1000), torch.float32)]
 
@@ -32,6 +34,18 @@ def test_large_pages_are_asked_for() -> None:
     if not flags:
         pytest.skip("the system does not say what was asked for")
     assert "hg" in flags
+
+
+def test_memory_is_not_shared_with_a_forked_process_and_is_no_file() -> None:
+    before = memory._mapped_file_bytes(Path("/"))
+    tensor = Arena().empty((2**26,), torch.uint8).fill_(1)
+    assert memory._mapped_file_bytes(Path("/")) - before < 2**25
+    child = os.fork()
+    if child == 0:
+        tensor[0] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert tensor[0] == 1
 
 
 def flags_of_mapping(address: int) -> list[str]:

@@ -40,8 +40,13 @@ class Arena:
 
 
 def _untouched(size: int) -> torch.Tensor:
-    """Memory (size,) of its own mapping; what an allocator hands out may lie in small pages already."""
-    return large_pages(torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8))
+    """Memory (size,) of its own mapping; what an allocator hands out may lie in small pages already.
+
+    The mapping is private: a shared one, which is what Python makes by default, has small pages, counts as a mapped
+    file, and would be written to by a forked process.
+    """
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return large_pages(torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8))
 
 
 def large_pages(tensor: torch.Tensor) -> torch.Tensor:
