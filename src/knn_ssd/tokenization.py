@@ -264,6 +264,15 @@ class Detokenizer:
         self._given = max(self._given, end)
         return fresh
 
+    @property
+    def held(self) -> int:
+        """How many characters of the tokens so far were not returned: of a possible stop string, or incomplete."""
+        unsettled = 0
+        if self._settled < len(self._token_ids) and not self.stopped:
+            decoded = self._decode(self._window, len(self._token_ids))
+            unsettled = len(decoded) - len(self._decode(self._window, self._settled))
+        return len(self._text) - self._given + unsettled
+
     def finish(self) -> str:
         """The rest of the text, after the last token."""
         if not self.stopped:

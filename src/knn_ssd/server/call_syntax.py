@@ -34,7 +34,7 @@ class WrittenCall:
     """
 
     name: str
-    arguments: dict[str, Any] | str
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class ReadCalls:
 
 
 _UNREADABLE = ReadCalls([None], 0)
+_CALL_ID = "[CALL_ID]"  # of Mistral's eleventh tokenizer, which writes an id between name and arguments
 
 
 class CallSyntax(Protocol):
@@ -108,8 +109,9 @@ class JsonCall:
     def _call(self, value: Any) -> WrittenCall | None:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        return WrittenCall(value["name"], arguments) if isinstance(arguments, str | dict) else None
+        given = [value[key] for key in ("arguments", "parameters") if key in value]
+        arguments = _object(given[0]) if given else None
+        return None if arguments is None else WrittenCall(value["name"], arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +126,13 @@ class NamedCall:
 
     @property
     def marks(self) -> str:
-        return self.mark
+        return self.mark + _CALL_ID
 
     def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
         return [f"{rule}: {term(name + self.mark)} {json_rule(parameters)}"]
 
     def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
-        call_id = r"(?:\[CALL_ID\][^\[{]*)?"  # Mistral's eleventh tokenizer
+        call_id = rf"(?:{re.escape(_CALL_ID)}[^\[{{]*)?"
         found = re.match(rf"\s*{_NAME}\s*{call_id}(?:{re.escape(self.mark.strip())})?\s*", text)
         value, length = _decoded(text[found.end() :]) if found else (None, 0)
         if found is None or not isinstance(value, dict):
@@ -172,11 +174,11 @@ class ParameterCall:
             part = f"{rule}_{place}"
             parts.append(part if key in required else f"{part}?")
             lines.append(f"{part}: {term(self.key + key + self.after_key)} {part}_value")
-            lines += value_rules(f"{part}_value", schema, parameters, self.end)
+            lines += value_rules(f"{part}_value", schema, parameters, self.end, [self.key])
         if not parts and parameters.get("additionalProperties") is not False:
             parts.append(f"{rule}_any*")
             lines.append(f"{rule}_any: {term(self.key)} /{_NAME}/ {term(self.after_key)} {rule}_any_value")
-            lines += value_rules(f"{rule}_any_value", parameter_of(parameters, ""), parameters, self.end)
+            lines += value_rules(f"{rule}_any_value", parameter_of(parameters, ""), parameters, self.end, [self.key])
         return [f"{rule}: {term(self.head + name + self.after_name)} {' '.join(parts)} {term(self.tail)}", *lines]
 
     def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
@@ -187,7 +189,11 @@ class ParameterCall:
         one = re.compile(
             rf"\s*{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}(.*?){_flexible(self.end)}", re.DOTALL
         )
+        begin = re.compile(rf"{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}")
         while found := one.match(text, place):
+            names = {each[1] for each in begin.finditer(found[2])}
+            if names and any(names & parameters_of(each).keys() for each in schemas.values()):
+                return _UNREADABLE  # the mark between two values is missing
             arguments[found[1]] = read_value(found[2], parameter_of(schema, found[1]), schema)
             place = found.end()
         tail = re.compile(rf"\s*{_flexible(self.tail)}").match(text, place)
@@ -200,6 +206,15 @@ def _decoded(text: str) -> tuple[Any, int]:
         return DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None, 0
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """Arguments as an object, which may be written as JSON within a text, or left empty; None if they are no object."""
+    if isinstance(value, str) and value:
+        decoded, length = _decoded(value.strip())
+        value = decoded if length == len(value.strip()) else None
+        return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {} if value in (None, "") else None
 
 
 def _flexible(text: str) -> str:

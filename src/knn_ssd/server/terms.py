@@ -18,6 +18,12 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def without(*marks: str) -> str:
+    """A terminal for any text that has none of some marks in it."""
+    found = "|".join(re.escape(mark).replace("/", r"\/") for mark in marks)
+    return rf"/(.|\n)*/ & ~/(.|\n)*({found})(.|\n)*/"
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The special tokens of a tokenizer by their texts."""
     return {each.content: token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
