@@ -419,6 +419,14 @@ def test_a_template_that_does_not_read_the_tools_cannot_describe_them(template: 
     assert not ToolFormat.of("{%- if tools -%}" + template.replace("{{ 'no end", "")).is_described
 
 
+def test_of_several_templates_the_one_for_tools_counts() -> None:
+    own = tiny_tokenizer(chat=True)
+    own.chat_template = {"default": PLAIN, "tool_use": HERMES}  # type: ignore[assignment]
+    use = ToolUse([Tool.model_validate(PAINT)], "auto", True, own)
+    assert use.format == ToolFormat.of(HERMES)
+    assert not use.format.is_described
+
+
 def test_a_template_without_tools_gets_calls_as_it_was_asked_for_them() -> None:
     function = {"name": "paint", "arguments": json.loads(ARGUMENTS)}
     said = {"role": "assistant", "content": "Well.", "tool_calls": [{"id": "x", "function": function}] * 2}
@@ -565,9 +573,8 @@ def test_a_schema_that_refers_to_itself_is_read_in_no_time(breadth: int, shape: 
     definitions[names[-1]]["anyOf"].append({"type": "integer"})
     value = {"$ref": f"#/$defs/{names[0]}"}
     begin = time.process_time()
-    assert read_value("5", value, {"$defs": definitions}) == (5 if breadth == 2 and shape == "itself" else "5") or (
-        breadth == 30 and shape == "itself"
-    )
+    expected = 5 if shape == "itself" and breadth < 3000 else "5"  # with too many alternatives it is text
+    assert read_value("5", value, {"$defs": definitions}) == expected
     parameters = {"type": "object", "properties": {"x": value}, "$defs": definitions}
     with contextlib.suppress(FieldError):  # too many alternatives, or too long a schema
         ToolFormat.of(TEMPLATES["qwen coder"]).rules(
@@ -587,7 +594,7 @@ def test_too_many_alternatives_are_refused() -> None:
 def test_a_reference_to_other_than_a_definition_is_refused(reference: str) -> None:
     properties = {"a": {"type": "integer"}, "b": {"$anchor": "b", "type": "array", "items": {"$ref": reference}}}
     function = FunctionDefinition(name="f", parameters={"type": "object", "properties": properties})
-    with pytest.raises(FieldError, match=r"\$anchor" if reference == "#b" else "the reference '#"):
+    with pytest.raises(FieldError, match="the reference '#"):
         ToolFormat.of(TEMPLATES["qwen coder"]).rules({0: function}, quoted, several=False, or_text=False)
 
 

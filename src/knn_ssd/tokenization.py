@@ -271,7 +271,7 @@ class Detokenizer:
         if self._settled < len(self._token_ids) and not self.stopped:
             decoded = self._decode(self._window, len(self._token_ids))
             unsettled = len(decoded) - len(self._decode(self._window, self._settled))
-        return len(self._text) - self._given + unsettled
+        return max(len(self._text) - self._given, 0) + unsettled
 
     def finish(self) -> str:
         """The rest of the text, after the last token."""

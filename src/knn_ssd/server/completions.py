@@ -22,6 +22,7 @@ from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
 from knn_ssd.server.schemas import ChatRequest, CompletionRequest
 from knn_ssd.server.streams import DONE, PING, PING_SEC, event
+from knn_ssd.server.terms import template_of
 from knn_ssd.server.thinking import Thinking
 from knn_ssd.server.tool_calls import ToolUse
 from knn_ssd.tokenization import Messages, PromptLike, echoed
@@ -172,7 +173,7 @@ class CompletionHandler:
             prompt = form.messages(cast("Messages", prompt), tools)
             template = replace(template, tools=() if form.is_described else tools)
         if template is not None and engine.tokenizer is not None:
-            prompt = with_arguments_for(str(engine.tokenizer.chat_template or ""), cast("Messages", prompt))
+            prompt = with_arguments_for(template_of(engine.tokenizer), cast("Messages", prompt))
         token_ids = engine.encode(prompt, isinstance(self.request, ChatRequest), template)
         if not self.request.echoes:
             return EncodedPrompt(token_ids)

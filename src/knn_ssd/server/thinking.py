@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knn_ssd.grammar import Grammar
-from knn_ssd.server.terms import special_tokens, term_of
+from knn_ssd.server.terms import special_tokens, template_of, term_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class Thinking:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> Thinking | None:
         """How the answer to a prompt may begin; None without thinking."""
-        template = str(tokenizer.chat_template or "")
+        template = template_of(tokenizer)
         end = str(tokenizer.decode(list(prompt_ids[-_LAST_TOKENS:]), skip_special_tokens=False)).rstrip()
         if CLOSING not in template or end.endswith(CLOSING):
             return None

@@ -13,7 +13,7 @@ from knn_ssd.grammar import Grammar
 from knn_ssd.server.call_syntax import WrittenCall
 from knn_ssd.server.parameters import Schema
 from knn_ssd.server.structured import FieldError, NamedTool, Tool, ToolChoice
-from knn_ssd.server.terms import term_of
+from knn_ssd.server.terms import template_of, term_of
 from knn_ssd.server.thinking import Thinking, formed, partial_mark
 from knn_ssd.server.tool_formats import PYTHON_TAG, ToolFormat
 
@@ -77,7 +77,7 @@ class ToolUse:
     @property
     def format(self) -> ToolFormat:
         """How the model writes calls."""
-        return ToolFormat.of(str(self.tokenizer.chat_template or ""))
+        return ToolFormat.of(template_of(self.tokenizer))
 
     @property
     def described(self) -> list[dict[str, Any]]:
