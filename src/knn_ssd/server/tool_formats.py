@@ -121,15 +121,17 @@ class ToolFormat:
         if not or_text:
             more = f"({term(self.between)} {mark} block)*" if repeats else ""
             return [f"form: {mark} block {more}", *lines]
-        free = (
-            rf"{without(*filter(None, (self.mark, self.opening.strip())))} & {NOT_THINKING}"  # what `calls` reads not
-        )
+        lines.append(f"TEXT: {self._free_text()} & {NOT_THINKING}")
         if not self.mark:
-            free = rf"/([^{{\[\s\x1c-\x1f](.|\n)*)?/ & ~/{re.escape(PYTHON_TAG)}(.|\n)*/ & {NOT_THINKING}"
-            return ["form: block | TEXT", f"TEXT: {free}", *lines]
+            return ["form: block | TEXT", *lines]
         lazy = "" if mark.startswith("<[") else "[lazy]"  # the first mark ends the text, unless it is a token
-        opened = [f"form: (opened block){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {mark}"]
-        return [*opened, f"TEXT: {free}", *lines]
+        return [f"form: (opened block){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {mark}", *lines]
+
+    def _free_text(self) -> str:
+        """A terminal for text in which `calls` finds no call."""
+        if self.mark:
+            return without(self.mark, self.opening.strip() or self.mark)
+        return rf"/([^{{\[\s\x1c-\x1f](.|\n)*)?/ & ~/{re.escape(PYTHON_TAG)}(.|\n)*/"
 
     def _call_rules(self, function: FunctionDefinition, place: int, term: Term) -> list[str]:
         try:
