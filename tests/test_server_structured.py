@@ -586,6 +586,23 @@ def test_a_schema_that_refers_to_itself_is_read_in_no_time(breadth: int, shape: 
     assert time.process_time() - begin < 2
 
 
+@pytest.mark.parametrize(
+    "text", ["</parameter>", "</parameter>\n<parameter=size>\n3\n</parameter>", "<parameter=size>\n"]
+)
+def test_marks_within_json_are_part_of_it(text: str) -> None:
+    parameters = {"type": "object", "properties": {"box": {"type": "object"}, "size": {"type": "integer"}}}
+    form, function = ToolFormat.of(TEMPLATES["qwen coder"]), FunctionDefinition(name="f", parameters=parameters)
+    arguments = {"box": {"x": text}, "size": 5}
+    call = (
+        f"<tool_call>\n<function=f>\n<parameter=box>\n{json.dumps(arguments['box'])}\n</parameter>\n"
+        "<parameter=size>\n5\n</parameter>\n</function>\n</tool_call>"
+    )
+    assert accepts(formed(form.rules({0: function}, quoted, several=False, or_text=False), None), call)
+    reply = ToolReply(form, {"f": parameters}, True)
+    assert reply.whole(call) == ""
+    assert [json.loads(each.arguments) for each in reply.calls] == [arguments]
+
+
 def test_too_many_alternatives_are_refused() -> None:
     many = {"anyOf": [{"type": "string", "pattern": f"x{n}"} for n in range(200)]}
     with pytest.raises(UsageError, match="100 alternatives"):

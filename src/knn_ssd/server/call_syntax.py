@@ -14,6 +14,7 @@ from knn_ssd.server.parameters import (
     DECODER,
     Schema,
     check_object,
+    may_be_text,
     parameter_of,
     parameters_of,
     read_value,
@@ -186,24 +187,35 @@ class ParameterCall:
         if head is None:
             return _UNREADABLE
         schema, place, arguments = schemas.get(head[1], {}), head.end(), {}
-        one = re.compile(
-            rf"\s*{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}(.*?){_flexible(self.end)}", re.DOTALL
-        )
-        begin = re.compile(rf"{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}")
-        while found := one.match(text, place):
-            names = {each[1] for each in begin.finditer(found[2])}
-            if names and any(names & parameters_of(each).keys() for each in schemas.values()):
-                return _UNREADABLE  # the mark between two values is missing
-            arguments[found[1]] = read_value(found[2], parameter_of(schema, found[1]), schema)
-            place = found.end()
+        begin = re.compile(rf"\s*{self._name_pattern}")
+        closing = re.compile(_flexible(self.end))
+        while found := begin.match(text, place):
+            own, start = parameter_of(schema, found[1]), found.end()
+            after_json = 0 if may_be_text(own, schema) else _decoded(text, start)[1]
+            end = closing.match(text, after_json) if after_json else None  # a text in the JSON may have the mark in it
+            if end is None:
+                end = closing.search(text, start)
+                if end is None or self._has_argument(text[start : end.start()], schemas):
+                    return _UNREADABLE
+            arguments[found[1]] = read_value(text[start : end.start()], own, schema)
+            place = end.end()
         tail = re.compile(rf"\s*{_flexible(self.tail)}").match(text, place)
         return _UNREADABLE if tail is None else ReadCalls([WrittenCall(head[1], arguments)], tail.end())
 
+    @property
+    def _name_pattern(self) -> str:
+        return rf"{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}"
 
-def _decoded(text: str) -> tuple[Any, int]:
-    """The JSON that a text begins with, and its length; None and 0 if it begins with none."""
+    def _has_argument(self, value: str, schemas: Mapping[str, Schema]) -> bool:
+        """Whether an argument of a function begins within a value, after which the mark is missing then."""
+        names = set(re.findall(self._name_pattern, value))
+        return bool(names) and any(names & parameters_of(each).keys() for each in schemas.values())
+
+
+def _decoded(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON that begins at a place of a text, and the place after it; None and 0 if none begins there."""
     try:
-        return DECODER.raw_decode(text)
+        return DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, 0
 

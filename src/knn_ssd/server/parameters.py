@@ -92,10 +92,7 @@ def value_rules(rule: str, schema: Any, root: Schema, end: str, others: Sequence
 
 def read_value(text: str, schema: Any, root: Schema) -> Any:
     """What a written value means by its schema: text where that may be text, else JSON, and text where it is none."""
-    try:
-        options = _alternatives(schema, root)
-    except UsageError:
-        options = [{}]
+    options = _readable(schema, root)
     for value in (value for option in options for value in _listed(option)):
         if _written(value) == text:
             return value
@@ -105,6 +102,19 @@ def read_value(text: str, schema: Any, root: Schema) -> Any:
         return DECODER.decode(text.strip())
     except (ValueError, RecursionError):
         return _PYTHON.get(text, text)
+
+
+def may_be_text(schema: Any, root: Schema) -> bool:
+    """Whether a written value is text by its schema, and not JSON."""
+    return any(map(_is_text, _readable(schema, root)))
+
+
+def _readable(schema: Any, root: Schema) -> list[Schema]:
+    """The alternatives of a schema that nobody has checked; any value if there are too many."""
+    try:
+        return _alternatives(schema, root)
+    except UsageError:
+        return [{}]
 
 
 def _text_term(schema: Schema, marks: Sequence[str]) -> str:
