@@ -267,11 +267,9 @@ class Detokenizer:
     @property
     def held(self) -> int:
         """How many characters of the tokens so far were not returned: of a possible stop string, or incomplete."""
-        unsettled = 0
-        if self._settled < len(self._token_ids) and not self.stopped:
-            decoded = self._decode(self._window, len(self._token_ids))
-            unsettled = len(decoded) - len(self._decode(self._window, self._settled))
-        return max(len(self._text) - self._given, 0) + unsettled
+        ends = () if self.stopped else (self._settled, len(self._token_ids))
+        settled, extended = (len(self._decode(self._window, end)) for end in ends) if len({*ends}) > 1 else (0, 0)
+        return max(len(self._text) - self._given, 0) + extended - settled
 
     def finish(self) -> str:
         """The rest of the text, after the last token."""

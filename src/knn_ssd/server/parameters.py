@@ -110,7 +110,7 @@ def may_be_text(schema: Any, root: Schema) -> bool:
 
 
 def _readable(schema: Any, root: Schema) -> list[Schema]:
-    """The alternatives of a schema that nobody has checked; any value if there are too many."""
+    """The alternatives of a schema that was not checked; any value if there are too many."""
     try:
         return _alternatives(schema, root)
     except UsageError:
