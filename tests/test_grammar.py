@@ -408,12 +408,22 @@ def test_a_self_draft_masks_each_token_once(
         ("[1]", "must be an object"),
         ({"type": "object", "x-guidance": {"lenient": True}}, "x-guidance"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"enum": ["a\ud800"]}, "half a character"),
+        ({"properties": {"a\ud800": {}}}, "half a character"),
+        ('{"const": "\ud800"}', "half a character"),
+        ('{"const": "\\ud800"}', "half a character"),
     ],
 )
 def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(schema: Any, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         Grammar.json_schema(schema)
     assert words in str(caught.value)
+
+
+def test_a_grammar_with_half_a_character_is_refused() -> None:
+    for make in (Grammar, Grammar.lark):
+        with pytest.raises(UsageError, match="half a character"):
+            make('start: "\ud800"')
 
 
 @pytest.mark.parametrize("nesting", ["definitions", "levels"])

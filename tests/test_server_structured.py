@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +19,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from knn_ssd.engine import Engine
+from knn_ssd.errors import UsageError
 from knn_ssd.grammar import Grammar
 from knn_ssd.server.app import ServeSettings
+from knn_ssd.server.messages import with_arguments_for
 from knn_ssd.server.parameters import read_value, value_rules
 from knn_ssd.server.reply_text import ReplyText
 from knn_ssd.server.structured import FieldError, FunctionDefinition, Tool
@@ -243,13 +247,18 @@ def test_tools_that_cannot_be_used_are_refused(served: Served, options: dict[str
 
 @pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("choice", ["required", "auto"])
-def test_what_the_grammar_of_each_family_gives_is_parsed_as_calls(family: str, choice: Any) -> None:
+def test_what_the_grammar_of_each_family_gives_is_parsed_as_calls(
+    family: str, choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToolFormat, "_free_text", lambda _: "/[a-z ]{0,3}/")  # after which there is a call, or the end
     own = engine(TEMPLATES[family], SPECIAL.get(family, ()))
     strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}  # type: ignore[dict-item]
-    use = ToolUse([Tool.model_validate(each) for each in (strict, STOP)], choice, True, own.tokenizer)
+    stop = {"type": "function", "function": {"name": "stop", "strict": True}}
+    use = ToolUse([Tool.model_validate(each) for each in (strict, stop)], choice, choice == "required", own.tokenizer)
     biases = {}
-    if choice == "auto":  # nothing but the marks of a call, where the text may end
+    if choice == "auto":  # a call rather than text
         biases = {"logit_bias": dict.fromkeys(own.tokenizer.encode(use.format.mark or "{")[:1], 60)}
+    num_calls = 0
     for seed in range(3):
         options = {"temperature": 1.0, "seed": seed, "max_new_tokens": 400, **biases}
         stream = own.stream("a fox", grammar=use.grammar(None), **options)
@@ -263,6 +272,8 @@ def test_what_the_grammar_of_each_family_gives_is_parsed_as_calls(family: str, c
         for call in reply.tools.calls:
             schema = SCHEMA if call.name == "paint" else {"type": "object"}
             assert jsonschema_rs.is_valid(schema, json.loads(call.arguments))
+        num_calls += len(reply.tools.calls)
+    assert num_calls
 
 
 CALL = '{"name": "paint", "arguments": {"colour": "red", "size": 3}}'
@@ -285,7 +296,7 @@ DEEPSEEK_CALL = (
     f"```json\n{ARGUMENTS}\n```<｜tool▁call▁end｜>"
 )
 DEEPSEEK_31_CALL = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>paint<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>"
-REPLIES: list[tuple[str, str, str, int]] = [
+REPLIES: list[tuple[str, str, Any, int]] = [  # family, reply, its text (... is all of it), its calls
     ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", 1),
     ("hermes", f"Sure.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "Sure.", 2),
     ("hermes", f"<tool_call>{CALL}", "", 1),
@@ -294,6 +305,11 @@ REPLIES: list[tuple[str, str, str, int]] = [
     ("hermes", "a < b and <tool", "a < b and <tool", 0),
     ("hermes", "<tool_call>\n{not json}\n</tool_call>", "<tool_call>\n{not json}\n</tool_call>", 0),
     ("hermes", CALL.replace("paint", "burn"), CALL.replace("paint", "burn"), 0),
+    ("hermes", CALL.replace(ARGUMENTS, json.dumps(ARGUMENTS)), "", 1),
+    ("hermes", CALL.replace("3", "1e999"), CALL.replace("3", "1e999"), 0),
+    ("hermes", f"<tool_call>{CALL}</tool_call><tool_call>{{</tool_call>", ..., 0),
+    ("no mark", '{"name": "paint", "colour": "blue"}', '{"name": "paint", "colour": "blue"}', 0),
+    ("no mark", CALL.replace(ARGUMENTS, '"red"'), CALL.replace(ARGUMENTS, '"red"'), 0),
     ("mistral", f"[{CALL}, {CALL}]", "", 2),
     ("mistral", f"[TOOL_CALLS] [{CALL}]", "", 1),
     ("mistral, names", f"Sure.[TOOL_CALLS]paint[ARGS]{ARGUMENTS}[TOOL_CALLS]paint[ARGS]{ARGUMENTS}", "Sure.", 2),
@@ -308,6 +324,9 @@ REPLIES: list[tuple[str, str, str, int]] = [
     ("qwen coder", CODER_CALL.replace("\n", ""), "", 1),
     ("qwen coder", CODER_CALL.replace("paint", "burn"), CODER_CALL.replace("paint", "burn"), 0),
     ("qwen coder", CODER_CALL[:60], CODER_CALL[:60], 0),
+    ("qwen coder", CODER_CALL.replace("red\n</parameter>", "red"), ..., 0),
+    ("qwen coder", CODER_CALL.replace("3\n</parameter>\n", "3\n") + CODER_CALL, ..., 0),
+    ("glm", GLM_CALL.replace("red</arg_value>", "red"), ..., 0),
     ("qwen coder", CALL, "", 1),
     ("seed", SEED_CALL, "", 1),
     ("glm", f"{GLM_CALL}\n{GLM_CALL}", "", 2),
@@ -325,11 +344,12 @@ REPLIES: list[tuple[str, str, str, int]] = [
 
 
 @pytest.mark.parametrize(("family", "text", "rest", "count"), REPLIES)
-def test_calls_are_found_in_a_familys_format_whole_and_in_pieces(family: str, text: str, rest: str, count: int) -> None:
+def test_calls_are_found_in_a_familys_format_whole_and_in_pieces(family: str, text: str, rest: Any, count: int) -> None:
     form = ToolFormat.of(TEMPLATES[family])
     whole, pieces = ToolReply(form, {"paint": SCHEMA}, False), ToolReply(form, {"paint": SCHEMA}, False)
-    assert whole.whole(text) == rest
-    assert "".join([*map(pieces.push, text), pieces.finish()]) == rest
+    expected = text if rest is ... else rest
+    assert whole.whole(text) == expected
+    assert "".join([*map(pieces.push, text), pieces.finish()]) == expected
     assert len(whole.calls) == len(pieces.calls) == count
     for call in whole.calls:
         assert (call.name, json.loads(call.arguments)) == ("paint", {"colour": "red", "size": 3})
@@ -343,6 +363,120 @@ def test_marks_within_arguments_are_part_of_them() -> None:
     call = '{"name": "write", "arguments": ' + arguments + "}"
     assert reply.whole(f"<tool_call>\n{call}\n</tool_call>") == ""
     assert [each.arguments for each in reply.calls] == [arguments]
+
+
+@pytest.mark.parametrize("empty", ["null", '""', "{}", '"{}"'])
+def test_a_call_without_arguments_has_an_empty_object(empty: str) -> None:
+    reply = ToolReply(ToolFormat.of(HERMES), {"stop": {}}, False)
+    assert reply.whole('<tool_call>{"name": "stop", "arguments": ' + empty + "}</tool_call>") == ""
+    assert [each.arguments for each in reply.calls] == ["{}"]
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("hermes", CALL.replace("red", "\\ud800é")),
+        ("hermes", CALL.replace(ARGUMENTS, json.dumps(ARGUMENTS.replace("red", "\\ud800é")))),
+        ("qwen coder", CODER_CALL.replace("red", "\ud800é")),
+    ],
+)
+def test_half_a_character_in_arguments_is_an_escape(family: str, call: str) -> None:
+    reply = ToolReply(ToolFormat.of(TEMPLATES[family]), {"paint": SCHEMA}, False)
+    assert reply.whole(call) == ""
+    (found,) = reply.calls
+    assert json.loads(found.arguments.encode()) == {"colour": "\ud800é", "size": 3}
+    assert "é" in found.arguments
+
+
+def test_a_reply_of_one_call_has_its_first() -> None:
+    call = Tool.model_validate(PAINT)
+    for several in (True, False):
+        reply = ToolUse([call], "auto", several, engine(HERMES).tokenizer).reply()
+        assert reply.whole(WRITTEN["hermes"] * 3) == ""
+        assert len(reply.calls) == (3 if several else 1)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["<tool_call>x", "1 ", "<tool_call>{}", "<tool_call>\n<function=paint>"])
+@pytest.mark.parametrize("family", ["hermes", "qwen coder", "no mark"])
+def test_a_reply_of_many_unreadable_calls_is_read_once(family: str, text: str) -> None:
+    reply = ToolReply(ToolFormat.of(TEMPLATES[family]), {"paint": SCHEMA}, True)
+    begin = time.process_time()
+    assert reply.whole(text * 200_000) == text * 200_000
+    assert time.process_time() - begin < 2  # a tenth of that; looked at from each mark, it takes minutes
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{# tools #}{% for call in message.tool_calls %}{{ 'tools: ' + call }}{% endfor %} the tools",
+        "{% if 'tools' in message and message['tools'] is not none %}{{ message.tools }}{% endif %}",
+        "{{ tools_of(my_tools) }}{% generation %}{% endgeneration %}",
+        "{{ 'no end",
+    ],
+)
+def test_a_template_that_does_not_read_the_tools_cannot_describe_them(template: str) -> None:
+    for marks in ("", "<tool_call>", "<｜tool▁sep｜>"):
+        form = ToolFormat.of(template + marks)
+        assert form.is_described
+        assert form.mark == ""
+    assert not ToolFormat.of("{%- if tools -%}" + template.replace("{{ 'no end", "")).is_described
+
+
+def test_of_several_templates_the_one_for_tools_counts() -> None:
+    own = tiny_tokenizer(chat=True)
+    own.chat_template = {"default": PLAIN, "tool_use": HERMES}  # type: ignore[assignment]
+    use = ToolUse([Tool.model_validate(PAINT)], "auto", True, own)
+    assert use.format == ToolFormat.of(HERMES)
+    assert not use.format.is_described
+
+
+def test_a_template_without_tools_gets_calls_as_it_was_asked_for_them() -> None:
+    function = {"name": "paint", "arguments": json.loads(ARGUMENTS)}
+    said = {"role": "assistant", "content": "Well.", "tool_calls": [{"id": "x", "function": function}] * 2}
+    *_, last = ToolFormat.of(PLAIN).messages([said], [Tool.model_validate(PAINT).plain()])
+    assert last == {"role": "assistant", "content": f"Well.\n{CALL}\n{CALL}"}
+
+
+DEEPSEEK_TEMPLATE = (
+    "{% for m in messages %}{% if m['tool_calls'] %}{% for tool in m['tool_calls'] %}"
+    "{{ '<｜tool▁sep｜>' + tool['function']['name'] + '\n```json\n' + tool['function']['arguments'] + '\n```' }}"
+    "{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "as_text"),
+    [
+        (DEEPSEEK_TEMPLATE, True),
+        ("{{ '{' + call.arguments + '}' }}", True),
+        ("{{ '<'~arguments~'>' }}", True),
+        ("{{ '<' + call.arguments | tojson + '>' }}", False),
+        ("{{ '<' + tool['function']['arguments']|tojson }}", False),
+        ("{{ '\"arguments\": ' + call | tojson + '\"arguments\": ' }}", False),
+        ("{% for name, value in call.arguments | items %}{% endfor %}", False),
+    ],
+)
+def test_arguments_are_text_where_a_template_joins_them_to_text(template: str, as_text: bool) -> None:
+    function = {"name": "paint", "arguments": {"colour": "grün"}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"function": function}]}]
+    user, assistant = with_arguments_for(template, messages)
+    assert user == messages[0]
+    found = assistant["tool_calls"][0]["function"]["arguments"]
+    assert found == ('{"colour": "grün"}' if as_text else {"colour": "grün"})
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_conversation_with_calls_goes_on_where_the_template_joins_their_arguments(offered: bool) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "paint", "arguments": ARGUMENTS}}
+    messages = [
+        {"role": "user", "content": "a fox"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "x", "content": "done"},
+    ]
+    with contextlib.contextmanager(serving)(ServeSettings(MODEL), engine(DEEPSEEK_TEMPLATE)) as own:
+        answer = chat(own, messages=messages, max_tokens=2, **({"tools": [PAINT]} if offered else {}))
+        assert answer.status_code == 200, answer.text
 
 
 def test_a_template_without_tools_gets_them_in_a_system_message() -> None:
@@ -400,7 +534,104 @@ def test_a_family_s_own_writing_is_what_the_grammar_demands_and_what_is_read(fam
     assert [json.loads(call.arguments) for call in reply.calls] == [{"colour": "red", "size": 3}]
 
 
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_text_beside_a_strict_tool_cannot_be_read_as_its_call(family: str) -> None:
+    form, own = ToolFormat.of(TEMPLATES[family]), engine(TEMPLATES[family])
+    strict = Tool.model_validate({**PAINT, "function": {**PAINT["function"], "strict": True}})  # type: ignore[dict-item]
+    free = formed(form.rules({0: strict.function}, quoted, several=True, or_text=True), None)
+    wrong = WRITTEN[family].replace("red", "blue")
+    bare = CALL.replace("red", "blue")
+    several = [f"{begin}{bare}" for begin in ("", " ", "\x1c", "\u2003", "<|python_tag|>", "<|python_tag|> ")]
+    for text in (wrong, f"Sure. {wrong}", WRITTEN[family] + wrong, *several, f"[{bare}]", f"{bare}; {bare}"):
+        reply = ToolUse([strict], "auto", True, own.tokenizer).reply()
+        reply.whole(text)
+        good = [call for call in reply.calls if jsonschema_rs.is_valid(SCHEMA, json.loads(call.arguments))]
+        assert not accepts(free, text) or len(good) == len(reply.calls)
+    loose = ToolUse([Tool.model_validate(PAINT)], "auto", True, own.tokenizer).reply()
+    assert loose.whole(bare) == ""
+    assert loose.calls
+
+
+def test_a_mark_that_is_spelled_by_other_tokens_is_no_text_beside_a_strict_tool() -> None:
+    own = engine(TEMPLATES["mistral, names"], SPECIAL["mistral, names"])
+    strict = {"type": "function", "function": {**PAINT["function"], "strict": True}}  # type: ignore[dict-item]
+    grammar = ToolUse([Tool.model_validate(strict)], "auto", True, own.tokenizer).grammar(None)
+    assert grammar is not None
+    for text, is_right in (("[TOOL_CALL", True), ("[TOOL_CALLS]", False)):
+        state = own._grammars.start(grammar, 0, {2})
+        spelled = [token for character in text for token in own.tokenizer.encode(character, add_special_tokens=False)]
+        allowed = state.allowed(spelled, 128)
+        assert (allowed is not None and bool(allowed[2])) == is_right
+
+
 # --- Arguments that are written one by one
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("breadth", [2, 30, 3000])
+@pytest.mark.parametrize("shape", ["itself", "a ring"])
+def test_a_schema_that_refers_to_itself_is_read_in_no_time(breadth: int, shape: str) -> None:
+    names = ["A"] if shape == "itself" else [f"A{place}" for place in range(12)]
+    after = dict(zip(names, [*names[1:], names[0]], strict=True))
+    definitions = {name: {"anyOf": [{"$ref": f"#/$defs/{after[name]}"}] * breadth} for name in names}
+    definitions[names[-1]]["anyOf"].append({"type": "integer"})
+    value = {"$ref": f"#/$defs/{names[0]}"}
+    begin = time.process_time()
+    expected = 5 if shape == "itself" and breadth < 3000 else "5"  # with too many alternatives it is text
+    assert read_value("5", value, {"$defs": definitions}) == expected
+    parameters = {"type": "object", "properties": {"x": value}, "$defs": definitions}
+    with contextlib.suppress(FieldError):  # too many alternatives, or too long a schema
+        ToolFormat.of(TEMPLATES["qwen coder"]).rules(
+            {0: FunctionDefinition(name="f", parameters=parameters)}, quoted, several=False, or_text=False
+        )
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "text", ["</parameter>", "</parameter>\n<parameter=size>\n3\n</parameter>", "<parameter=size>\n"]
+)
+def test_marks_within_json_are_part_of_it(text: str) -> None:
+    parameters = {"type": "object", "properties": {"box": {"type": "object"}, "size": {"type": "integer"}}}
+    form, function = ToolFormat.of(TEMPLATES["qwen coder"]), FunctionDefinition(name="f", parameters=parameters)
+    arguments = {"box": {"x": text}, "size": 5}
+    call = (
+        f"<tool_call>\n<function=f>\n<parameter=box>\n{json.dumps(arguments['box'])}\n</parameter>\n"
+        "<parameter=size>\n5\n</parameter>\n</function>\n</tool_call>"
+    )
+    assert accepts(formed(form.rules({0: function}, quoted, several=False, or_text=False), None), call)
+    reply = ToolReply(form, {"f": parameters}, True)
+    assert reply.whole(call) == ""
+    assert [json.loads(each.arguments) for each in reply.calls] == [arguments]
+
+
+def test_too_many_alternatives_are_refused() -> None:
+    many = {"anyOf": [{"type": "string", "pattern": f"x{n}"} for n in range(200)]}
+    with pytest.raises(UsageError, match="100 alternatives"):
+        value_rules("value", many, {}, "</parameter>")
+    assert read_value("x5", many, {}) == "x5"
+
+
+@pytest.mark.parametrize("reference", ["#", "#/properties/a", "#b"])
+def test_a_reference_to_other_than_a_definition_is_refused(reference: str) -> None:
+    properties = {"a": {"type": "integer"}, "b": {"$anchor": "b", "type": "array", "items": {"$ref": reference}}}
+    function = FunctionDefinition(name="f", parameters={"type": "object", "properties": properties})
+    with pytest.raises(FieldError, match="the reference '#"):
+        ToolFormat.of(TEMPLATES["qwen coder"]).rules({0: function}, quoted, several=False, or_text=False)
+
+
+def test_arguments_are_written_in_the_schema_s_order() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red"]}, "size": {"type": "integer"}},
+        "required": ["size", "other"],
+    }
+    function = FunctionDefinition(name="paint", parameters=parameters)
+    rules = ToolFormat.of(TEMPLATES["qwen coder"]).rules({0: function}, quoted, several=False, or_text=False)
+    other = "<parameter=other>\nx\n</parameter>\n</function>"
+    assert accepts(formed(rules, None), CODER_CALL.replace("</function>", other))
+    assert not accepts(formed(rules, None), CODER_CALL)
+    reversed_order = CODER_CALL.replace("colour", "x").replace("size", "colour").replace("x", "size")
+    assert not accepts(formed(rules, None), reversed_order.replace("red", "5").replace("3", "red"))
 
 
 DEFINED = {"$defs": {"X": {"enum": ["a", "b"]}}}
@@ -421,6 +652,9 @@ DEFINED = {"$defs": {"X": {"enum": ["a", "b"]}}}
         ({"allOf": [{"$ref": "#/$defs/X"}], "description": "x"}, {"a": "a"}, ["c"]),
         ({"type": "array", "items": {"$ref": "#/$defs/X"}}, {'["a"]': ["a"]}, ['["c"]', "a"]),
         ({"type": "object"}, {'{"x": 1}': {"x": 1}}, ["x"]),
+        ({"allOf": [{"type": "integer"}, {"minimum": 1}]}, {"5": 5}, ["0", "five"]),
+        ({"allOf": [{"type": "string"}, {"maxLength": 2}]}, {"5": "5"}, ["555"]),
+        ({"minimum": 1}, {"5": 5}, ["0"]),
         ({}, {"[1]": "[1]"}, []),
     ],
 )
@@ -444,6 +678,7 @@ def test_what_a_model_writes_beside_its_schema_is_read_as_far_as_it_can_be() -> 
     assert read_value("NaN", {"type": "number"}, {}) == "NaN"
     assert read_value("x", {"type": {}, "anyOf": 3, "$ref": 5}, {}) == "x"
     assert read_value("x", {"$ref": "#"}, {"$ref": "#"}) == "x"
+    assert read_value("1e999", {"type": "number"}, {}) == "1e999"
 
 
 @pytest.mark.parametrize(
@@ -452,6 +687,8 @@ def test_what_a_model_writes_beside_its_schema_is_read_as_far_as_it_can_be() -> 
         ({"properties": {"day": {"type": "string", "format": "date"}}}, "'format' cannot be enforced"),
         ({"type": "object", "minProperties": 1}, "'minProperties' cannot be enforced"),
         ({"properties": {"a>b": {"type": "string"}}}, "'a>b' cannot be written"),
+        ({"properties": {"a": {"enum": ["b", "<b></parameter>"]}}}, "'<b></parameter>' cannot be written"),
+        ({"properties": {"a": {"const": "<parameter=b>"}}}, "'<parameter=b>' cannot be written"),
     ],
 )
 def test_keywords_that_cannot_be_enforced_without_quotes_are_refused(parameters: dict[str, Any], word: str) -> None:

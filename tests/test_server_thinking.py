@@ -17,15 +17,18 @@ from test_server_structured import FORMAT, HERMES, PAINT, SCHEMA, TEMPLATES, eng
 from knn_ssd.outputs import Chunk
 from knn_ssd.server.app import ServeSettings
 from knn_ssd.server.reply_text import ReplyText
+from knn_ssd.server.schemas import ChatRequest
 from knn_ssd.server.structured import JsonSchemaFormat, format_grammar
 from knn_ssd.server.thinking import Thinking
-from knn_ssd.server.tool_calls import ToolReply
+from knn_ssd.server.tool_calls import ToolReply, ToolUse
 from knn_ssd.server.tool_formats import ToolFormat
 from knn_ssd.speculation.decode import Round
 from knn_ssd.testing import tiny_tokenizer
+from knn_ssd.tokenization import Detokenizer
 
 SWITCH = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 QWEN = HERMES + SWITCH + "{# </think> #}"  # the model opens its thinking itself
+HERMES_CALL = '<tool_call>\n{"name": "paint", "arguments": {"colour": "red", "size": 3}}\n</tool_call>'  # of PAINT
 R1 = HERMES + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"  # the template opens it
 MARKS = ["<think>", "</think>"]  # 3 and 4
 SHORTLY = {"temperature": 1.2, "seed": 5, "max_tokens": 400, "logit_bias": {3: 100, 4: 2}}  # thinks a few tokens
@@ -49,7 +52,11 @@ def message(answer: httpx.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("template", "good", "bad"),
     [
-        (QWEN, ["<think>\nno { form</think>\n\n{}", "<think></think>{}", "{}"], ["<think>{}", "a</think>{}", "\n{}"]),
+        (
+            QWEN,
+            ["<think>\nno { form</think>\n\n{}", "<think></think>{}", "{}", "\n\n<think>a</think>{}"],
+            ["<think>{}", "a</think>{}", "\n{}", "\n\n\n<think></think>{}"],
+        ),
         (R1, ["no { form</think>\n\n{}", "</think>{}"], ["{}", "a</think>\n\n\n{}"]),
         (HERMES, ["{}"], ["<think></think>{}"]),
     ],
@@ -161,7 +168,7 @@ def test_free_text_is_not_divided(served: Served) -> None:
 
 
 def as_chunk(piece: str, tokens: tuple[int, ...] = (40,)) -> Chunk:
-    return Chunk((piece, *[""] * (len(tokens) - 1)), Round(tokens))
+    return Chunk((piece, *[""] * (len(tokens) - 1)), Round(tokens), (0,) * len(tokens))
 
 
 @pytest.mark.parametrize(
@@ -199,3 +206,89 @@ def test_marks_that_are_special_tokens_are_found_by_their_ids() -> None:
     reply.finish()
     assert (reply.reasoning, reply.content) == ("hm", "")
     assert [(call.name, call.arguments) for call in tools.calls] == [("paint", '{"size": 3}')]
+
+
+def test_an_id_between_name_and_arguments_is_found_by_its_special_token() -> None:
+    own = with_special_tokens(tiny_tokenizer(), ["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"])  # 3, 4 and 5
+    form = ToolFormat.of(TEMPLATES["mistral, names"])
+    tools = ToolReply(form, {"paint": SCHEMA}, False)
+    reply = ReplyText(None, tools, form.special_tokens(own))
+    for piece, token in (("", 3), ("paint", 40), ("", 4), ("abc123XYZ", 41), ("", 5), ('{"size": 3}', 40)):
+        reply.push(as_chunk(piece, (token,)))
+    reply.finish()
+    assert reply.content == ""
+    assert [(call.name, call.arguments) for call in tools.calls] == [("paint", '{"size": 3}')]
+
+
+@pytest.mark.parametrize("stop", ["}\n", "}}", "€"])
+@pytest.mark.parametrize("per_round", [1, 2, 100])
+def test_a_mark_follows_text_that_is_held_back(stop: str, per_round: int) -> None:
+    own = with_special_tokens(tiny_tokenizer(), ["[TOOL_CALLS]", "[ARGS]"])
+    form = ToolFormat.of(TEMPLATES["mistral, names"])
+    tools = ToolReply(form, {"paint": SCHEMA}, False)
+    reply = ReplyText(None, tools, form.special_tokens(own))
+    detokenizer = Detokenizer(own, [stop])
+    spelled = [own.encode(text, add_special_tokens=False) for text in ("paint", '{"size": 3}')]
+    tokens = [3, *spelled[0], 4, *spelled[1]] * 2
+    pieces, held = [], []
+    for token in tokens:
+        detokenizer.push(token)
+        pieces.append(detokenizer.take())
+        held.append(detokenizer.held)
+    pieces[-1], held[-1] = pieces[-1] + detokenizer.finish(), 0
+    for place in range(0, len(tokens), per_round):
+        part = slice(place, place + per_round)
+        reply.push(Chunk(tuple(pieces[part]), Round(tuple(tokens[part])), tuple(held[part])))
+    reply.finish()
+    assert [(call.name, call.arguments) for call in tools.calls] == [("paint", '{"size": 3}')] * 2
+
+
+# --- Calls that are not demanded
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "count"),
+    [
+        (f"<think>I must use <tool_call> here.</think>\n{HERMES_CALL}", "I must use <tool_call> here.", "", 1),
+        (f"<think>Maybe {HERMES_CALL}? No.</think>Hello!", f"Maybe {HERMES_CALL}? No.", "Hello!", 0),
+        (f"\n<think>hm</think>\n\nYes. {HERMES_CALL}", "hm", "Yes.", 1),
+        (HERMES_CALL, "", "", 1),
+        ("Hello!", "", "Hello!", 0),
+    ],
+)
+@pytest.mark.parametrize("special", [[], MARKS], ids=["text", "special tokens"])
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_calls_are_looked_for_after_the_thinking(
+    text: str, reasoning: str, content: str, count: int, special: list[str], is_strict: bool
+) -> None:
+    own = engine(QWEN, special)
+    prompt = own.encode([{"role": "user", "content": "hi"}])
+    function = {**PAINT["function"], "strict": is_strict}  # type: ignore[dict-item]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    request = ChatRequest.model_validate({**body, "tools": [{"type": "function", "function": function}]})
+    assert request.has_form
+    thinking = Thinking.of(own.tokenizer, prompt)
+    assert thinking is not None
+    use = ToolUse(request.tools, request.tool_choice, True, own.tokenizer)
+    tokens = own.tokenizer.encode(text, add_special_tokens=False)
+    grammar = use.grammar(thinking)
+    assert (grammar is not None) == is_strict
+    if grammar is not None:
+        allowed = own._grammars.start(grammar, 0, {2}).allowed(tokens, 128)
+        assert allowed is not None
+        assert allowed[2]
+    for pieces in ([text], list(text)):
+        tools = use.reply()
+        reply = ReplyText(thinking, tools)
+        parts = [*(reply.push(as_chunk(piece)) for piece in pieces), reply.finish()]
+        assert (reply.reasoning, reply.content, len(tools.calls)) == (reasoning, content, count)
+        assert "".join(part.content for part in parts) == content
+
+
+def test_the_thinking_before_a_call_that_may_come_is_kept_apart(served: Served) -> None:
+    function = {**PAINT["function"], "strict": True}  # type: ignore[dict-item]  # whose grammar has one <think> at most
+    tools = [{"type": "function", "function": function}]
+    answers = [message(chat(served, tools=tools, **{**SHORTLY, "seed": seed})) for seed in range(5, 10)]
+    assert any("reasoning_content" in found for found in answers)
+    for found in answers:
+        assert "think>" not in (found["content"] or "") + found.get("reasoning_content", "")

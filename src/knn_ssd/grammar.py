@@ -48,6 +48,7 @@ class Grammar:
 
     def __post_init__(self) -> None:
         require_kind("a grammar's source", self.source, str, "text")
+        _require_unicode("a grammar's source", self.source)
         length = len(self.source)
         require(length <= MOST_CHARACTERS, f"a grammar may have {MOST_CHARACTERS} characters", length)
         is_error, messages = grammar_library().LLMatcher.validate_grammar_with_warnings(self.source)
@@ -86,6 +87,7 @@ class Grammar:
             UsageError: the text is no such grammar.
         """
         require_kind("a grammar", text, str, "text")
+        _require_unicode("a grammar", text)
         return cls(grammar_library().LLMatcher.grammar_from_lark(text))
 
 
@@ -119,6 +121,7 @@ def _decoded(schema: Mapping[str, Any] | str) -> dict[str, Any]:
             len(text) <= MOST_SCHEMA_CHARACTERS, f"a schema may have {MOST_SCHEMA_CHARACTERS} characters", len(text)
         )
         decoded = json.loads(text)
+        _require_unicode("a JSON schema", json.dumps(decoded, ensure_ascii=False))
         levels = _levels(decoded)
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, UsageError):
@@ -134,6 +137,14 @@ def _decoded(schema: Mapping[str, Any] | str) -> dict[str, Any]:
     multiple = math.lcm(*map(_digits, _multiples(decoded)))
     require(multiple <= MOST_MULTIPLE, f"all multipleOf may have the common multiple {MOST_MULTIPLE}", multiple)
     return dict(decoded)
+
+
+def _require_unicode(name: str, text: str) -> None:
+    """Raises a `UsageError` for text with a lone surrogate, which no output can have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} must be Unicode text, got half a character ({error})", "Leave it out.") from error
 
 
 def _parts(value: Any) -> list[Any]:

@@ -92,10 +92,12 @@ class Chunk:
     Args:
         pieces: the text that became final with each token of the round; it may include text of earlier tokens.
         round: the round.
+        held: after each token, how many characters are held back, as they may be the beginning of a stop string.
     """
 
     pieces: tuple[str, ...]
     round: Round
+    held: tuple[int, ...]
 
     @property
     def text(self) -> str:

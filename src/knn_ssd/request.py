@@ -117,6 +117,7 @@ class Request:
         self._limit_reason = limit_reason
         self._logprobs = logprobs
         self._pieces: list[str] = []  # the text that became certain with each token
+        self._held: list[int] = []  # characters that were held back after each
         self.max_new_tokens = max_new_tokens
         self.sampler = sampler
         self.context = list(prompt_ids)
@@ -189,9 +190,11 @@ class Request:
         reason = self._ends(token)
         if self._detokenizer is None or reason is FinishReason.STOP:  # a stop token is no part of the text
             self._pieces.append("")
+            self._held.append(0)
             return reason
         stopped = self._detokenizer.push(token)
         self._pieces.append(self._detokenizer.take())
+        self._held.append(self._detokenizer.held)
         return reason or (FinishReason.STOP if stopped else None)
 
     def _chunks(self) -> Generator[Chunk, None, Generation]:
@@ -201,7 +204,9 @@ class Request:
                 rounds.append(current)
                 if current.finish_reason is not None and self._detokenizer is not None:
                     self._pieces[-1] += self._detokenizer.finish()
-                yield Chunk(tuple(self._pieces[-len(current.tokens) :]), current)
+                    self._held[-1] = 0
+                fresh = slice(-len(current.tokens), None)
+                yield Chunk(tuple(self._pieces[fresh]), current, tuple(self._held[fresh]))
         return self._generation(rounds)
 
     def _generation(self, rounds: Sequence[Round]) -> Generation:

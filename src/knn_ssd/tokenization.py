@@ -264,6 +264,13 @@ class Detokenizer:
         self._given = max(self._given, end)
         return fresh
 
+    @property
+    def held(self) -> int:
+        """How many characters of the tokens so far were not returned: of a possible stop string, or incomplete."""
+        ends = () if self.stopped else (self._settled, len(self._token_ids))
+        settled, extended = (len(self._decode(self._window, end)) for end in ends) if len({*ends}) > 1 else (0, 0)
+        return max(len(self._text) - self._given, 0) + extended - settled
+
     def finish(self) -> str:
         """The rest of the text, after the last token."""
         if not self.stopped:

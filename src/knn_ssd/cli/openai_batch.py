@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from knn_ssd.engine import Engine
-    from knn_ssd.outputs import Generation
+    from knn_ssd.outputs import Chunk, Generation
     from knn_ssd.server.schemas import ChatRequest, CompletionRequest
     from knn_ssd.server.thinking import Thinking
     from knn_ssd.tokenization import PromptLike
@@ -48,7 +48,7 @@ class BatchLine:
         from knn_ssd.server.schemas import ChatRequest
         from knn_ssd.server.thinking import Thinking
 
-        if not isinstance(self.request, ChatRequest) or not self.request.demands_form or engine.tokenizer is None:
+        if not isinstance(self.request, ChatRequest) or not self.request.has_form or engine.tokenizer is None:
             return None
         return Thinking.of(engine.tokenizer, token_ids)
 
@@ -137,7 +137,7 @@ def result_json(
 
     message = {"role": "assistant", "content": generation.text}
     if thinking is not None and tokenizer is not None:
-        message |= _divided(thinking, generation, _pieces(line, generation, tokenizer))
+        message |= _divided(thinking, _chunk(line, generation, tokenizer))
     content: dict[str, Any] = {"message": message} if line.is_chat else {"text": generation.text}
     logprobs = None if line.request.num_logprobs is None else _logprobs(line, generation, tokenizer)
     choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": FINISH_REASONS[generation.finish_reason]}
@@ -159,38 +159,36 @@ def key_of(data: dict[str, Any]) -> str:
 
 
 def _logprobs(line: BatchLine, generation: Generation, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    from knn_ssd.outputs import Chunk
     from knn_ssd.server.logprobs import Logprobs
-    from knn_ssd.speculation.decode import Round
 
-    if line.is_chat or tokenizer is None:
-        pieces = [""] * len(generation.token_ids)
-    else:
-        pieces = _pieces(line, generation, tokenizer)
-    chunk = Chunk(tuple(pieces), Round(generation.token_ids, logprobs=generation.logprobs))
     writer = Logprobs(tokenizer)
-    return writer.chat([chunk]) if line.is_chat else writer.completion([chunk])
+    if line.is_chat:
+        return writer.chat([_chunk(line, generation, None)])
+    return writer.completion([_chunk(line, generation, tokenizer)])
 
 
-def _divided(thinking: Thinking, generation: Generation, pieces: Sequence[str]) -> dict[str, str]:
+def _divided(thinking: Thinking, chunk: Chunk) -> dict[str, str]:
     """The fields of a message whose text may begin with thinking."""
-    from knn_ssd.outputs import Chunk
     from knn_ssd.server.reply_text import ReplyText
-    from knn_ssd.speculation.decode import Round
 
     reply = ReplyText(thinking, None, thinking.special)
-    reply.push(Chunk(tuple(pieces), Round(generation.token_ids)))
+    reply.push(chunk)
     reply.finish()
     return {"content": reply.content, **({"reasoning_content": reply.reasoning} if reply.reasoning else {})}
 
 
-def _pieces(line: BatchLine, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that became certain with each token."""
+def _chunk(line: BatchLine, generation: Generation, tokenizer: PreTrainedTokenizerBase | None) -> Chunk:
+    """The output as a single round; without its text if no tokenizer is given."""
+    from knn_ssd.outputs import Chunk
+    from knn_ssd.speculation.decode import Round
     from knn_ssd.tokenization import Detokenizer
 
-    detokenizer, pieces = Detokenizer(tokenizer, line.request.options()["stop"]), []
-    for token in generation.token_ids:
-        detokenizer.push(token)
-        pieces.append(detokenizer.take())
-    pieces[-1] += detokenizer.finish()
-    return pieces
+    pieces, held = [""] * len(generation.token_ids), [0] * len(generation.token_ids)
+    if tokenizer is not None:
+        detokenizer = Detokenizer(tokenizer, line.request.options()["stop"])
+        for place, token in enumerate(generation.token_ids):
+            detokenizer.push(token)
+            pieces[place], held[place] = detokenizer.take(), detokenizer.held
+        pieces[-1] += detokenizer.finish()
+        held[-1] = 0
+    return Chunk(tuple(pieces), Round(generation.token_ids, logprobs=generation.logprobs), tuple(held))

@@ -14,6 +14,7 @@ from knn_ssd.server.parameters import (
     DECODER,
     Schema,
     check_object,
+    may_be_text,
     parameter_of,
     parameters_of,
     read_value,
@@ -34,7 +35,7 @@ class WrittenCall:
     """
 
     name: str
-    arguments: dict[str, Any] | str
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class ReadCalls:
 
 
 _UNREADABLE = ReadCalls([None], 0)
+_CALL_ID = "[CALL_ID]"  # of Mistral's eleventh tokenizer, which writes an id between name and arguments
 
 
 class CallSyntax(Protocol):
@@ -108,8 +110,9 @@ class JsonCall:
     def _call(self, value: Any) -> WrittenCall | None:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        return WrittenCall(value["name"], arguments) if isinstance(arguments, str | dict) else None
+        given = [value[key] for key in ("arguments", "parameters") if key in value]
+        arguments = _object(given[0]) if given else None
+        return None if arguments is None else WrittenCall(value["name"], arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +127,13 @@ class NamedCall:
 
     @property
     def marks(self) -> str:
-        return self.mark
+        return self.mark + _CALL_ID
 
     def rules(self, rule: str, name: str, parameters: Schema, term: Term) -> list[str]:
         return [f"{rule}: {term(name + self.mark)} {json_rule(parameters)}"]
 
     def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
-        call_id = r"(?:\[CALL_ID\][^\[{]*)?"  # Mistral's eleventh tokenizer
+        call_id = rf"(?:{re.escape(_CALL_ID)}[^\[{{]*)?"
         found = re.match(rf"\s*{_NAME}\s*{call_id}(?:{re.escape(self.mark.strip())})?\s*", text)
         value, length = _decoded(text[found.end() :]) if found else (None, 0)
         if found is None or not isinstance(value, dict):
@@ -172,11 +175,11 @@ class ParameterCall:
             part = f"{rule}_{place}"
             parts.append(part if key in required else f"{part}?")
             lines.append(f"{part}: {term(self.key + key + self.after_key)} {part}_value")
-            lines += value_rules(f"{part}_value", schema, parameters, self.end)
+            lines += value_rules(f"{part}_value", schema, parameters, self.end, [self.key])
         if not parts and parameters.get("additionalProperties") is not False:
             parts.append(f"{rule}_any*")
             lines.append(f"{rule}_any: {term(self.key)} /{_NAME}/ {term(self.after_key)} {rule}_any_value")
-            lines += value_rules(f"{rule}_any_value", parameter_of(parameters, ""), parameters, self.end)
+            lines += value_rules(f"{rule}_any_value", parameter_of(parameters, ""), parameters, self.end, [self.key])
         return [f"{rule}: {term(self.head + name + self.after_name)} {' '.join(parts)} {term(self.tail)}", *lines]
 
     def read(self, text: str, schemas: Mapping[str, Schema]) -> ReadCalls:
@@ -184,22 +187,46 @@ class ParameterCall:
         if head is None:
             return _UNREADABLE
         schema, place, arguments = schemas.get(head[1], {}), head.end(), {}
-        one = re.compile(
-            rf"\s*{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}(.*?){_flexible(self.end)}", re.DOTALL
-        )
-        while found := one.match(text, place):
-            arguments[found[1]] = read_value(found[2], parameter_of(schema, found[1]), schema)
-            place = found.end()
+        begin = re.compile(rf"\s*{self._name_pattern}")
+        closing = re.compile(_flexible(self.end))
+        while found := begin.match(text, place):
+            own, start = parameter_of(schema, found[1]), found.end()
+            after_json = 0 if may_be_text(own, schema) else _decoded(text, start)[1]
+            end = closing.match(text, after_json) if after_json else None  # a text in the JSON may have the mark in it
+            if end is None:
+                end = closing.search(text, start)
+                if end is None or self._has_argument(text[start : end.start()], schemas):
+                    return _UNREADABLE
+            arguments[found[1]] = read_value(text[start : end.start()], own, schema)
+            place = end.end()
         tail = re.compile(rf"\s*{_flexible(self.tail)}").match(text, place)
         return _UNREADABLE if tail is None else ReadCalls([WrittenCall(head[1], arguments)], tail.end())
 
+    @property
+    def _name_pattern(self) -> str:
+        return rf"{_flexible(self.key)}([^<>]+?){_flexible(self.after_key)}"
 
-def _decoded(text: str) -> tuple[Any, int]:
-    """The JSON that a text begins with, and its length; None and 0 if it begins with none."""
+    def _has_argument(self, value: str, schemas: Mapping[str, Schema]) -> bool:
+        """Whether an argument of a function begins within a value, after which the mark is missing then."""
+        names = set(re.findall(self._name_pattern, value))
+        return bool(names) and any(names & parameters_of(each).keys() for each in schemas.values())
+
+
+def _decoded(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON that begins at a place of a text, and the place after it; None and 0 if none begins there."""
     try:
-        return DECODER.raw_decode(text)
+        return DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, 0
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """Arguments as an object, which may be written as JSON within a text, or left empty; None if they are no object."""
+    if isinstance(value, str) and value:
+        decoded, length = _decoded(value.strip())
+        value = decoded if length == len(value.strip()) else None
+        return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {} if value in (None, "") else None
 
 
 def _flexible(text: str) -> str:

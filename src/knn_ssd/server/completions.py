@@ -13,6 +13,7 @@ from typing import Any, cast
 from knn_ssd.outputs import Chunk, Generation
 from knn_ssd.owner import Owner
 from knn_ssd.server.choices import Choice, ChoiceWriter, EncodedPrompt
+from knn_ssd.server.messages import with_arguments_for
 from knn_ssd.server.metrics import Metrics
 from knn_ssd.server.problems import error_body, error_message
 from knn_ssd.server.replies import usage
@@ -21,6 +22,7 @@ from knn_ssd.server.responses import PromptTexts, prefill_fields, round_fields
 from knn_ssd.server.scheduler import Event, PrefillDone, PromptScored, Scheduler
 from knn_ssd.server.schemas import ChatRequest, CompletionRequest
 from knn_ssd.server.streams import DONE, PING, PING_SEC, event
+from knn_ssd.server.terms import template_of
 from knn_ssd.server.thinking import Thinking
 from knn_ssd.server.tool_calls import ToolUse
 from knn_ssd.tokenization import Messages, PromptLike, echoed
@@ -142,9 +144,9 @@ class CompletionHandler:
         return ToolUse(request.tools, request.tool_choice, request.parallel_tool_calls, tokenizer)
 
     def _thinking(self, prompt: EncodedPrompt) -> Thinking | None:
-        """How an answer of a demanded form may begin with thinking."""
+        """How an answer that has or may have a form may begin with thinking."""
         tokenizer = self.scheduler.engine.tokenizer
-        if not isinstance(self.request, ChatRequest) or not self.request.demands_form or tokenizer is None:
+        if not isinstance(self.request, ChatRequest) or not self.request.has_form or tokenizer is None:
             return None
         return Thinking.of(tokenizer, prompt.token_ids)
 
@@ -170,6 +172,8 @@ class CompletionHandler:
             tools, form = self._tools.described, self._tools.format
             prompt = form.messages(cast("Messages", prompt), tools)
             template = replace(template, tools=() if form.is_described else tools)
+        if template is not None and engine.tokenizer is not None:
+            prompt = with_arguments_for(template_of(engine.tokenizer), cast("Messages", prompt))
         token_ids = engine.encode(prompt, isinstance(self.request, ChatRequest), template)
         if not self.request.echoes:
             return EncodedPrompt(token_ids)

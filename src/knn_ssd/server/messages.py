@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_JOINS_ARGUMENTS = re.compile(r"""[+~]\s*(?:\w[\w.'"\[\]]*)?\barguments\b(?!['"\]]*\s*\|)""")  # without a filter
 
 
 class Strict(BaseModel):
@@ -96,3 +100,27 @@ class Message(Strict):
         if self.role == "tool":
             message |= {"tool_call_id": self.tool_call_id or ""} | ({"name": self.name} if self.name else {})
         return message
+
+
+def with_arguments_for(template: str, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages whose calls have their arguments as JSON text where a chat template joins them to text, as DeepSeek's.
+
+    Args:
+        template: the chat template's text.
+        messages: the messages, with arguments as objects.
+    """
+    if not _JOINS_ARGUMENTS.search(template):
+        return list(messages)
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

@@ -51,6 +51,8 @@ class ReplyText:
     reasoning: str = ""
     content: str = ""
     _held: str = ""
+    _received: int = 0  # characters of the text, without special tokens
+    _marks: list[tuple[int, str]] = field(default_factory=list)  # that follow so many of them, and are not added yet
     _phase: _Phase = _Phase.CONTENT
 
     def __post_init__(self) -> None:
@@ -59,8 +61,7 @@ class ReplyText:
 
     def push(self, chunk: Chunk) -> ReplyPart:
         """Adds a round, and returns what is certain with it."""
-        pieces = zip(chunk.round.tokens, chunk.pieces, strict=True)
-        part = self._divide("".join(piece + self.special.get(token, "") for token, piece in pieces), is_end=False)
+        part = self._divide(self._with_marks(chunk), is_end=False)
         return self._add(part.reasoning, part.content if self.tools is None else self.tools.push(part.content))
 
     def finish(self) -> ReplyPart:
@@ -69,6 +70,21 @@ class ReplyText:
         if self.tools is None:
             return self._add(part.reasoning, part.content)
         return self._add(part.reasoning, self.tools.push(part.content) + self.tools.finish())
+
+    def _with_marks(self, chunk: Chunk) -> str:
+        """The text that became final, with each mark after all text of the tokens before it, which may come later."""
+        place = self._received
+        for token, piece, held in zip(chunk.round.tokens, chunk.pieces, chunk.held, strict=True):
+            place += len(piece)
+            if token in self.special:
+                self._marks.append((place + held, self.special[token]))
+        parts, rest = [], chunk.text
+        while self._marks and self._marks[0][0] <= place:
+            end, mark = self._marks.pop(0)
+            parts += [rest[: end - self._received], mark]
+            rest, self._received = rest[end - self._received :], end
+        self._received = place
+        return "".join([*parts, rest])
 
     def _add(self, reasoning: str, content: str) -> ReplyPart:
         self.reasoning += reasoning

@@ -143,9 +143,9 @@ class ChatRequest(_Request):
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
-    def demands_form(self) -> bool:
-        """Whether the answer has to be of a form: that of the response format, or of a tool call."""
-        return not isinstance(self.response_format, TextFormat) or (self.offers_tools and self.tool_choice != "auto")
+    def has_form(self) -> bool:
+        """Whether the answer has or may have a form: that of the response format, or of a tool call."""
+        return not isinstance(self.response_format, TextFormat) or self.offers_tools
 
     @property
     def num_logprobs(self) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,18 @@ Term = Callable[[str], str]  # writes a text as terms
 def quoted(text: str) -> str:
     """A text as one term."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def without(*marks: str) -> str:
+    """A terminal for any text that has none of some marks in it."""
+    found = "|".join(re.escape(mark).replace("/", r"\/") for mark in marks)
+    return rf"/(.|\n)*/ & ~/(.|\n)*({found})(.|\n)*/"
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a tokenizer's chat template; of several, as with tools and without, all after each other."""
+    template: Any = tokenizer.chat_template or ""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

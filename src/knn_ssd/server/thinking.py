@@ -1,9 +1,9 @@
-"""The thinking of a reasoning model before an answer whose form is demanded: its grammar, and its end within a reply.
+"""The thinking of a reasoning model before an answer of a form, or that may call tools: its grammar, and its end.
 
-As in vLLM and SGLang, the demanded form begins after the thinking. Whether a model thinks is read off its chat template
-and the end of the prompt: a prompt that ends with an open `<think>` is continued by thinking; one that ends with
-`</think>`, as templates write it where thinking is switched off, is not; elsewhere the model decides, if its template
-knows these marks.
+As in vLLM and SGLang, a demanded form begins after the thinking, and tool calls are looked for after it. Whether a
+model thinks is read off its chat template and the end of the prompt: a prompt that ends with an open `<think>` is
+continued by thinking; one that ends with `</think>`, as templates write it where thinking is switched off, is not;
+elsewhere the model decides, if its template knows these marks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knn_ssd.grammar import Grammar
-from knn_ssd.server.terms import special_tokens, term_of
+from knn_ssd.server.terms import special_tokens, template_of, term_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPENING, CLOSING = "<think>", "</think>"
+NOT_THINKING = rf"~/\s*{OPENING}(.|\n)*/"  # a terminal for text that does not begin with it
 _LAST_TOKENS = 16  # of a prompt, in which a mark that ends it must stand
 
 
@@ -41,7 +42,7 @@ class Thinking:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> Thinking | None:
         """How the answer to a prompt may begin; None without thinking."""
-        template = str(tokenizer.chat_template or "")
+        template = template_of(tokenizer)
         end = str(tokenizer.decode(list(prompt_ids[-_LAST_TOKENS:]), skip_special_tokens=False)).rstrip()
         if CLOSING not in template or end.endswith(CLOSING):
             return None
@@ -52,7 +53,9 @@ class Thinking:
     def rules(self) -> list[str]:
         """The rules of a grammar in which `start` is a `form` after thinking."""
         lazy = "" if self.closing.startswith("<[") else "[lazy]"  # the first mark ends it, unless it is a token
-        thought = "thought gap?" if self.is_open else f"({self.opening} thought gap?)?"
+        is_token = self.opening.startswith("<[")
+        opening = f"gap? {self.opening}" if is_token else rf"/\n{{0,2}}{OPENING}/"  # one terminal, unlike other text
+        thought = "thought gap?" if self.is_open else f"({opening} thought gap?)?"
         return [
             f"start: {thought} form",
             rf"thought{lazy}: /(.|\n)*/ {self.closing}",

@@ -13,7 +13,7 @@ from knn_ssd.grammar import Grammar
 from knn_ssd.server.call_syntax import WrittenCall
 from knn_ssd.server.parameters import Schema
 from knn_ssd.server.structured import FieldError, NamedTool, Tool, ToolChoice
-from knn_ssd.server.terms import term_of
+from knn_ssd.server.terms import template_of, term_of
 from knn_ssd.server.thinking import Thinking, formed, partial_mark
 from knn_ssd.server.tool_formats import PYTHON_TAG, ToolFormat
 
@@ -39,8 +39,8 @@ class ToolCallFound:
     def of(cls, call: WrittenCall, id_characters: int) -> ToolCallFound:
         """A call as a model wrote it, with a new id of so many characters."""
         digits = uuid.uuid4().hex[:id_characters]
-        written = call.arguments
-        arguments = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
+        # A lone surrogate, which UTF-8 does not have, stays the escape as which the model wrote it.
+        arguments = json.dumps(call.arguments, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
         return cls(digits if id_characters == 9 else f"call_{digits}", call.name, arguments)
 
     def json(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class ToolUse:
     @property
     def format(self) -> ToolFormat:
         """How the model writes calls."""
-        return ToolFormat.of(str(self.tokenizer.chat_template or ""))
+        return ToolFormat.of(template_of(self.tokenizer))
 
     @property
     def described(self) -> list[dict[str, Any]]:
@@ -120,7 +120,8 @@ class ToolUse:
     def reply(self) -> ToolReply:
         """A reply that begins."""
         schemas = {tool.function.name: tool.function.parameters for tool in self.tools}
-        return ToolReply(self.format, schemas, self.demands_call)
+        is_strict = any(tool.function.strict for tool in self.tools)
+        return ToolReply(self.format, schemas, self.demands_call, several=self.several, only_marked=is_strict)
 
 
 @dataclass(slots=True)
@@ -131,11 +132,15 @@ class ToolReply:
         format: of the calls.
         schemas: of the arguments of each function that may be called.
         must_call: whether the reply has to call one.
+        several: whether it may call more than one; those after the first are left out if not.
+        only_marked: whether a call without the format's mark, if it has one, is text: no grammar checked its arguments.
     """
 
     format: ToolFormat
     schemas: Mapping[str, Schema]
     must_call: bool
+    several: bool = True
+    only_marked: bool = False
     calls: list[ToolCallFound] = field(default_factory=list)
     _text: str = ""
     _given: int = 0
@@ -152,8 +157,9 @@ class ToolReply:
 
     def finish(self) -> str:
         """Finds the calls, and returns the rest of the text that belongs to none."""
-        text, calls = self.format.calls(self._text, self.schemas)
-        self.calls = [ToolCallFound.of(call, self.format.id_characters) for call in calls]
+        text, calls = self.format.calls(self._text, self.schemas, only_marked=self.only_marked)
+        counted = calls if self.several else calls[:1]
+        self.calls = [ToolCallFound.of(call, self.format.id_characters) for call in counted]
         return self._give(len(text))
 
     def _give(self, end: int) -> str:

@@ -1,22 +1,28 @@
 """How model families write tool calls. Each format is described once: its grammar and its reader follow from that.
 
 The format is recognised by the chat template's text; `docs/serving.md` lists them. Where the template knows no tools, a
-system message describes them. What vLLM's parsers read of these formats is read here.
+system message describes them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, TemplateError
 
 from knn_ssd.errors import UsageError
 from knn_ssd.grammar import Grammar
 from knn_ssd.server.call_syntax import CallSyntax, JsonCall, NamedCall, ParameterCall, WrittenCall
 from knn_ssd.server.parameters import Schema
 from knn_ssd.server.structured import FieldError, FunctionDefinition
-from knn_ssd.server.terms import Term, special_tokens
+from knn_ssd.server.terms import Term, special_tokens, without
+from knn_ssd.server.thinking import NOT_THINKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +61,10 @@ class ToolFormat:
 
     @classmethod
     def of(cls, template: str) -> ToolFormat:
-        """The format that a chat template's text shows."""
-        found = (form for marks, form in _FORMATS if all(mark in template for mark in marks))
-        return next(found, cls(is_described="tools" not in template))
+        """The format that a chat template's text shows; the plain one where the template cannot describe tools."""
+        if not takes_tools(template):
+            return cls(is_described=True)
+        return next((form for marks, form in _FORMATS if all(mark in template for mark in marks)), cls())
 
     @property
     def mark(self) -> str:
@@ -70,13 +77,14 @@ class ToolFormat:
         return {token: text for text, token in special_tokens(tokenizer).items() if text in marks}
 
     def messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[Mapping[str, Any]]:
-        """The conversation, with a description of the tools where the template gives none."""
+        """The conversation, with a description of the tools, and calls as it asks for, where the template has none."""
         if not self.is_described:
             return list(messages)
         text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
-        if messages[0]["role"] != "system":
-            return [{"role": "system", "content": text}, *messages]
-        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+        written = [_with_calls_as_text(message) for message in messages]
+        if written[0]["role"] != "system":
+            return [{"role": "system", "content": text}, *written]
+        return [{**written[0], "content": f"{written[0]['content']}\n\n{text}"}, *written[1:]]
 
     def rules(
         self,
@@ -113,11 +121,17 @@ class ToolFormat:
         if not or_text:
             more = f"({term(self.between)} {mark} block)*" if repeats else ""
             return [f"form: {mark} block {more}", *lines]
+        lines.append(f"TEXT: {self._free_text()} & {NOT_THINKING}")
         if not self.mark:
-            return ["form: block | TEXT", r"TEXT: /([^{\s](.|\n)*)?/", *lines]
+            return ["form: block | TEXT", *lines]
         lazy = "" if mark.startswith("<[") else "[lazy]"  # the first mark ends the text, unless it is a token
-        opened = [f"form: (opened block){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {mark}"]
-        return [*opened, r"TEXT: /(.|\n)*/", *lines]
+        return [f"form: (opened block){'*' if repeats else '?'} TEXT", f"opened{lazy}: TEXT {mark}", *lines]
+
+    def _free_text(self) -> str:
+        """A terminal for text in which `calls` finds no call."""
+        if self.mark:
+            return without(self.mark, self.opening.strip() or self.mark)
+        return rf"/([^{{\[\s\x1c-\x1f](.|\n)*)?/ & ~/{re.escape(PYTHON_TAG)}(.|\n)*/"
 
     def _call_rules(self, function: FunctionDefinition, place: int, term: Term) -> list[str]:
         try:
@@ -126,25 +140,32 @@ class ToolFormat:
         except UsageError as error:
             raise FieldError(f"tools.{place}.function.parameters", error) from error
 
-    def calls(self, text: str, schemas: Mapping[str, Schema]) -> tuple[str, list[WrittenCall]]:
+    def calls(
+        self, text: str, schemas: Mapping[str, Schema], *, only_marked: bool = False
+    ) -> tuple[str, list[WrittenCall]]:
         """The text before the calls of a reply, and the calls; the whole text and none where it has none.
 
-        A call of a function that was not offered is text. Where the family's own format is not found, a reply that is
-        nothing but a JSON object with name and arguments is a call, too.
+        Where one call cannot be read, or is of a function that was not offered, the whole reply is text. Where the
+        family's own format is not found, a reply that is nothing but a JSON object with name and arguments is a call,
+        too.
 
         Args:
             text: the reply.
             schemas: of the arguments of each function that was offered.
+            only_marked: whether a call without the format's mark, if it has one, is text.
         """
-        is_marked = bool(self.mark) and self.mark in text
-        before, found = self._marked(text, schemas) if is_marked else ("", _unmarked(text))
+        before, found = "", list[WrittenCall | None]()
+        if self.mark and self.mark in text:
+            before, found = self._marked(text, schemas)
+        elif not (self.mark and only_marked):
+            found = _unmarked(text)
         calls = [call for call in found if call is not None and call.name in schemas]
         if not calls or len(calls) < len(found):
             return text, []
         return before.rstrip(), calls
 
     def _marked(self, text: str, schemas: Mapping[str, Schema]) -> tuple[str, list[WrittenCall | None]]:
-        """The text before the first mark, and the call after each."""
+        """The text before the first mark, and the call after each, up to the first that cannot be read."""
         before, _, rest = text.partition(self.mark)
         opening = self.opening.strip() or self.mark
         if self.begin and self.opening:
@@ -154,7 +175,7 @@ class ToolFormat:
             read = self.call.read(rest.lstrip(), schemas)
             found += read.calls
             _, again, rest = rest.lstrip()[read.length :].partition(opening)
-            if not again:
+            if not again or None in read.calls:
                 return before, found
 
 
@@ -194,13 +215,30 @@ _FORMATS: Sequence[tuple[Sequence[str], ToolFormat]] = (  # the first one of whi
 )
 
 
+@cache
+def takes_tools(template: str) -> bool:
+    """Whether a chat template reads the variable `tools`; `message.tools` and a text with the word are others."""
+    try:
+        tokens = [(kind, name) for _, kind, name in Environment().lex(template) if kind != "whitespace"]
+    except TemplateError:  # the template cannot be applied either
+        return False
+    return any(this == ("name", "tools") and before != ("operator", ".") for before, this in pairwise(tokens))
+
+
+def _with_calls_as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls are part of its content, as `_INSTRUCTIONS` asks for them."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": "\n".join(filter(None, (message["content"], *calls)))}
+
+
 def _unmarked(text: str) -> list[WrittenCall | None]:
     """The calls that a text consists of: a JSON object, a list, or several divided by semicolons or lines."""
     found: list[WrittenCall | None] = []
     rest = text.strip().removeprefix(PYTHON_TAG).strip()
     while rest:
         read = JsonCall().read(rest, {})
-        if not read.length:
+        if not read.length or None in read.calls:
             return []
         found += read.calls
         rest = rest[read.length :].strip().removeprefix(";").strip()
