@@ -428,7 +428,7 @@ def test_requests_are_what_it_takes_turns_with(engine: Engine) -> None:
     stream = engine.stream(PROMPT, max_new_tokens=4)
     assert is_busy()
     assert stream.result.token_ids
-    assert not is_busy()
+    wait_until(lambda: not is_busy())  # the sample that copies are fitted to may be running in a session of its own
 
 
 # ---- Memory
