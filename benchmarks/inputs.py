@@ -18,6 +18,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from torch.nn import functional
 from knn_ssd.backends.native.backend import NativeBackend
 from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.bench.workload import read_workloads
-from knn_ssd.kernels.binding import kernels, rounds_inputs, uses_tiles
+from knn_ssd.kernels.binding import float32_inputs, rounds_inputs, uses_tiles
 from knn_ssd.loading.resolve import load_model
 
-ROUNDED = {"float32": False, "bfloat16": True}  # the reference first
+TAKEN: dict[str, Callable[[], AbstractContextManager[None]]] = {"float32": float32_inputs, "bfloat16": nullcontext}
 REFERENCE, TORCH = "float32", "transformers, bfloat16"
 PASSES = (1, 5, 9)
 
@@ -73,29 +74,30 @@ def timed_ms(run: Callable[[], object]) -> float:
 def measure(backend: NativeBackend, text: list[int], repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each part, by what the inputs are."""
     sessions: dict[str, NativeSession] = {}
-    for name, rounded in ROUNDED.items():
-        kernels().knn_ssd_enable_rounding(rounded)
+    for name, taken in TAKEN.items():
         sessions[name] = backend.open(len(text) + max(PASSES))
-        sessions[name].prefill(text)
+        with taken():
+            sessions[name].prefill(text)
 
     def prefill() -> None:
         session = backend.open(len(text))
         session.prefill(text)
         session.close()
 
-    taken: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ROUNDED}
+    times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in TAKEN}
     for repeat in track(range(repeats + 1), "timing", transient=True):
-        for name in list(ROUNDED)[:: 1 if repeat % 2 else -1]:
-            kernels().knn_ssd_enable_rounding(ROUNDED[name])
+        for name in list(TAKEN)[:: 1 if repeat % 2 else -1]:
             parts: dict[str, Callable[[], object]] = {f"prefill of {len(text)}": prefill}
             parts |= {
                 f"{rows} row{'s' * (rows > 1)}": lambda rows=rows, session=sessions[name]: session.forward(text[:rows])
                 for rows in PASSES
             }
             for part, run in parts.items():
-                if elapsed := timed_ms(run) if repeat else timed_ms(run) * 0:
-                    taken[name][part].append(elapsed)
-    return {name: {part: statistics.median(each) for part, each in parts.items()} for name, parts in taken.items()}
+                with TAKEN[name]():
+                    elapsed = timed_ms(run)
+                if repeat:  # the first one warms up
+                    times[name][part].append(elapsed)
+    return {name: {part: statistics.median(each) for part, each in parts.items()} for name, parts in times.items()}
 
 
 def compare(backend: NativeBackend, texts: list[list[int]]) -> dict[str, tuple[float, float, int]]:
@@ -104,9 +106,9 @@ def compare(backend: NativeBackend, texts: list[list[int]]) -> dict[str, tuple[f
     divergences: dict[str, list[torch.Tensor]] = defaultdict(list)
     for text in track(texts, "comparing", transient=True):
         found: dict[str, torch.Tensor] = {}
-        for name, rounded in ROUNDED.items():
-            kernels().knn_ssd_enable_rounding(rounded)
-            found[name] = logits_of(backend, text)
+        for name, taken in TAKEN.items():
+            with taken():
+                found[name] = logits_of(backend, text)
         with torch.no_grad():
             found[TORCH] = backend.model(input_ids=torch.tensor([text[:-1]])).logits[0].float()
         reference = functional.log_softmax(found[REFERENCE], -1)

@@ -1,8 +1,7 @@
 """Makes the 4-bit copies of a model's matrices, for any backend: while the caller waits, or in the background.
 
 In the background they are made in small parts, one between two forward passes while requests run, and without a pause
-while none runs. So passes take up to twice as long, and a request of a few hundred tokens sees the copies
-completed. What is made is the same in either way.
+while none runs. What is made is the same in either way.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Copies of fewer weights are made at once: that takes one or two seconds, which drafts save in the first long answer.
 BACKGROUND_WEIGHTS = 200_000_000
-_PARTS = 256  # of the work; making one takes no longer than a forward pass of one row
+_PARTS = 256  # of the work, one between two forward passes
 
 
 def names_of_copy(matrix_name: str) -> tuple[str, str]:

@@ -1,11 +1,10 @@
 """Has the modules between the linear layers compute in float32, and each row as if it were alone.
 
 Norms, rotary embeddings and residuals of transformers work row by row, in float32 on float32 inputs; RMS norms are run
-by the kernels, which is faster. What is left to do: in a 16-bit model, embeddings and small weights become float32. And
-activation functions run one row at a time,
-because torch computes some of them (SiLU, GELU by tanh, sigmoid) with other instructions at the end of a tensor, so
-that a row's bits would depend on how many rows follow it. So do the functions by which a mixture routes a row to its
-experts.
+by the kernels, which is faster. What is left to do: in a 16-bit model, embeddings and small weights become float32.
+And activation functions run one row at a time, because torch computes some of them (SiLU, GELU by tanh, sigmoid) with
+other instructions at the end of a tensor, so that a row's bits would depend on how many rows follow it. So do the
+functions by which a mixture routes a row to its experts.
 """
 
 from __future__ import annotations
