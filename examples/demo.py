@@ -119,15 +119,14 @@ def show_planted_redundancy() -> bool:
     set_threads(1)  # more threads only slow down so small a model
     redundant = {"red": (5, 6, 8, 9, 10, 14, 15), "green": (4, 5, 6, 7, 11, 13, 14), "blue": (3, 4, 6, 9, 10, 11, 15)}
     planted = planted_tiny_model(redundant, seed=3)
-    # In float64, which the kernels do not run: 4-bit drafts of random weights are bad, and this is about skipping.
-    loaded = LoadedModel(planted.model.double(), tiny_tokenizer(), "planted", None)
+    loaded = LoadedModel(planted.model, tiny_tokenizer(), "planted", None)
     prompts = [Prompt(planted.prompt(name, 12, i), name, f"{name}-{i}") for name in redundant for i in range(12)]
     with tempfile.TemporaryDirectory() as folder:
         atlas = calibrate(
             loaded,
             prompts,
             Path(folder) / "atlas",
-            CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4, judging_prompts=JUDGED),
+            CalibrationSettings(trials=PLANTED_TRIALS, search_prompts=4, judging_prompts=JUDGED, low=False),
         )
     engine = Engine(loaded.model, loaded.tokenizer, atlas, answers=False)
     title = "A tiny model in which 7 of 16 sublayers have no effect, different ones in each domain"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metered import metered
@@ -24,7 +23,6 @@ from processes import afresh, ended, start
 from knn_ssd import engine as engine_module
 from knn_ssd.atlas import Atlas
 from knn_ssd.backends.base import Pooling
-from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.backend import TransformersBackend
 from knn_ssd.calibrate import pipeline, search_runs
 from knn_ssd.calibrate.anchors import fit_anchors
@@ -40,7 +38,6 @@ from knn_ssd.calibrate.settings import MIXTURE, CalibrationSettings
 from knn_ssd.cli import main
 from knn_ssd.engine import Engine
 from knn_ssd.errors import CalibrationError, Interrupted, OutputError, PromptError, UsageError
-from knn_ssd.kernels.binding import kernels_obstacle
 from knn_ssd.loading.resolve import LoadedModel
 from knn_ssd.plan import Mode, Plan, Policy
 from knn_ssd.prompts import Prompt
@@ -100,16 +97,6 @@ def planted_atlas(
 def best_skipping(evidence: Mapping[str, Any]) -> Plan:
     """The plan with the highest predicted speed-up of those that skip."""
     return Plan.from_json(evidence["best_skipping"]["plan"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_planted_model_runs_in_any_dtype(dtype: torch.dtype) -> None:
-    own = planted_tiny_model(REDUNDANT, seed=3)
-    text = torch.tensor([tiny_tokenizer().encode(own.prompt(name, 12, 0)) for name in REDUNDANT])
-    expected, found = own.model(text).logits, own.model.to(dtype)(text).logits
-    assert found.dtype == dtype
-    assert (found.float().argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
-    assert (Mode.LOW in select_backend(own.model).modes) == (dtype is torch.bfloat16 and kernels_obstacle() is None)
 
 
 def test_planted_redundancy_is_recovered_within_the_budget_and_nothing_harmful_with_it(planted_atlas: Atlas) -> None:

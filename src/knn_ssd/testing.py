@@ -213,6 +213,6 @@ class _Gated(nn.Module):
         if self.directions is None:
             gate: Any = self.leftover
         else:
-            domain = (hidden @ self.directions.T.to(hidden.dtype)).argmax(dim=-1)  # (1, n)
+            domain = (hidden @ self.directions.T).argmax(dim=-1)  # (1, n)
             gate = torch.where(self.redundant[domain], self.leftover, 1.0)[..., None].to(hidden.dtype)
         return (output[0] * gate, *output[1:]) if isinstance(output, tuple) else output * gate
