@@ -27,6 +27,7 @@ from knn_ssd.kernels.threads import thread_count
 FLOAT32, FLOAT16, BFLOAT16, Q8_0, Q6_K, Q5_0, Q4_K, Q4_0, INT4 = range(9)
 FLOAT32_BLOCKS, FLOAT16_BLOCKS, BFLOAT16_BLOCKS, BFLOAT16_PACKED = range(9, 13)
 Q8_0_BLOCKS, Q6_K_BLOCKS, Q5_0_BLOCKS, Q4_K_BLOCKS, Q4_0_BLOCKS = range(13, 18)
+SILU, GELU_TANH = range(2)  # activations
 _INVALID_SIZES = 2  # a status
 GROUP_SIZE = 64  # columns that share a scale in a 4-bit matrix
 
@@ -62,7 +63,12 @@ class Attention(ctypes.Structure):
 class Mlp(ctypes.Structure):
     """One MLP sublayer."""
 
-    _fields_ = (*((name, Matrix) for name in ("gate", "up", "down")), ("norm", c_void_p), ("epsilon", c_double))
+    _fields_ = (
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("norm", c_void_p),
+        ("epsilon", c_double),
+        ("activation", c_int64),
+    )
 
 
 class BatchEntry(ctypes.Structure):
@@ -125,6 +131,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(POINTER(c_int64), c_int64, c_void_p, c_void_p),
     ),
     "knn_ssd_linear": (_check_status, POINTER(Matrix), c_void_p, c_int64, c_void_p),
+    "knn_ssd_mlp": (_check_status, POINTER(Mlp), c_void_p, c_int64, c_void_p),
     "knn_ssd_rms_norm": (_check_status, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p),
     "knn_ssd_attend": (
         *(_check_status, POINTER(OuterAttention), POINTER(OuterCache), c_int64),

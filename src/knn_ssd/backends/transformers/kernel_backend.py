@@ -25,9 +25,10 @@ from knn_ssd.backends.native.session import NativeSession
 from knn_ssd.backends.transformers.attention import SharedPass, attention_replacements
 from knn_ssd.backends.transformers.backend import TransformersBackend, last_hidden_state
 from knn_ssd.backends.transformers.experts import experts_obstacle, find_experts, mixtures
+from knn_ssd.backends.transformers.gated_mlps import find_gated_mlps
 from knn_ssd.backends.transformers.kv_cache import KernelCache, StaticCache
 from knn_ssd.backends.transformers.linears import KernelLinears, KernelModule, find_linears, places_of
-from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
+from knn_ssd.backends.transformers.replacement import DirectCalls, Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.row_wise import row_wise_replacements
 from knn_ssd.errors import UnsupportedModelError
 from knn_ssd.kernels.binding import float32_inputs, kernels, kernels_obstacle
@@ -104,9 +105,14 @@ class KernelLinearBackend(TransformersBackend):
         assert self._admission is not None, "weights are on the CPU"
         self._linears = KernelLinears(found, self._run_sample, weight_cache, self._admission.is_busy, self.lock)
         self._row_wise += self._tied_embedding()
+        run = dict(zip(self._linears.modules, self._linears.forwards(None), strict=True))
+        with replaced(self._row_wise):
+            self._gated_mlps = list(find_gated_mlps(self.structure.mlp, self._linears.matrices(None), run))
         self._admission.weight_bytes, self._admission.copies = self.weight_bytes, self._linears.copies
         release_unpacked(model.parameters())
-        self._resolved: dict[PlanModes, list[Replacement]] = {}
+        # By modes: with leaves called directly, and with their hooks.
+        self._resolved: dict[PlanModes, tuple[list[Replacement], list[Replacement]]] = {}
+        self._calls = DirectCalls(model)
         self._check_logits(expected)
         waste = low_bit_waste(self._linears.num_weights, self._linears.weight_bytes)
         if obstacle := waste or self._admission.low_bit_shortage():
@@ -155,8 +161,11 @@ class KernelLinearBackend(TransformersBackend):
         if key not in self._resolved:
             skipped = super()._replacements(plan)
             assert self._linears is not None
-            self._resolved[key] = [*self._row_wise, *self._linears.forwards(plan), *skipped]
-        return self._resolved[key]
+            matrices = self._linears.matrices(plan)
+            gated = [each.forward(matrices[linear] for linear in each.linears) for each in self._gated_mlps]
+            every = [*self._row_wise, *self._linears.forwards(plan), *gated, *skipped]
+            self._resolved[key] = self._calls.of(every), every
+        return self._resolved[key][self._calls.are_hooked]
 
     def _tied_embedding(self) -> list[Replacement]:
         """Has an embedding of quantised rows read those of the head, if both are one: so the kernels' copy of them is
@@ -164,7 +173,7 @@ class KernelLinearBackend(TransformersBackend):
         """
         embedding: Any = self.model.get_input_embeddings()
         head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        matrix = self._linears.matrix_of(head) if self._linears is not None else None
+        matrix = self._linears.matrices(None).get(head) if self._linears is not None else None
         if matrix is None or not isinstance(embedding, QuantisedEmbedding) or head.weight is not embedding.weight:
             return []
 
@@ -291,11 +300,12 @@ class KernelBackend(KernelLinearBackend):
         positions = [r.position + i for r, count in zip(requests, counts, strict=True) for i in range(count)]
         tokens, kept = [token for r in requests for token in r.token_ids], torch.tensor(rows, dtype=torch.long)
         shared = SharedPass(requests)
-        with last_hidden_state(self.model) as captured, shared.running():
+        with torch.inference_mode(), last_hidden_state(self.model) as captured, shared.running():
             logits = self._call(tokens, positions, shared, kept)
-        if "logits_to_keep" not in self._options:
-            logits = logits[kept]
-        split = torch.split(captured[0][0], counts), torch.split(logits, [r.num_logits for r in requests])
+            if "logits_to_keep" not in self._options:
+                logits = logits[kept]
+        hidden, logits = captured[0][0].clone(), logits.clone()  # tensors that callers may change
+        split = torch.split(hidden, counts), torch.split(logits, [r.num_logits for r in requests])
         return [ForwardOutput(*pair) for pair in zip(*split, strict=True)]
 
     def _check_attention(self, expected: torch.Tensor, tolerance: float) -> None:

@@ -134,9 +134,12 @@ class KernelCache(KVCache):
     def write(self, index: int, position: int, *states: torch.Tensor) -> None:
         """Writes keys and values (1, H, n, ≤ D) of a layer from a position on."""
         for cached, new in zip(self.layer(index), states, strict=True):
-            rows, width = cached[:, :, position : position + new.shape[2]], new.shape[3]
-            rows[..., :width] = new
-            rows[..., width:] = 0  # the padding
+            width = new.shape[3]
+            rows = cached[:, :, position : position + new.shape[2]]
+            if width < cached.shape[3]:
+                rows[..., width:] = 0  # the padding
+                rows = rows[..., :width]
+            rows.copy_(new)
 
     def padded(self, index: int, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (1, H, n, ≤ D), padded to (1, H, n, D) without writing them to the cache."""

@@ -135,11 +135,6 @@ class KernelLinears:
         """The modules."""
         return [each.module for each in self._modules]
 
-    def matrix_of(self, module: nn.Module) -> Matrix | None:
-        """The matrix of a linear layer; None if the kernels do not run it."""
-        pairs = zip(self._modules, self._matrices, strict=True)
-        return next((matrices[0] for each, matrices in pairs if each.module is module), None)
-
     @property
     def weight_bytes(self) -> int:
         """Memory of the checkpoint's weights as the kernels read them."""
@@ -175,6 +170,13 @@ class KernelLinears:
             self._low_forward(index) if each.mode(plan) is Mode.LOW else self._kept[index]
             for index, each in enumerate(self._modules)
         ]
+
+    def matrices(self, plan: Plan | None) -> dict[nn.Module, Matrix]:
+        """The matrix of each linear layer under a plan whose copies were made."""
+        return {
+            each.module: self.copies.matrix(each.matrix_names[0]) if each.mode(plan) is Mode.LOW else own[0]
+            for each, own in zip(self._modules, self._matrices, strict=True)
+        }
 
     def _names_of_low(self, plan: Plan | None) -> list[str]:
         """The matrices whose copies run under a plan."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from knn_ssd.backends.transformers.linears import is_modified
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
-from knn_ssd.kernels.binding import address, kernels
+from knn_ssd.kernels.binding import kernels
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # how transformers' norms name it
 _TOLERANCE = 1e-5  # relative
@@ -62,7 +62,7 @@ def _normalised_by(scale: torch.Tensor, epsilon: float) -> Callable[[torch.Tenso
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         x = inputs.float().contiguous()
         y = torch.empty_like(x)
-        run(x.data_ptr(), x.numel() // width, width, address(scale), epsilon, y.data_ptr())
+        run(x.data_ptr(), x.numel() // width, width, scale.data_ptr(), epsilon, y.data_ptr())
         return y
 
     return forward

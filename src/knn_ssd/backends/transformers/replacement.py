@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,51 @@ class Replacement:
 def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Replacement:
     """The replacement of a module's `forward`."""
     return Replacement(module.__dict__, "forward", forward)
+
+
+class DirectCalls:
+    """Has modules call the replaced forwards of their leaf modules without `nn.Module.__call__`, which takes as long as
+    a norm: what is replaced is the leaf as its parents see it. Hooks of the leaf do not run then.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._leaves: dict[int, nn.Module] = {}  # by the id of their `__dict__`
+        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # where parents see them
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None and not child._modules:
+                    self._leaves[id(vars(child))] = child
+                    self._places.setdefault(id(vars(child)), []).append((vars(parent), name))
+        leaves = self._leaves.values()
+        self._hooks = [hooks for leaf in leaves for hooks in (leaf._forward_hooks, leaf._forward_pre_hooks)]
+
+    @property
+    def are_hooked(self) -> bool:
+        """Whether a leaf has hooks."""
+        return any(self._hooks)
+
+    def of(self, replacements: Sequence[Replacement]) -> list[Replacement]:
+        """The replacements, and those of leaves' forwards in the parents as well."""
+        direct = list(replacements)
+        for each in replacements:
+            key = id(each.attributes)
+            if each.name == "forward" and key in self._leaves:
+                leaf = _Leaf(each.value)
+                leaf.module = self._leaves[key]
+                direct += [Replacement(*place, leaf) for place in self._places[key]]
+        return direct
+
+
+class _Leaf(partial[Any]):
+    """A leaf module's forward, with the attributes of the module. (A call of a `partial` runs no Python of its own.)"""
+
+    module: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 @contextmanager

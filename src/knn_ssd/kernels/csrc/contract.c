@@ -23,8 +23,9 @@ static int is_valid_attention(const Attention *a, int64_t width) {
            is_valid_matrix(&a->v, kv_inner, width) && is_valid_matrix(&a->o, width, inner);
 }
 
-static int is_valid_mlp(const Mlp *m, int64_t width) {
+int is_valid_mlp(const Mlp *m, int64_t width) {
     const int64_t inner = m->gate.rows;
+    if (m->activation != SILU && m->activation != GELU_TANH) return 0;
     return is_valid_matrix(&m->gate, inner, width) && is_valid_matrix(&m->up, inner, width) &&
            is_valid_matrix(&m->down, width, inner);
 }

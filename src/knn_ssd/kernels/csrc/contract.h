@@ -11,6 +11,9 @@ int is_valid_forward(const Attention *const *attentions, const Mlp *const *mlps,
 /* Whether a matrix with its own number of rows and columns can be multiplied. */
 int is_valid_head(const Matrix *head);
 
+/* Whether the matrices of a gated MLP fit together. */
+int is_valid_mlp(const Mlp *m, int64_t width);
+
 /* Whether rows of a matrix can be read: it is in blocks, but not one of 4 bits for drafts. */
 int is_valid_blocks(const Matrix *m);
 

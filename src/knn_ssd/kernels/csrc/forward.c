@@ -1,42 +1,11 @@
-/* The MLP sublayer, and the entry points that run layers and the LM head. */
+/* The entry points that run layers and the LM head. */
 #include "attention.h"
 #include "contract.h"
 #include "gemm.h"
+#include "mlp.h"
 #include "rows.h"
 #include "scratch.h"
 #include "thread_pool.h"
-
-typedef struct {
-    float *gate;
-    const float *up;
-} Gating;
-
-/* gate = silu(gate) * up, for vectors `first` .. `last` - 1. */
-static void apply_gate(void *context, int64_t first, int64_t last, int thread) {
-    const Gating *g = context;
-    (void)thread;
-    for (int64_t i = first * LANES; i < last * LANES; i += LANES) {
-        const Floats x = load(g->gate + i);
-        store(g->gate + i, x / (1.0f + exponential(-x)) * load(g->up + i));
-    }
-}
-
-/* x (n, D) += down(silu(gate(h)) * up(h)) with h = norm(x). */
-static int mlp(const Mlp *m, float *x, int64_t n) {
-    const int64_t width = m->gate.cols, inner = m->gate.rows;
-    scratch_reset();
-    float *normed = scratch_take(n, width * 4), *out = scratch_take(n, width * 4);
-    float *gate = scratch_take(n, inner * 4), *up = scratch_take(n, inner * 4);
-    if (scratch_failed()) return OUT_OF_MEMORY;
-    normalise_rows(x, n, width, m->norm, m->epsilon, normed);
-    if (linear((const Matrix *[]){&m->gate, &m->up}, 2, normed, n, (float *[]){gate, up})) return OUT_OF_MEMORY;
-    Gating gating = {gate, up};
-    const int64_t vectors = n * inner / LANES;
-    parallel_for(vectors, n * inner > 16384 ? 64 : vectors, apply_gate, &gating);
-    if (linear((const Matrix *[]){&m->down}, 1, gate, n, (float *[]){out})) return OUT_OF_MEMORY;
-    add_residual(x, out, n, width);
-    return SUCCESS;
-}
 
 static int run_layers(const Attention *const *attentions, const Mlp *const *mlps, int64_t layers,
                       const BatchEntry *entries, int64_t n_entries, float *x) {

@@ -66,10 +66,13 @@ typedef struct {
     int64_t heads, kv_heads, head_dim, rotary_dim, window; /* head_dim: a multiple of LANES; window 0: no limit */
 } Attention;
 
+enum Activation { SILU, GELU_TANH };
+
 typedef struct {
     Matrix gate, up, down;
     const float *norm;
     double epsilon;
+    int64_t activation;
 } Mlp;
 
 /* Keys and values, and their 8-bit copies, which 4-bit attention sublayers read and write. */
@@ -117,6 +120,9 @@ EXPORT int knn_ssd_lm_head(const Matrix *head, const float *norm, double epsilon
 
 /* y (n, rows) = the matrix applied to x (n, cols), for a linear layer of a model that runs outside this library. */
 EXPORT int knn_ssd_linear(const Matrix *m, const float *x, int64_t n, float *y);
+
+/* y (n, D) = down(activation(gate(x)) * up(x)) of x (n, D), likewise; there is no norm. */
+EXPORT int knn_ssd_mlp(const Mlp *m, const float *x, int64_t n, float *y);
 
 /* y (n, width) = RMS norm of each row of x (n, width) times weight (width,); width is a multiple of LANES. */
 EXPORT int knn_ssd_rms_norm(const float *x, int64_t n, int64_t width, const float *weight, double epsilon, float *y);
