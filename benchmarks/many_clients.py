@@ -13,7 +13,8 @@ Prints, for each number of clients, the median over the rounds of tokens per sec
 first request to the last answer, prefill included. Behind it the median of its ratio to knn-ssd's in the same round,
 where 0.50 is half as fast, and the seconds until a request's first text: the median over all requests, and the longest
 wait. "same" counts the answers that are those of the first number of clients in the same round. If the servers count
-different tokens in the same prompts, their chat templates differ, and a note says so. Weights or a KV cache in fewer
+different tokens in the same prompts, their chat templates differ, and a note says so. A server that fails is left out
+from there on, with its last lines, and the exit code is 1. Weights or a KV cache in fewer
 bits than the model's own are lossy. ROWS.json gets a row for each measurement. Other programs are installed at first
 use, as docs/benchmarking.md says.
 """
@@ -41,7 +42,8 @@ from typing import Any
 
 from _programs import OURS, RUN_PEER, SERVERS, Program
 from _recipes import write_rows
-from openai import AsyncOpenAI, OpenAIError
+from httpx import Limits
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from knn_ssd.bench.workload import read_workloads, stream
 from knn_ssd.kernels.threads import thread_count
@@ -64,6 +66,10 @@ def starting(program: Program, model: str | None, port: int, clients: int, conte
 
 def _named(model: str | None) -> list[str]:
     return [] if model is None else ["--model", model]
+
+
+class ServerFailedError(Exception):
+    """A server did not start, ended, or did not answer as it should; the message says which and what it last wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ async def ask(client: AsyncOpenAI, model: str, prompt: Any, count: int) -> Answe
             first = time.perf_counter() - started
         pieces.append(piece)
     if usage is None:
-        sys.exit("The server told no usage at the end of an answer, so its tokens cannot be counted: leave it out.")
+        raise ServerFailedError("it gave no usage at the end of an answer, so its tokens cannot be counted")
     first = time.perf_counter() - started if first is None else first
     return Answer("".join(pieces), usage.prompt_tokens, usage.completion_tokens, first)
 
@@ -135,7 +141,9 @@ async def load(address: str, prompts: Sequence[Any], count: int, clients: int) -
     """Sends prompts from concurrent clients; returns the seconds that all took, and the answers in their order."""
     waiting = iter(list(enumerate(prompts)))
     answers: dict[int, Answer] = {}
-    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=3600.0) as client:
+    # A connection for each request: llama.cpp's server closes one after some requests, which the next one would notice.
+    http = DefaultAsyncHttpxClient(limits=Limits(max_keepalive_connections=0), timeout=3600.0)
+    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=http) as client:
         model = (await client.models.list()).data[0].id
 
         async def send_the_next() -> None:
@@ -150,19 +158,26 @@ async def load(address: str, prompts: Sequence[Any], count: int, clients: int) -
 
 @contextmanager
 def running(name: str, command: Sequence[str], port: int, log: Path) -> Iterator[str]:
-    """Starts a server, waits until it answers, yields its address, and ends it with all its processes."""
+    """Starts a server, waits until it answers, yields its address, and ends it with all its processes.
+
+    Raises:
+        ServerFailedError: it did not start, or it failed within the `with` block.
+    """
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         end = time.monotonic() + START_SEC
         while not _answers(address):
-            if process.poll() is not None or time.monotonic() > end:
-                told = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                what = "ended" if process.poll() is not None else f"was not ready after {START_SEC} seconds"
-                sys.exit(f"{told}\nThe server '{name}' {what}; its last lines are above. Leave it out of --servers.")
+            if process.poll() is not None:
+                raise ServerFailedError("it ended before it answered")
+            if time.monotonic() > end:
+                raise ServerFailedError(f"it was not ready after {START_SEC} seconds")
             time.sleep(0.2)
         yield address
+    except (ServerFailedError, OpenAIError) as error:
+        written = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ServerFailedError(f"{written}\nThe server '{name}' failed: {error}. Its last lines are above.") from error
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
@@ -186,40 +201,54 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure(args: argparse.Namespace, prompts: Sequence[Any], context: int) -> Iterator[Row]:
-    """Runs the load of every number of clients on every server, in rounds."""
+def measure(
+    args: argparse.Namespace, prompts: Sequence[Any], context: int, failed: dict[str, ServerFailedError]
+) -> Iterator[Row]:
+    """Runs the load of every number of clients on every server, in rounds. A server that fails is left out from there on,
+    and is in `failed` by its name.
+    """
     for number in range(args.rounds):
         first = number % len(args.servers)
         for name in args.servers[first:] + args.servers[:first]:
-            server, port = SERVERS[name], free_port()
-            command = starting(server, args.model, port, max(args.clients), context, args.threads)
+            if name in failed:
+                continue
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                running(name, command, port, Path(folder) / "log") as address,
-            ):
-                asyncio.run(load(address, prompts[: max(args.clients)], WARM_UP_TOKENS, max(args.clients)))
-                expected: list[str] = []
-                for clients in args.clients:
-                    seconds, answers = asyncio.run(load(address, prompts, args.max_new_tokens, clients))
-                    texts = [answer.text for answer in answers]
-                    expected = expected or texts
-                    tokens = sum(answer.tokens for answer in answers)
-                    yield Row(
-                        name,
-                        server.weights,
-                        server.kv_cache,
-                        args.threads,
-                        clients,
-                        number,
-                        seconds,
-                        tokens,
-                        sum(answer.prompt_tokens for answer in answers),
-                        tokens / seconds,
-                        tuple(answer.first_text_sec for answer in answers),
-                        sum(a == b for a, b in zip(texts, expected, strict=True)),
-                        len(answers),
-                    )
+            try:
+                yield from measure_server(args, name, number, prompts, context)
+            except ServerFailedError as error:
+                failed[name] = error
+                print(error, file=sys.stderr)
+
+
+def measure_server(
+    args: argparse.Namespace, name: str, number: int, prompts: Sequence[Any], context: int
+) -> Iterator[Row]:
+    """Starts a server and runs the load of every number of clients on it."""
+    server, port, most = SERVERS[name], free_port(), max(args.clients)
+    command = starting(server, args.model, port, most, context, args.threads)
+    with tempfile.TemporaryDirectory() as folder, running(name, command, port, Path(folder) / "log") as address:
+        asyncio.run(load(address, prompts[:most], WARM_UP_TOKENS, most))
+        expected: list[str] = []
+        for clients in args.clients:
+            seconds, answers = asyncio.run(load(address, prompts, args.max_new_tokens, clients))
+            texts = [answer.text for answer in answers]
+            expected = expected or texts
+            tokens = sum(answer.tokens for answer in answers)
+            yield Row(
+                name,
+                server.weights,
+                server.kv_cache,
+                args.threads,
+                clients,
+                number,
+                seconds,
+                tokens,
+                sum(answer.prompt_tokens for answer in answers),
+                tokens / seconds,
+                tuple(answer.first_text_sec for answer in answers),
+                sum(a == b for a, b in zip(texts, expected, strict=True)),
+                len(answers),
+            )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -268,16 +297,17 @@ def main() -> None:
     lengths = [len(encode(tokenizer, prompt, sys.maxsize)) for prompt in prompts]
     context = -(-(max(lengths) + args.max_new_tokens + 1) // 256) * 256  # llama.cpp takes multiples of it
     rows: list[Row] = []
-    try:
-        for row in measure(args, prompts, context):
-            rows.append(row)
-            write_rows(args.out, rows)
-            print(f"{row.server}, {row.clients} clients: {row.tokens_per_sec:.1f} tokens/s", file=sys.stderr)
-    except OpenAIError as error:
-        sys.exit(f"A server did not answer a request ({error}): what was measured until then is in {args.out}.")
-    print(table(rows))
+    failed: dict[str, ServerFailedError] = {}
+    for row in measure(args, prompts, context, failed):
+        rows.append(row)
+        write_rows(args.out, rows)
+        print(f"{row.server}, {row.clients} clients: {row.tokens_per_sec:.1f} tokens/s", file=sys.stderr)
+    if rows:
+        print(table(rows))
     if note := other_prompts(rows):
         print(note)
+    if failed:
+        sys.exit(f"Not measured to the end, for the reasons above: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

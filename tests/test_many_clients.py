@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import imported_script
+from openai import OpenAIError
 
 from knn_ssd.testing import tiny_model, tiny_tokenizer
 
@@ -87,13 +88,33 @@ def test_servers_get_the_same_load_and_end(
     assert "note:" not in shown
 
 
-def test_a_server_that_ends_is_told_with_its_last_lines(
-    clients: ModuleType, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_fails_is_left_out_with_its_last_lines(
+    clients: ModuleType,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "run.sh").write_text("echo out of luck >&2\nexit 2\n")
     monkeypatch.setattr(clients, "RUN_PEER", tmp_path / "run.sh")
-    with pytest.raises(SystemExit, match="out of luck\nThe server 'vllm-cpu' ended"):
-        run(clients, monkeypatch, *options, "--servers", "vllm-cpu")
+    with pytest.raises(SystemExit, match="Not measured to the end, for the reasons above: vllm-cpu"):
+        run(clients, monkeypatch, *options, "--servers", "vllm-cpu", "knn-ssd", "--rounds", "2")
+    shown = capsys.readouterr()
+    assert shown.err.count("out of luck\nThe server 'vllm-cpu' failed: it ended before it answered.") == 1
+    assert "| knn-ssd | as the checkpoint | float32 | 3 |" in shown.out, "the others are measured all the same"
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
+
+
+def test_a_server_that_ends_under_load_is_left_out(
+    clients: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def load(*_: Any) -> Any:
+        raise OpenAIError("Connection error")
+
+    monkeypatch.setattr(clients, "load", load)
+    with pytest.raises(SystemExit, match="for the reasons above: knn-ssd"):
+        run(clients, monkeypatch, *options, "--servers", "knn-ssd")
+    assert "The server 'knn-ssd' failed: Connection error. Its last lines are above." in capsys.readouterr().err
 
 
 def test_ratios_are_of_the_same_round_and_medians_are_shown(clients: ModuleType) -> None:

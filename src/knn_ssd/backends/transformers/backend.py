@@ -30,6 +30,7 @@ from knn_ssd.backends.transformers.kv_cache import StaticCache
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.session import TransformersSession
 from knn_ssd.errors import UnsupportedModelError, UsageError
+from knn_ssd.kernels.gguf_rows import QuantisedLinear
 from knn_ssd.plan import Mode, Plan
 from knn_ssd.progress import Progress
 
@@ -224,12 +225,24 @@ def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
     The cache, which has room for two tokens, is written to.
     """
     structure = backend.structure
-    shapes = _output_shapes(backend, cache)
-    attention, mlp = (
-        [forward_of(m, _zero_forward(shapes[m])) for m in modules] for modules in (structure.attention, structure.mlp)
-    )
-    _check_identity(backend, structure, attention + mlp)
+    with replaced(_without_products(backend.model)):
+        shapes = _output_shapes(backend, cache)
+        attention, mlp = (
+            [forward_of(m, _zero_forward(shapes[m])) for m in modules]
+            for modules in (structure.attention, structure.mlp)
+        )
+        _check_identity(backend, structure, attention + mlp)
     return attention, mlp
+
+
+def _without_products(model: nn.Module) -> list[Replacement]:
+    """Has layers of quantised rows give zeros, in passes whose values do not matter: to de-quantise them takes long."""
+
+    def zeros(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], size)
+
+    quantised = (module for module in model.modules() if isinstance(module, QuantisedLinear))
+    return [forward_of(module, zeros(module.out_features)) for module in quantised]
 
 
 def _zero_forward(shape: int | None) -> Callable[..., Any]:
