@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,22 @@ def run(*command: str) -> subprocess.CompletedProcess[bytes]:
 @pytest.mark.parametrize("mode", ["exact", "outer", "callers", "quantise", "contract"])
 def test_the_kernels_pass(mode: str, driver: Path) -> None:
     run(str(driver), mode, "7", {"exact": "14", "outer": "60", "callers": "2"}.get(mode, "20"))
+
+
+@pytest.mark.parametrize("architecture", ["native", "x86-64-v3", "x86-64-v4", "x86-64-v4-vnni"])
+def test_the_attention_of_drafts_is_that_of_the_formula_over_8_bit_keys_and_values(
+    architecture: str, tmp_path: Path
+) -> None:
+    options = build.NATIVE
+    if architecture != "native":
+        machine, options, needed = build.INSTRUCTION_SETS[architecture]
+        if machine != platform.machine() or set(needed) - build.processor_features():
+            pytest.skip(f"this machine does not run {architecture}")
+    program = tmp_path / "driver"
+    sources = map(str, sorted(build.SOURCE_FOLDER.glob("*.c")))
+    flags = (*build.FLAGS, *options, "-O2", "-Werror", f"-I{build.SOURCE_FOLDER}", "-pthread")
+    run("cc", *flags, str(DRIVER.with_name("attention_driver.c")), *sources, "-o", str(program), "-lm")
+    run(str(program), "7", "300")
 
 
 def test_a_difference_between_two_builds_is_found(driver: Path, tmp_path: Path) -> None:

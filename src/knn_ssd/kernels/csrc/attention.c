@@ -7,7 +7,6 @@
 #include "scratch.h"
 #include "thread_pool.h"
 
-#define PREFETCH_BYTES 2048 /* of 8-bit keys and values that are prefetched ahead */
 #define MAX_QUERIES 4       /* whose outputs are summed at once */
 #define MAX_ROWS 8          /* whose queries read keys and values together */
 #define POSITIONS 64        /* whose values stay in the L1 cache for all queries */
@@ -35,39 +34,6 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t s
     }
 }
 
-INLINE Floats shuffle(Floats a, Floats b, Ints indices) {
-#ifdef __clang__
-    Floats result;
-    for (int i = 0; i < LANES; i++) result[i] = indices[i] < LANES ? a[indices[i]] : b[indices[i] - LANES];
-    return result;
-#else
-    return __builtin_shuffle(a, b, indices);
-#endif
-}
-
-/* For each level, the indices in two concatenated vectors of the first half of every pair of runs of 2^level lanes. */
-#if LANES == 16
-static const Ints FIRST_HALVES[4] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
-                                     {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
-                                     {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
-                                     {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
-#else
-static const Ints FIRST_HALVES[3] = {
-    {0, 2, 4, 6, 8, 10, 12, 14}, {0, 1, 4, 5, 8, 9, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
-#endif
-
-/* The sums of LANES vectors, each in the order of `horizontal_sum`. */
-INLINE Floats horizontal_sums(Floats *v) {
-#pragma GCC unroll 4
-    for (int level = LANES == 16 ? 3 : 2; level >= 0; level--) {
-        const Ints low = FIRST_HALVES[level], high = low + (1 << level);
-#pragma GCC unroll 8
-        for (int i = 0; i < 1 << level; i++)
-            v[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], high);
-    }
-    return v[0];
-}
-
 /* Writes LANES scores of a query (head_dim,), of which those of the first `count` keys are valid. */
 INLINE void score_keys(const float *query, const float *keys, const int64_t head_dim, int64_t count, float scale,
                        float *scores) {
@@ -87,43 +53,34 @@ INLINE void score_keys(const float *query, const float *keys, const int64_t head
     store(scores, horizontal_sums(sums) * scale);
 }
 
-/* LANES components, `offset` from the first one on, of keys or values or their 8-bit copies. */
-INLINE Floats load_part(const void *whole, const int8_t *copies, int64_t offset, const enum Read read) {
-    if (read == READ_INT8) return load_int8(copies + offset);
+/* LANES components of keys or values, `offset` from the first one on. */
+INLINE Floats load_part(const void *whole, int64_t offset, const enum Read read) {
     return read == READ_BFLOAT16 ? load_bfloat16((const uint16_t *)whole + offset) : load((const float *)whole + offset);
 }
 
 /* Writes the scores of a span's keys from scores[…][first] on. */
 INLINE void score_span(const Queries *q, const Span *span, int64_t first, const int64_t head_dim, const enum Read read,
                        float scale) {
-    const int is_float32 = read == READ_FLOAT32, use_int8 = read == READ_INT8;
+    const int is_float32 = read == READ_FLOAT32;
     float widened[is_float32 ? 1 : LANES * head_dim];
     for (int64_t t = 0; t < span->count; t += LANES) {
         const int64_t n_keys = min_int(span->count - t, LANES);
         const float *keys = is_float32 ? (const float *)span->cache.keys + t * head_dim : widened;
-        const int8_t *int8_keys = span->cache.int8_keys + t * head_dim;
-        for (int64_t i = 0; use_int8 && i < LANES * head_dim; i += 64) __builtin_prefetch(int8_keys + PREFETCH_BYTES + i);
         for (int64_t i = 0; !is_float32 && i < n_keys * head_dim; i += LANES)
-            store(widened + i, load_part(span->cache.keys, span->cache.int8_keys, t * head_dim + i, read));
-        for (int64_t j = 0; j < q->count; j++) {
-            float *out = q->scores[j] + first + t;
-            score_keys(q->queries[j], keys, head_dim, n_keys, scale, out);
-            for (int64_t i = 0; use_int8 && i < n_keys; i++) out[i] *= span->cache.key_scales[t + i];
-        }
+            store(widened + i, load_part(span->cache.keys, t * head_dim + i, read));
+        for (int64_t j = 0; j < q->count; j++)
+            score_keys(q->queries[j], keys, head_dim, n_keys, scale, q->scores[j] + first + t);
     }
 }
 
-/* Bounds scores (total,), and what is beyond them in their last vector. */
-static void cap_scores(float *scores, int64_t total, float softcap) {
+void cap_scores(float *scores, int64_t total, float softcap) {
     for (int64_t t = 0; t < total; t += LANES) {
         const Floats power = exponential(load(scores + t) * (2.0f / softcap));
         store(scores + t, (power - 1.0f) / (power + 1.0f) * softcap); /* tanh(score / softcap) * softcap */
     }
 }
 
-/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum,
- * which the sink, a score without a value, is a part of. */
-static float softmax(float *scores, int64_t total, float sink) {
+float softmax(float *scores, int64_t total, float sink) {
     for (int64_t t = total; t % LANES; t++) scores[t] = -INFINITY;
     Floats maxima = splat(-INFINITY), sums = {0};
     for (int64_t t = 0; t < total; t += LANES) {
@@ -151,10 +108,8 @@ INLINE void weighted_sum(const Span *span, int64_t head_dim, float *const *weigh
         for (int j = 0; j < n_vectors; j++) sum[q][j] = load(out[q] + i + j * LANES);
     for (int64_t t = 0; t < span->count; t++) {
         Floats value[4];
-        if (read == READ_INT8) __builtin_prefetch(span->cache.int8_values + t * head_dim + i + PREFETCH_BYTES);
 #pragma GCC unroll 4
-        for (int j = 0; j < n_vectors; j++)
-            value[j] = load_part(span->cache.values, span->cache.int8_values, t * head_dim + i + j * LANES, read);
+        for (int j = 0; j < n_vectors; j++) value[j] = load_part(span->cache.values, t * head_dim + i + j * LANES, read);
 #pragma GCC unroll 4
         for (int q = 0; q < n_queries; q++)
 #pragma GCC unroll 4
@@ -207,13 +162,6 @@ INLINE void sum_span(const Queries *q, const Span *span, int64_t first, int64_t 
         sum_positions(q, j, 1, span, first, max_int(q->begin[j], to), min_int(q->end[j], last), head_dim, read);
 }
 
-/* Multiplies a query's weights with the scales of the 8-bit values that they belong to. */
-static void scale_weights(const Span spans[2], float *weights, int64_t begin, int64_t end) {
-    for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count)
-        for (int64_t t = max_int(begin, first); t < min_int(end, first + spans[s].count); t++)
-            weights[t] *= spans[s].cache.value_scales[t - first];
-}
-
 INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim, const enum Read read,
                         const Scoring *scoring) {
     const float scale = scoring->scale;
@@ -228,7 +176,6 @@ INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim,
         const int64_t total = q->end[j] - q->begin[j];
         if (scoring->softcap > 0) cap_scores(scores, total, scoring->softcap);
         inverse[j] = softmax(scores, total, scoring->sinks ? scoring->sinks[j] : -INFINITY);
-        if (read == READ_INT8) scale_weights(spans, q->scores[j], q->begin[j], q->end[j]);
         memset(q->out[j], 0, (size_t)4 * head_dim);
     }
     for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) sum_span(q, spans + s, first, head_dim, read);
@@ -237,7 +184,7 @@ INLINE void attend_with(const Queries *q, const Span spans[2], int64_t head_dim,
 }
 
 void attend(const Queries *q, const Span spans[2], int64_t head_dim, enum Read read, const Scoring *scoring) {
-    if (read == READ_INT8) attend_with(q, spans, head_dim, READ_INT8, scoring);
+    if (read == READ_INT8) attend_int8(q, spans, head_dim, scoring);
     else if (read == READ_BFLOAT16) attend_with(q, spans, head_dim, READ_BFLOAT16, scoring);
     else attend_with(q, spans, head_dim, READ_FLOAT32, scoring);
 }
@@ -305,9 +252,11 @@ typedef struct {
     int64_t shared, rows; /* query heads, and rows, of an item */
 } Division;
 
-/* All query heads that share keys are in one item, unless too few items would be left for the threads. */
+/* All query heads that share keys are in one item, unless too few items would be left for the threads. 8-bit keys are read for
+ * each query by itself. */
 static Division divide(const Attention *a, int64_t n, int64_t threads) {
     const int64_t items = n * a->kv_heads, group = a->heads / a->kv_heads;
+    if (uses_int8(a)) return (Division){1, 1};
     if (group > ITEM_QUERIES / MAX_ROWS || (items < 4 * threads && items % threads)) return (Division){1, 1};
     return (Division){group, max_int(1, min_int(MAX_ROWS, items / (4 * threads)))};
 }

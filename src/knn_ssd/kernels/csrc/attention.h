@@ -3,6 +3,7 @@
 #define KNN_SSD_ATTENTION_H
 
 #include "kernels.h"
+#include "vectors.h"
 
 /* x (n, D) += attention(norm(x)), for the rows of the entries and their KV caches of one layer. */
 int attention(const Attention *a, const BatchEntry *entries, int64_t n_entries, int64_t layer, float *x, int64_t n);
@@ -37,5 +38,15 @@ typedef struct {
 
 /* The outputs of queries over the keys and values of two spans, one after the other. */
 void attend(const Queries *q, const Span spans[2], int64_t head_dim, enum Read read, const Scoring *scoring);
+
+/* The same over 8-bit copies. */
+void attend_int8(const Queries *q, const Span spans[2], int64_t head_dim, const Scoring *scoring);
+
+/* Bounds scores (total,), and what is beyond them in their last vector. */
+void cap_scores(float *scores, int64_t total, float softcap);
+
+/* Turns scores (total,) into exp(score - max), zero up to the next multiple of LANES; returns the inverse of their sum,
+ * which the sink, a score without a value, is a part of. */
+float softmax(float *scores, int64_t total, float sink);
 
 #endif

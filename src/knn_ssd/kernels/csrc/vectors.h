@@ -70,6 +70,39 @@ INLINE float horizontal_sum(Floats a) {
     return lanes[0];
 }
 
+INLINE Floats shuffle(Floats a, Floats b, Ints indices) {
+#ifdef __clang__
+    Floats result;
+    for (int i = 0; i < LANES; i++) result[i] = indices[i] < LANES ? a[indices[i]] : b[indices[i] - LANES];
+    return result;
+#else
+    return __builtin_shuffle(a, b, indices);
+#endif
+}
+
+/* For each level, the indices in two concatenated vectors of the first half of every pair of runs of 2^level lanes. */
+#if LANES == 16
+static const Ints FIRST_HALVES[4] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+                                     {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                                     {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                                     {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
+#else
+static const Ints FIRST_HALVES[3] = {
+    {0, 2, 4, 6, 8, 10, 12, 14}, {0, 1, 4, 5, 8, 9, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+#endif
+
+/* The sums of LANES vectors, each in the order of `horizontal_sum`. */
+INLINE Floats horizontal_sums(Floats *v) {
+#pragma GCC unroll 4
+    for (int level = LANES == 16 ? 3 : 2; level >= 0; level--) {
+        const Ints low = FIRST_HALVES[level], high = low + (1 << level);
+#pragma GCC unroll 8
+        for (int i = 0; i < 1 << level; i++)
+            v[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], high);
+    }
+    return v[0];
+}
+
 /* The largest of all lanes. */
 INLINE float horizontal_max(Floats a) {
     float max = a[0];

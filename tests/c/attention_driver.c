@@ -1,0 +1,89 @@
+/* Compares the attention of drafts, in integers, with the formula over the same 8-bit keys and values: driver SEED CASES. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "attention.h"
+#include "quantise.h"
+
+enum { MAX_SIZE = 256, MAX_KEYS = 700 };
+
+static uint64_t state = 1;
+
+static uint64_t random_bits(void) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+}
+
+static int64_t random_below(int64_t n) { return (int64_t)(random_bits() >> 11) % n; }
+
+static float random_float(void) { return (float)(int32_t)(random_bits() >> 32) / 2147483648.0f; }
+
+/* Vectors (count, size) with 8-bit copies, in memory that ends where they end. */
+static KVCache random_cache(int64_t count, int64_t size) {
+    KVCache c = {NULL, NULL, malloc((size_t)(count * size)), malloc((size_t)(count * size)), malloc(4 * (size_t)count),
+                 malloc(4 * (size_t)count)};
+    float vector[MAX_SIZE];
+    for (int64_t t = 0; t < count; t++)
+        for (int is_value = 0; is_value < 2; is_value++) {
+            const float scale = random_below(20) ? 1 : 0;
+            for (int64_t i = 0; i < size; i++) vector[i] = scale * (is_value ? 3 : 2) * random_float();
+            quantise_vector(vector, size, (is_value ? c.int8_values : c.int8_keys) + t * size,
+                            (is_value ? c.value_scales : c.key_scales) + t);
+        }
+    return c;
+}
+
+static void release(KVCache c) { free(c.int8_keys), free(c.int8_values), free(c.key_scales), free(c.value_scales); }
+
+/* The difference from the formula, in which the largest value is 3. */
+static double worst_difference(const Span spans[2], int64_t size, const float *query, int64_t begin, int64_t end,
+                               const Scoring *scoring, const float *out) {
+    static double weights[2 * MAX_KEYS];
+    double total = scoring->sinks ? exp((double)scoring->sinks[0]) : 0, worst = 0;
+    for (int64_t t = begin; t < end; t++) {
+        const Span *s = spans + (t >= spans[0].count);
+        const int64_t row = t - (t >= spans[0].count ? spans[0].count : 0);
+        double score = 0;
+        for (int64_t i = 0; i < size; i++) score += (double)query[i] * s->cache.int8_keys[row * size + i];
+        score *= (double)s->cache.key_scales[row] * (double)scoring->scale;
+        if (scoring->softcap > 0) score = tanh(score / (double)scoring->softcap) * (double)scoring->softcap;
+        total += weights[t] = exp(score);
+    }
+    for (int64_t i = 0; i < size; i++) {
+        double sum = 0;
+        for (int64_t t = begin; t < end; t++) {
+            const Span *s = spans + (t >= spans[0].count);
+            const int64_t row = t - (t >= spans[0].count ? spans[0].count : 0);
+            sum += weights[t] * s->cache.int8_values[row * size + i] * (double)s->cache.value_scales[row];
+        }
+        worst = fmax(worst, fabs(sum / total - (double)out[i]));
+    }
+    return worst;
+}
+
+static void run_case(void) {
+    const int64_t size = LANES * (1 + random_below(MAX_SIZE / LANES)), total = 2 + random_below(MAX_KEYS - 2);
+    const int64_t first = random_below(total + 1), begin = random_below(total), end = begin + 1 + random_below(total - begin);
+    const Span spans[2] = {{random_cache(first, size), first}, {random_cache(total - first, size), total - first}};
+    const float sink = 2 * random_float();
+    const Scoring scoring = {1 / sqrtf((float)size), random_below(2) ? 0 : 2, random_below(2) ? NULL : &sink};
+    float query[MAX_SIZE], out[MAX_SIZE];
+    float *scores = malloc(4 * (size_t)(total + 2 * LANES));
+    for (int64_t i = 0; i < size; i++) query[i] = 4 * random_float();
+    const Queries q = {1, {query}, {out}, {scores}, {begin}, {end}};
+    attend(&q, spans, size, READ_INT8, &scoring);
+    const double worst = worst_difference(spans, size, query, begin, end, &scoring, out);
+    if (!(worst < 3e-3))
+        fprintf(stderr, "size %d, keys %d to %d of %d: %g\n", (int)size, (int)begin, (int)end, (int)total, worst), exit(1);
+    release(spans[0].cache), release(spans[1].cache), free(scores);
+}
+
+int main(int count, char **words) {
+    if (count != 3) return fprintf(stderr, "driver SEED CASES\n"), 2;
+    state = (uint64_t)atoll(words[1]) * 0x9e3779b97f4a7c15u + 1;
+    for (int i = 0; i < atoi(words[2]); i++) run_case();
+    return 0;
+}
