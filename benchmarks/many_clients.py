@@ -204,8 +204,8 @@ def free_port() -> int:
 def measure(
     args: argparse.Namespace, prompts: Sequence[Any], context: int, failed: dict[str, ServerFailedError]
 ) -> Iterator[Row]:
-    """Runs the load of every number of clients on every server, in rounds. A server that fails is left out from there on,
-    and is in `failed` by its name.
+    """Runs the load of every number of clients on every server, in rounds. A server that fails is left out from there
+    on, and is in `failed` by its name.
     """
     for number in range(args.rounds):
         first = number % len(args.servers)
