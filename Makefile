@@ -26,7 +26,8 @@ test-vllm: $(READY_VLLM)  ## the plugin inside vLLM on the CPU, in an environmen
 OLDEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 PINNED_TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS ?= $(OLDEST_TRANSFORMERS) $(PINNED_TRANSFORMERS) newest
-FAMILY_TESTS := tests/test_lossless.py tests/test_native.py tests/test_transformers_backend.py tests/test_resolve.py
+FAMILY_TESTS := tests/test_lossless.py tests/test_native.py tests/test_transformers_backend.py tests/test_resolve.py \
+	tests/test_kernel_backend.py tests/test_gated_mlps.py tests/test_norms.py
 
 test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.ready)  ## the model families under three versions of transformers
 	set -e; for version in $(TRANSFORMERS); do \
@@ -46,6 +47,7 @@ test-clients: $(READY) $(CLIENTS:%=.venv-clients/%/.ready)  ## real clients agai
 # The kernels' C driver, for all targets below; its modes are described at its top.
 CSRC := src/knn_ssd/kernels/csrc
 DRIVER := tests/c/kernels_driver.c $(wildcard $(CSRC)/*.c)
+ATTENTION_DRIVER := tests/c/attention_driver.c $(wildcard $(CSRC)/*.c)
 DRIVER_FLAGS := -g -std=gnu11 -ffp-contract=off -Wall -Wextra -Wno-psabi -I$(CSRC) -pthread
 DRIVER_OUT := out/kernels
 # An instruction set and sanitisers; some kernels are compiled for some instruction sets only.
@@ -59,6 +61,9 @@ sanitize:  ## the C kernels under the address, undefined-behaviour and thread sa
 		$(CC) -O1 -march=$${each%:*} -fsanitize=$${each#*:} -fno-sanitize-recover=all $(DRIVER_FLAGS) -w $(DRIVER) \
 			-o $(DRIVER_OUT)/sanitized -lm; \
 		for mode in contract 'quantise 1 40' 'exact 1 16' 'outer 1 60' 'callers 1 4'; do $(DRIVER_OUT)/sanitized $$mode; done; \
+		$(CC) -O1 -march=$${each%:*} -fsanitize=$${each#*:} -fno-sanitize-recover=all $(DRIVER_FLAGS) -w \
+			$(ATTENTION_DRIVER) -o $(DRIVER_OUT)/sanitized -lm; \
+		$(DRIVER_OUT)/sanitized 1 100; \
 	done
 
 ARM_CC := aarch64-linux-gnu-gcc
@@ -74,6 +79,8 @@ test-arm:  ## the C kernels for ARM processors, emulated on an x86-64 machine, s
 	$(CC) -O2 -march=x86-64-v3 -Werror $(DRIVER_FLAGS) $(DRIVER) -o $(DRIVER_OUT)/x86 -lm
 	set -e; for mode in contract 'quantise 1 20' 'exact 1 14' 'outer 1 60' 'callers 1 4'; do \
 		echo "$$mode"; $(ARM_RUN) $(DRIVER_OUT)/arm $$mode; done
+	$(ARM_CC) -O2 $(ARM_FLAGS) -Werror $(DRIVER_FLAGS) $(ATTENTION_DRIVER) -o $(DRIVER_OUT)/attention -lm
+	$(ARM_RUN) $(DRIVER_OUT)/attention 1 100
 	$(ARM_RUN) $(DRIVER_OUT)/arm dump 1 > $(DRIVER_OUT)/arm.bin
 	$(DRIVER_OUT)/x86 dump 1 > $(DRIVER_OUT)/x86.bin
 	$(DRIVER_OUT)/x86 compare $(DRIVER_OUT)/arm.bin $(DRIVER_OUT)/x86.bin 0

@@ -42,7 +42,7 @@ from typing import Any
 
 from _programs import OURS, RUN_PEER, SERVERS, Program
 from _recipes import write_rows
-from httpx import Limits
+from httpx import HTTPError, Limits
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from knn_ssd.bench.workload import read_workloads, stream
@@ -175,7 +175,7 @@ def running(name: str, command: Sequence[str], port: int, log: Path) -> Iterator
                 raise ServerFailedError(f"it was not ready after {START_SEC} seconds")
             time.sleep(0.2)
         yield address
-    except (ServerFailedError, OpenAIError) as error:
+    except (ServerFailedError, OpenAIError, HTTPError) as error:
         written = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise ServerFailedError(f"{written}\nThe server '{name}' failed: {error}. Its last lines are above.") from error
     finally:

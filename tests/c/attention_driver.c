@@ -64,26 +64,58 @@ static double worst_difference(const Span spans[2], int64_t size, const float *q
     return worst;
 }
 
-static void run_case(void) {
-    const int64_t size = LANES * (1 + random_below(MAX_SIZE / LANES)), total = 2 + random_below(MAX_KEYS - 2);
-    const int64_t first = random_below(total + 1), begin = random_below(total), end = begin + 1 + random_below(total - begin);
-    const Span spans[2] = {{random_cache(first, size), first}, {random_cache(total - first, size), total - first}};
-    const float sink = 2 * random_float();
+/* The keys and values from position `first` on. */
+static KVCache cache_from(KVCache c, int64_t first, int64_t size) {
+    return (KVCache){NULL, NULL, c.int8_keys + first * size, c.int8_values + first * size, c.key_scales + first,
+                     c.value_scales + first};
+}
+
+static void run_case(int64_t most) {
+    const int64_t size = LANES * (1 + random_below(MAX_SIZE / LANES)), total = 2 + random_below(most - 2);
+    const int64_t begin = random_below(total), end = begin + 1 + random_below(total - begin);
+    const KVCache cache = random_cache(total, size);
+    const float sink = 2 * random_float(), largest = random_below(3) ? 4 : 20; /* of a query: few large weights, or many */
     const Scoring scoring = {1 / sqrtf((float)size), random_below(2) ? 0 : 2, random_below(2) ? NULL : &sink};
-    float query[MAX_SIZE], out[MAX_SIZE];
-    float *scores = malloc(4 * (size_t)(total + 2 * LANES));
-    for (int64_t i = 0; i < size; i++) query[i] = 4 * random_float();
-    const Queries q = {1, {query}, {out}, {scores}, {begin}, {end}};
-    attend(&q, spans, size, READ_INT8, &scoring);
-    const double worst = worst_difference(spans, size, query, begin, end, &scoring, out);
-    if (!(worst < 3e-3))
-        fprintf(stderr, "size %d, keys %d to %d of %d: %g\n", (int)size, (int)begin, (int)end, (int)total, worst), exit(1);
-    release(spans[0].cache), release(spans[1].cache), free(scores);
+    float query[MAX_SIZE], out[2][MAX_SIZE];
+    for (int64_t i = 0; i < size; i++) query[i] = largest * random_float();
+    for (int way = 0; way < 2; way++) { /* split anywhere */
+        const int64_t first = random_below(total + 1);
+        const Span spans[2] = {{cache, first}, {cache_from(cache, first, size), total - first}};
+        float *scores = malloc(4 * (size_t)(total + LANES));
+        const Queries q = {1, {query}, {out[way]}, {scores}, {begin}, {end}};
+        attend(&q, spans, size, READ_INT8, &scoring);
+        const double worst = worst_difference(spans, size, query, begin, end, &scoring, out[way]);
+        if (!(worst < 3e-3))
+            fprintf(stderr, "size %d, keys %d to %d of %d: %g\n", (int)size, (int)begin, (int)end, (int)total, worst), exit(1);
+        free(scores);
+    }
+    if (memcmp(out[0], out[1], (size_t)(4 * size))) fprintf(stderr, "the split changes an output\n"), exit(1);
+    release(cache);
+}
+
+/* One key with nine tenths of the weight and 20,000 with little, each by itself below half a level. */
+static void run_tail(void) {
+    enum { COUNT = 20000 };
+    KVCache c = random_cache(COUNT, LANES);
+    float query[LANES] = {1}, out[LANES], *scores = malloc(4 * (COUNT + LANES));
+    for (int64_t t = 0; t < COUNT; t++) {
+        float key[LANES] = {t ? -6 : 6 + 0.7f}, value[LANES] = {t ? 1 : 0};
+        quantise_vector(key, LANES, c.int8_keys + t * LANES, c.key_scales + t);
+        quantise_vector(value, LANES, c.int8_values + t * LANES, c.value_scales + t);
+    }
+    const Span spans[2] = {{c, COUNT}, {c, 0}};
+    const Scoring scoring = {1, 0, NULL};
+    const Queries q = {1, {query}, {out}, {scores}, {0}, {COUNT}};
+    attend(&q, spans, LANES, READ_INT8, &scoring);
+    const double expected = (COUNT - 1) / (COUNT - 1 + exp(12.7));
+    if (!(fabs((double)out[0] - expected) < 0.01 * expected)) fprintf(stderr, "%g, not %g\n", (double)out[0], expected), exit(1);
+    release(c), free(scores);
 }
 
 int main(int count, char **words) {
     if (count != 3) return fprintf(stderr, "driver SEED CASES\n"), 2;
     state = (uint64_t)atoll(words[1]) * 0x9e3779b97f4a7c15u + 1;
-    for (int i = 0; i < atoi(words[2]); i++) run_case();
+    for (int i = 0; i < atoi(words[2]); i++) run_case(MAX_KEYS);
+    run_tail();
     return 0;
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -150,6 +150,9 @@ class TransformersBackend:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Logits (…, V) of one forward pass: of the rows to keep, or of all where the model cannot choose."""
+        if mask is None and hasattr(self.model.base_model, "_update_causal_mask"):
+            # as `generate` gives it: StableLM of transformers 5.0 makes one that is too long of none
+            mask = torch.ones(1, positions[-1] + 1, dtype=torch.long, device=self.device)
         options: dict[str, Any] = {
             "position_ids": torch.tensor([list(positions)], device=self.device),  # (1, n)
             "attention_mask": mask,
@@ -225,23 +228,26 @@ def _zero_forwards(backend: TransformersBackend, cache: StaticCache) -> Any:
     The cache, which has room for two tokens, is written to.
     """
     structure = backend.structure
-    with replaced(_without_products(backend.model)):
-        shapes = _output_shapes(backend, cache)
+    head: Any = backend.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    with backend.lock:
+        with replaced(_without_products(backend.model.modules())):  # whose shapes matter, not their values
+            shapes = _output_shapes(backend, cache)
         attention, mlp = (
             [forward_of(m, _zero_forward(shapes[m])) for m in modules]
             for modules in (structure.attention, structure.mlp)
         )
-        _check_identity(backend, structure, attention + mlp)
+        with replaced(_without_products([head])):  # which comes after the layers
+            _check_identity(backend, structure, attention + mlp)
     return attention, mlp
 
 
-def _without_products(model: nn.Module) -> list[Replacement]:
-    """Has layers of quantised rows give zeros, in passes whose values do not matter: to de-quantise them takes long."""
+def _without_products(modules: Iterable[nn.Module | None]) -> list[Replacement]:
+    """Has those modules that are layers of quantised rows give zeros: to de-quantise them takes long."""
 
     def zeros(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], size)
 
-    quantised = (module for module in model.modules() if isinstance(module, QuantisedLinear))
+    quantised = (module for module in modules if isinstance(module, QuantisedLinear))
     return [forward_of(module, zeros(module.out_features)) for module in quantised]
 
 

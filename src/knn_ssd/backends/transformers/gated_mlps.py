@@ -58,8 +58,9 @@ def find_gated_mlps(
         if not all(each in matrices for each in linears) or not _takes_rows_alone(module):
             continue
         kept: Any = linears  # none of them is None
-        others = [each for each in module._modules.values() if each not in kept]
-        activation = _activation_of(others[0]) if len(others) == 1 else None
+        others: list[Any] = [each for each in module._modules.values() if each not in kept]
+        is_seen = any(each._forward_hooks or each._forward_pre_hooks for each in (*kept, *others) if each is not None)
+        activation = _activation_of(others[0]) if len(others) == 1 and not is_seen else None
         if activation is None:
             continue
         found = GatedMLP(module, kept, activation)

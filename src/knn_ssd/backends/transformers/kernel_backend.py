@@ -106,11 +106,11 @@ class KernelLinearBackend(TransformersBackend):
         self._linears = KernelLinears(found, self._run_sample, weight_cache, self._admission.is_busy, self.lock)
         self._row_wise += self._tied_embedding()
         run = dict(zip(self._linears.modules, self._linears.forwards(None), strict=True))
-        with replaced(self._row_wise):
+        with self.lock, replaced(self._row_wise):
             self._gated_mlps = list(find_gated_mlps(self.structure.mlp, self._linears.matrices(None), run))
         self._admission.weight_bytes, self._admission.copies = self.weight_bytes, self._linears.copies
         release_unpacked(model.parameters())
-        # By modes: with leaves called directly, and with their hooks.
+        # By modes: each module called as its parent calls it, and gated MLPs and leaves called directly.
         self._resolved: dict[PlanModes, tuple[list[Replacement], list[Replacement]]] = {}
         self._calls = DirectCalls(model)
         self._check_logits(expected)
@@ -163,9 +163,9 @@ class KernelLinearBackend(TransformersBackend):
             assert self._linears is not None
             matrices = self._linears.matrices(plan)
             gated = [each.forward(matrices[linear] for linear in each.linears) for each in self._gated_mlps]
-            every = [*self._row_wise, *self._linears.forwards(plan), *gated, *skipped]
-            self._resolved[key] = self._calls.of(every), every
-        return self._resolved[key][self._calls.are_hooked]
+            own = [*self._row_wise, *self._linears.forwards(plan)]
+            self._resolved[key] = [*own, *skipped], self._calls.of([*own, *gated, *skipped])
+        return self._resolved[key][self._calls.are_possible]
 
     def _tied_embedding(self) -> list[Replacement]:
         """Has an embedding of quantised rows read those of the head, if both are one: so the kernels' copy of them is

@@ -176,6 +176,7 @@ class KernelLinears:
         return {
             each.module: self.copies.matrix(each.matrix_names[0]) if each.mode(plan) is Mode.LOW else own[0]
             for each, own in zip(self._modules, self._matrices, strict=True)
+            if len(own) == 1
         }
 
     def _names_of_low(self, plan: Plan | None) -> list[str]:

@@ -43,19 +43,22 @@ class DirectCalls:
 
     def __init__(self, model: nn.Module) -> None:
         self._leaves: dict[int, nn.Module] = {}  # by the id of their `__dict__`
-        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # where parents see them
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # where parents see them
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child is not None and not child._modules:
                     self._leaves[id(vars(child))] = child
-                    self._places.setdefault(id(vars(child)), []).append((vars(parent), name))
-        leaves = self._leaves.values()
-        self._hooks = [hooks for leaf in leaves for hooks in (leaf._forward_hooks, leaf._forward_pre_hooks)]
+                    self._places.setdefault(id(vars(child)), []).append((parent, name))
 
     @property
-    def are_hooked(self) -> bool:
-        """Whether a leaf has hooks."""
-        return any(self._hooks)
+    def are_possible(self) -> bool:
+        """Whether each leaf is still where it was found, and has no hooks."""
+        return not any(
+            leaf._forward_hooks
+            or leaf._forward_pre_hooks
+            or any(parent._modules.get(name) is not leaf for parent, name in self._places[key])
+            for key, leaf in self._leaves.items()
+        )
 
     def of(self, replacements: Sequence[Replacement]) -> list[Replacement]:
         """The replacements, and those of leaves' forwards in the parents as well."""
@@ -65,7 +68,7 @@ class DirectCalls:
             if each.name == "forward" and key in self._leaves:
                 leaf = _Leaf(each.value)
                 leaf.module = self._leaves[key]
-                direct += [Replacement(*place, leaf) for place in self._places[key]]
+                direct += [Replacement(vars(parent), name, leaf) for parent, name in self._places[key]]
         return direct
 
 

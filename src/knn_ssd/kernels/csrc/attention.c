@@ -1,4 +1,4 @@
-/* Attention over the KV cache: query heads that share keys and values read them once. */
+/* Attention over the KV cache: query heads that share exact keys and values read them once. */
 #include "attention.h"
 
 #include "gemm.h"

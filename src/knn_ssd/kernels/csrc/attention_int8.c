@@ -6,9 +6,10 @@
 
 #define STEP (2 * LANES)      /* components that are multiplied at once */
 #define QUERY_LEVELS 8191     /* so that a product with 2048 components stays below 2^31 */
-#define WEIGHT_LEVELS 32766   /* of the largest weight, and */
+#define WEIGHT_LEVELS 32764   /* of the largest weight, and */
 #define TOTAL_LEVELS 0x1p23f  /* of all weights of a query, whose products with 8-bit values so stay below 2^31 */
-#define POSITIONS 64          /* whose weights are rounded at once */
+#define SMALLEST 1e-30f       /* that is not zero */
+#define POSITIONS 64          /* whose values are read while their weights are in the L1 cache */
 #define PREFETCH_BYTES 2048   /* of keys and values that are prefetched ahead */
 
 /* Adds to LANES sums the products of STEP bytes with as many 16-bit integers. */
@@ -78,7 +79,7 @@ static float round_query(const float *query, int64_t size, int16_t *levels) {
         const Floats magnitude = (Floats)((Uints)load(query + i) & 0x7fffffffu);
         maxima = select_lanes(magnitude > maxima, magnitude, maxima);
     }
-    const float largest = horizontal_max(maxima), inverse = largest > 0 ? QUERY_LEVELS / largest : 0;
+    const float largest = horizontal_max(maxima), inverse = largest > SMALLEST ? QUERY_LEVELS / largest : 0;
     for (int64_t i = 0; i < ceil_div(size, STEP) * STEP; i++) levels[i] = i < size ? (int16_t)rintf(query[i] * inverse) : 0;
     return largest / QUERY_LEVELS;
 }
@@ -145,18 +146,19 @@ static float levels_of(const float *weights, int64_t count) {
         sums += w;
     }
     const float largest = horizontal_max(maxima);
-    return largest > 0 ? fminf(WEIGHT_LEVELS / largest, TOTAL_LEVELS / horizontal_sum(sums)) : 0;
+    return largest > SMALLEST ? fminf(WEIGHT_LEVELS / largest, TOTAL_LEVELS / horizontal_sum(sums)) : 0;
 }
 
-/* Rounds weights (count,), at most POSITIONS and followed by readable memory, to pairs of 16-bit integers. */
-INLINE void round_weights(const float *weights, int64_t count, float levels, uint32_t *pairs) {
-    uint16_t rounded[POSITIONS + LANES] = {0};
+/* Rounds weights (count,), followed by zeros up to a multiple of LANES, to 16-bit integers in the same memory. What a weight
+ * loses is added to the next one of its lane: so many small weights keep their sum, beside a large one. */
+static void round_weights(float *weights, int64_t count, float levels) {
+    Floats lost = {0};
     for (int64_t t = 0; t < count; t += LANES) {
-        const Ints whole = __builtin_convertvector(load(weights + t) * levels + 0.5f, Ints);
-        *(UnalignedShorts *)(rounded + t) = __builtin_convertvector(whole, Shorts);
+        const Floats exact = load(weights + t) * levels + lost;
+        const Ints whole = __builtin_convertvector(exact + 0.5f, Ints);
+        lost = exact - __builtin_convertvector(whole, Floats);
+        *(UnalignedShorts *)((char *)weights + 2 * t) = __builtin_convertvector(whole, Shorts);
     }
-    if (count < POSITIONS) rounded[count] = 0; /* a pair's second */
-    memcpy(pairs, rounded, POSITIONS * sizeof *rounded);
 }
 
 /* Writes the products of weights, of which those of positions begin .. end - 1 count, with the values of both spans. */
@@ -168,13 +170,14 @@ INLINE void sum_values(const Span spans[2], float *weights, int64_t begin, int64
         multiply_by(weights + from, spans[s].cache.value_scales + from - first, last - from);
     }
     const float levels = levels_of(weights + begin, end - begin);
+    round_weights(weights + begin, end - begin, levels);
     memset(sums, 0, sizeof sums);
     for (int64_t s = 0, first = 0; s < 2; first += spans[s++].count) {
         const int64_t last = min_int(end, first + spans[s].count);
         for (int64_t from = max_int(begin, first), count; from < last; from += count) {
-            uint32_t pairs[POSITIONS / 2];
+            uint32_t pairs[POSITIONS / 2] = {0}; /* a last position alone is followed by a weight of zero */
             count = min_int(last - from, POSITIONS);
-            round_weights(weights + from, count, levels, pairs);
+            memcpy(pairs, (const char *)(weights + begin) + 2 * (from - begin), (size_t)(2 * count));
             add_values(spans + s, from - first, count, pairs, size, sums);
         }
     }

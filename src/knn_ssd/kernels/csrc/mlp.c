@@ -6,6 +6,8 @@
 #include "scratch.h"
 #include "thread_pool.h"
 
+#define ROWS_AT_ONCE 512 /* of a caller's, so that scratch memory stays small */
+
 typedef struct {
     float *gate;
     const float *up;
@@ -56,10 +58,12 @@ int mlp(const Mlp *m, float *x, int64_t n) {
 
 int knn_ssd_mlp(const Mlp *m, const float *x, int64_t n, float *y) {
     if (n < 0 || !is_valid_mlp(m, m->gate.cols)) return INVALID_SIZES;
-    if (!n) return SUCCESS;
+    int status = SUCCESS;
     pool_lock();
-    scratch_reset();
-    const int status = gated(m, x, n, y);
+    for (int64_t r = 0; r < n && !status; r += ROWS_AT_ONCE) {
+        scratch_reset();
+        status = gated(m, x + r * m->gate.cols, min_int(n - r, ROWS_AT_ONCE), y + r * m->down.rows);
+    }
     pool_unlock();
     return status;
 }
