@@ -85,7 +85,7 @@ static void run_case(int64_t most) {
         const Queries q = {1, {query}, {out[way]}, {scores}, {begin}, {end}};
         attend(&q, spans, size, READ_INT8, &scoring);
         const double worst = worst_difference(spans, size, query, begin, end, &scoring, out[way]);
-        if (!(worst < 3e-3))
+        if (!(worst < 8e-4 * (double)largest)) /* a score is rounded by as much as its query is large */
             fprintf(stderr, "size %d, keys %d to %d of %d: %g\n", (int)size, (int)begin, (int)end, (int)total, worst), exit(1);
         free(scores);
     }
