@@ -12,7 +12,7 @@ from torch import nn
 
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.gated_mlps import GatedMLP, find_gated_mlps
-from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend
+from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
 from knn_ssd.backends.transformers.replacement import DirectCalls, Replacement, forward_of, replaced
 from knn_ssd.backends.transformers.row_wise import row_by_row
 from knn_ssd.kernels import binding
@@ -27,8 +27,11 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def backend_of(family: str, **settings: Any) -> KernelLinearBackend:
-    kind = KernelLinearBackend if family == "falcon" else KernelBackend
-    return kind(tiny_model(family, **settings))
+    model = tiny_model(family, **settings)
+    try:
+        return KernelBackend(model)
+    except KernelsRefusedError:  # Falcon's attention; StableLM's of transformers 5.0
+        return KernelLinearBackend(model)
 
 
 def found_in(backend: KernelLinearBackend, modules: tuple[nn.Module, ...]) -> Iterator[GatedMLP]:

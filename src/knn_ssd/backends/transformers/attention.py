@@ -198,6 +198,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in early versions of transformers 5
+
 
 def _outer_cache(rows: _SessionRows, layer: int) -> OuterCache:
     cache: KernelCache = rows.request.cache
