@@ -14,9 +14,9 @@ first request to the last answer, prefill included. Behind it the median of its 
 where 0.50 is half as fast, and the seconds until a request's first text: the median over all requests, and the longest
 wait. "same" counts the answers that are those of the first number of clients in the same round. If the servers count
 different tokens in the same prompts, their chat templates differ, and a note says so. A server that fails is left out
-from there on, with its last lines, and the exit code is 1. Weights or a KV cache in fewer
-bits than the model's own are lossy. ROWS.json gets a row for each measurement. Other programs are installed at first
-use, as docs/benchmarking.md says.
+from there on, with its last lines, and the exit code is 1. Weights or a KV cache in fewer bits than the model's own are
+lossy. ROWS.json gets a row for each measurement. Other programs are installed at first use, as docs/benchmarking.md
+says.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from typing import Any
 
 from _programs import OURS, RUN_PEER, SERVERS, Program
 from _recipes import write_rows
-from httpx import HTTPError, Limits
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from openai import AsyncOpenAI, OpenAIError
 
 from knn_ssd.bench.workload import read_workloads, stream
 from knn_ssd.kernels.threads import thread_count
@@ -142,8 +141,10 @@ async def load(address: str, prompts: Sequence[Any], count: int, clients: int) -
     waiting = iter(list(enumerate(prompts)))
     answers: dict[int, Answer] = {}
     # A connection for each request: llama.cpp's server closes one after some requests, which the next one would notice.
-    http = DefaultAsyncHttpxClient(limits=Limits(max_keepalive_connections=0), timeout=3600.0)
-    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=http) as client:
+    once = {"Connection": "close"}
+    async with AsyncOpenAI(
+        base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=3600.0, default_headers=once
+    ) as client:
         model = (await client.models.list()).data[0].id
 
         async def send_the_next() -> None:
@@ -175,7 +176,7 @@ def running(name: str, command: Sequence[str], port: int, log: Path) -> Iterator
                 raise ServerFailedError(f"it was not ready after {START_SEC} seconds")
             time.sleep(0.2)
         yield address
-    except (ServerFailedError, OpenAIError, HTTPError) as error:
+    except (ServerFailedError, OpenAIError) as error:
         written = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise ServerFailedError(f"{written}\nThe server '{name}' failed: {error}. Its last lines are above.") from error
     finally:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from knn_ssd.backends.packed import PackedWeights
 from knn_ssd.backends.select import select_backend
 from knn_ssd.backends.transformers.gated_mlps import GatedMLP, find_gated_mlps
 from knn_ssd.backends.transformers.kernel_backend import KernelBackend, KernelLinearBackend, KernelsRefusedError
@@ -76,8 +77,6 @@ def test_activations_are_torchs_from_very_small_to_very_large_inputs(activation:
     with torch.no_grad():
         linear.weight.zero_()
         linear.weight[:, 0] = gate
-    from knn_ssd.backends.packed import PackedWeights
-
     packed = PackedWeights(None, "test")
     up = nn.Linear(lanes, size)
     down = nn.Linear(size, lanes, bias=False)

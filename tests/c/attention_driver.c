@@ -5,21 +5,9 @@
 
 #include "attention.h"
 #include "quantise.h"
+#include "random_numbers.h"
 
 enum { MAX_SIZE = 256, MAX_KEYS = 700 };
-
-static uint64_t state = 1;
-
-static uint64_t random_bits(void) {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
-static int64_t random_below(int64_t n) { return (int64_t)(random_bits() >> 11) % n; }
-
-static float random_float(void) { return (float)(int32_t)(random_bits() >> 32) / 2147483648.0f; }
 
 /* Vectors (count, size) with 8-bit copies, in memory that ends where they end. */
 static KVCache random_cache(int64_t count, int64_t size) {
@@ -114,7 +102,7 @@ static void run_tail(void) {
 
 int main(int count, char **words) {
     if (count != 3) return fprintf(stderr, "driver SEED CASES\n"), 2;
-    state = (uint64_t)atoll(words[1]) * 0x9e3779b97f4a7c15u + 1;
+    seed_with((uint64_t)atoll(words[1]));
     for (int i = 0; i < atoi(words[2]); i++) run_case(MAX_KEYS);
     run_tail();
     return 0;

@@ -10,8 +10,7 @@
  *   compare   driver compare FILE FILE TOLERANCE
  *
  * Every buffer is exactly as large as kernels.h says, and what a kernel must not read holds NaN, so that the address
- * sanitiser or a comparison finds what is read or written beyond. Random numbers need no library, so that they are the
- * same on all processors. */
+ * sanitiser or a comparison finds what is read or written beyond. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -19,6 +18,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "random_numbers.h"
 #include "thread_pool.h"
 
 enum { LAYERS = 2, CAPACITY = 67, MAX_SESSIONS = 4, GROUP = 64, CALLERS = 3 };
@@ -27,24 +27,6 @@ enum { LAYERS = 2, CAPACITY = 67, MAX_SESSIONS = 4, GROUP = 64, CALLERS = 3 };
     do {                                                                                                               \
         if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1);                      \
     } while (0)
-
-/* ---- random numbers ---- */
-
-static _Thread_local uint64_t state;
-
-static void seed_with(uint64_t seed) { state = seed * 0x9e3779b97f4a7c15u + 1; }
-
-static uint64_t random_bits(void) {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
-static int64_t random_below(int64_t n) { return (int64_t)(random_bits() >> 11) % n; }
-
-/* In [-1, 1). */
-static float random_float(void) { return (float)(int32_t)(random_bits() >> 32) / 2147483648.0f; }
 
 /* ---- memory ---- */
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knn_ssd.backends.transformers.linears import is_modified
+from knn_ssd.backends.transformers.linears import is_close, is_modified
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of, replaced
 from knn_ssd.kernels.binding import GELU_TANH, SILU, Matrix, Mlp, float32_inputs, kernels
 
@@ -106,9 +106,7 @@ def _computes(module: nn.Module, own: list[Replacement], fused: Replacement, wid
                 found = module(rows)
     except Exception:  # it computes something else
         return False
-    if not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
-        return False
-    return bool(((found - expected).norm(dim=-1) <= _TOLERANCE * expected.norm(dim=-1)).all())
+    return is_close(found, expected, _TOLERANCE)
 
 
 def _multiplied_by(mlp: Mlp) -> Callable[[torch.Tensor], torch.Tensor]:

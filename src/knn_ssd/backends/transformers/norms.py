@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from knn_ssd.backends.transformers.linears import is_modified
+from knn_ssd.backends.transformers.linears import is_close, is_modified
 from knn_ssd.backends.transformers.replacement import Replacement, forward_of
 from knn_ssd.kernels.binding import kernels
 
@@ -50,9 +50,7 @@ def _computes_an_rms_norm(module: nn.Module, scale: torch.Tensor, epsilon: float
             found = module(rows)
     except Exception:  # it computes something else
         return False
-    if not isinstance(found, torch.Tensor) or found.shape != rows.shape:
-        return False
-    return bool(((found - expected).norm(dim=-1) <= _TOLERANCE * expected.norm(dim=-1)).all())
+    return is_close(found, expected, _TOLERANCE)
 
 
 def _normalised_by(scale: torch.Tensor, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "attention.h"
+#include "quantise.h"
 
 #define STEP (2 * LANES)      /* components that are multiplied at once */
 #define QUERY_LEVELS 8191     /* so that a product with 2048 components stays below 2^31 */
@@ -74,12 +75,7 @@ INLINE void in_order(const Ints sums[2], Floats ordered[2]) {
 
 /* Rounds a query (size,) to `levels`, zero up to the next multiple of STEP; returns the size of a level. */
 static float round_query(const float *query, int64_t size, int16_t *levels) {
-    Floats maxima = {0};
-    for (int64_t i = 0; i < size; i += LANES) {
-        const Floats magnitude = (Floats)((Uints)load(query + i) & 0x7fffffffu);
-        maxima = select_lanes(magnitude > maxima, magnitude, maxima);
-    }
-    const float largest = horizontal_max(maxima), inverse = largest > SMALLEST ? QUERY_LEVELS / largest : 0;
+    const float largest = largest_magnitude(query, size), inverse = largest > SMALLEST ? QUERY_LEVELS / largest : 0;
     for (int64_t i = 0; i < ceil_div(size, STEP) * STEP; i++) levels[i] = i < size ? (int16_t)rintf(query[i] * inverse) : 0;
     return largest / QUERY_LEVELS;
 }
